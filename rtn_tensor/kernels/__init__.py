@@ -1,0 +1,155 @@
+"""`KERNELS` in order of preference, and the choice among them.
+
+To add a kernel: write a module with one `Kernel` and put it in `KERNELS`; the tests, the benchmark and `explain` pick it up.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtn_tensor import reference
+from rtn_tensor.kernels import dense
+from rtn_tensor.kernels.problem import Kernel, Problem
+from rtn_tensor.tables import table
+
+REFERENCE = Kernel(
+    name="reference",
+    why_not=lambda problem: None,
+    rounds_weight=False,
+    linear=reference.linear,
+    linear_dx=reference.linear_dx,
+    grouped=reference.grouped,
+    grouped_dx=reference.grouped_dx,
+    embedding=reference.embedding,
+    quantize=reference.quantize,
+    dequantize=reference.dequantize,
+)
+
+KERNELS = [dense.KERNEL, REFERENCE]
+
+
+def why_not(kernel: Kernel, problem: Problem) -> str | None:
+    """None where `kernel` can run `problem`, else one sentence that says why it cannot."""
+    if getattr(kernel, problem.op) is None:
+        return f"It has no {problem.op}."
+    return kernel.why_not(problem)
+
+
+@lru_cache(maxsize=4096)
+def _choose(problem: Problem, forced: str | None) -> Kernel:
+    if forced:
+        kernel = next((k for k in KERNELS if k.name == forced), None)
+        if kernel is None:
+            raise ValueError(f"RTN_KERNEL={forced!r} names no kernel; use one of {', '.join(k.name for k in KERNELS)}, or unset it")
+        if getattr(kernel, problem.op) is not None:
+            if reason := kernel.why_not(problem):
+                raise ValueError(f"RTN_KERNEL={forced!r} cannot run {problem}: {reason} Unset RTN_KERNEL to let the library choose")
+            return kernel
+    return next(kernel for kernel in KERNELS if why_not(kernel, problem) is None)
+
+
+def choose(problem: Problem) -> Kernel:
+    """The first of `KERNELS` that can run `problem`, or the one that the environment variable `RTN_KERNEL` names, for the ops it has.
+
+    Raises:
+        ValueError: `RTN_KERNEL` names no kernel, or one that cannot run `problem`.
+    """
+    return _choose(problem, os.environ.get("RTN_KERNEL"))
+
+
+@lru_cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def make_problem(op: str, dtype: torch.dtype, m: int, k: int, qdata: Tensor, scale: Tensor, bits: int, group_size: int) -> Problem:
+    """The `Problem` of running `op` over `m` rows with the weight in these planes. M is rounded up to a power of two, so that few
+    choices are ever made."""
+    device = qdata.device
+    address = 0 if device.type == "meta" else qdata.data_ptr() | scale.data_ptr()
+    return Problem(
+        op,
+        device.type,
+        _capability(device.index) if device.type == "cuda" else None,
+        dtype,
+        scale.dtype,
+        bits,
+        group_size,
+        1 << (m - 1).bit_length() if m else 0,
+        qdata.shape[-2] if qdata.dim() > 1 else 1,
+        k,
+        qdata.shape[0] if qdata.dim() > 2 else None,
+        (address & -address & 15) or 16,
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `kernel` is the name of the kernel that runs; `reasons` maps every other kernel to one sentence."""
+
+    problem: Problem
+    kernel: str
+    reasons: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        problem = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in self.problem._asdict().items()}
+        return {"problem": problem, "kernel": self.kernel, "reasons": self.reasons}
+
+    def __str__(self) -> str:
+        p = self.problem
+        what = f"{p.op} on {p.device}: {p.dtype} x [{p.M}, {p.K}], int{p.bits} weight [{p.N}, {p.K}] with group_size {p.group_size}"
+        rows = [[k.name, "runs" if k.name == self.kernel else "", self.reasons.get(k.name, "")] for k in KERNELS]
+        return what + "\n" + table(["kernel", "", "why not"], rows)
+
+
+def explain(
+    weight: Tensor | None = None,
+    x: Tensor | None = None,
+    *,
+    op: str = "linear",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    bits: int = 4,
+    group_size: int = 128,
+    M: int = 1,
+    N: int = 4096,
+    K: int = 4096,
+) -> Explanation:
+    """Says which kernel runs for a weight and an input, and in one sentence why each other kernel does not.
+
+    Args:
+        weight: an `RTNQuantizedTensor`; where it is None, the plain numbers below describe one instead.
+        x: an input `[..., K]`; where it is None, `dtype` (the weight's, if one is given) and `M` describe one instead.
+        op: "linear", "linear_dx" (its backward), "grouped" (experts), "embedding", "quantize" or "dequantize".
+        device, dtype, bits, group_size, M, N, K: the problem in plain numbers; M is the number of input rows.
+
+    Raises:
+        TypeError: `weight` is not quantized.
+        ValueError: there is no such op, or `RTN_KERNEL` names a kernel that cannot run this.
+    """
+    if op not in Kernel.__dataclass_fields__ or op in ("name", "why_not", "rounds_weight"):
+        raise ValueError(f"op={op!r} is not an op; use linear, linear_dx, grouped, grouped_dx, embedding, quantize or dequantize")
+    if weight is not None:
+        if not hasattr(weight, "qdata"):
+            raise TypeError(f"explain needs a quantized weight, got {type(weight).__name__}; quantize it, or describe it by numbers")
+        m = M if x is None else x.numel() // max(x.shape[-1], 1)
+        problem = make_problem(
+            op, weight.dtype if x is None else x.dtype, m, weight.in_features, weight.qdata, weight.scale, weight.bits, weight.group_size
+        )
+    else:
+        device = torch.device(device)
+        if x is not None:
+            device, dtype, M, K = x.device, x.dtype, x.numel() // max(x.shape[-1], 1), x.shape[-1]
+        capability = _capability(device.index) if device.type == "cuda" else None
+        m = 1 << (M - 1).bit_length() if M else 0
+        problem = Problem(op, device.type, capability, dtype, dtype, bits, group_size, m, N, K)
+    chosen = choose(problem)
+    reasons = {}
+    for kernel in KERNELS:
+        if kernel is not chosen:
+            reasons[kernel.name] = why_not(kernel, problem) or f"It could, but {chosen.name} is preferred."
+    return Explanation(problem, chosen.name, reasons)

@@ -1,0 +1,22 @@
+"""Dequantize the weight, then the platform's own dense matmul: any device and shape, at the price of a float copy of the weight a call."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rtn_tensor import reference
+from rtn_tensor.kernels.problem import Kernel, Problem
+
+
+def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+    return F.linear(x, reference.dequantize(qdata, scale, bits, group_size, x.shape[-1], x.dtype), bias)
+
+
+def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    return dy @ reference.dequantize(qdata, scale, bits, group_size, k, dy.dtype)
+
+
+def why_not(problem: Problem) -> str | None:
+    return None
+
+
+KERNEL = Kernel(name="dense", why_not=why_not, rounds_weight=True, linear=linear, linear_dx=linear_dx)

@@ -1,0 +1,246 @@
+"""Every `torch.ops.rtn` op: schema, fake and autograd; nothing else registers ops.
+
+Each function here is the one door to its op. Where nothing traces and no gradient is asked for it calls the kernel straight away,
+which saves torch.library's Python layer (3 to 6 us a call); otherwise it goes through the dispatcher. K is passed where it cannot be
+read off an argument, because `qdata` is padded. Adding an op: a schema, its function, `_impl`, `_fake`, and a line in the tests' list.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.kernels import choose, make_problem
+
+_library = torch.library.Library("rtn", "DEF")
+_ops = torch.ops.rtn
+
+
+def _define(schema: str):
+    """Registers the decorated function as the implementation of an op on every backend."""
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+
+    def register(fn):
+        _library.impl(name, fn, "CompositeExplicitAutograd")
+        return fn
+
+    return register
+
+
+def tracing(*tensors: Tensor) -> bool:
+    """Whether a compiler, exporter, functorch transform or dispatch mode must see the ops, or a gradient is asked for."""
+    return (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or any(type(t) not in _PLAIN or t.is_meta for t in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+# ----------------------------------------------------------------------------------------------- linear and its backward
+
+
+@_define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
+def _linear(x, qdata, scale, bias, bits, group_size):
+    x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    m, k = x_MK.shape
+    kernel = choose(make_problem("linear", x.dtype, m, k, qdata, scale, bits, group_size))
+    y_MN = kernel.linear(x_MK, qdata, scale, bias, bits, group_size)
+    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], qdata.shape[-2])
+
+
+def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's dtype."""
+    operands = (x, qdata, scale) if bias is None else (x, qdata, scale, bias)
+    if tracing(*operands) or _wants_grad(*operands):
+        return _ops.linear.default(x, qdata, scale, bias, bits, group_size)
+    return _linear(x, qdata, scale, bias, bits, group_size)
+
+
+@torch.library.register_fake("rtn::linear", lib=_library)
+def _linear_fake(x, qdata, scale, bias, bits, group_size):
+    return x.new_empty(*x.shape[:-1], qdata.shape[-2])
+
+
+def _linear_setup(ctx, inputs, output):
+    x, qdata, scale, bias, ctx.bits, ctx.group_size = inputs
+    ctx.save_for_backward(qdata, scale)  # the packed planes and nothing else: 0.28 of a bf16 weight at int4
+    ctx.k = x.shape[-1]
+
+
+def _linear_backward(ctx, dy):
+    qdata, scale = ctx.saved_tensors
+    dx = linear_dx(dy, qdata, scale, ctx.bits, ctx.group_size, ctx.k) if ctx.needs_input_grad[0] else None
+    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+    return dx, None, None, dbias, None, None
+
+
+torch.library.register_autograd("rtn::linear", _linear_backward, setup_context=_linear_setup, lib=_library)
+
+
+@_define("linear_dx(Tensor dy, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
+def _linear_dx(dy, qdata, scale, bits, group_size, k):
+    dy_MN = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    kernel = choose(make_problem("linear_dx", dy.dtype, dy_MN.shape[0], k, qdata, scale, bits, group_size))
+    dx_MK = kernel.linear_dx(dy_MN, qdata, scale, bits, group_size, k)
+    return dx_MK if dy.dim() == 2 else dx_MK.view(*dy.shape[:-1], k)
+
+
+def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    """dx = dy @ w': `dy [..., N]`, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in dy's dtype."""
+    if tracing(dy, qdata, scale) or _wants_grad(dy):
+        return _ops.linear_dx.default(dy, qdata, scale, bits, group_size, k)
+    return _linear_dx(dy, qdata, scale, bits, group_size, k)
+
+
+@torch.library.register_fake("rtn::linear_dx", lib=_library)
+def _linear_dx_fake(dy, qdata, scale, bits, group_size, k):
+    return dy.new_empty(*dy.shape[:-1], k)
+
+
+def _linear_dx_setup(ctx, inputs, output):
+    _, qdata, scale, ctx.bits, ctx.group_size, _ = inputs
+    ctx.save_for_backward(qdata, scale)
+
+
+def _linear_dx_backward(ctx, ddx):
+    return linear(ddx, *ctx.saved_tensors, None, ctx.bits, ctx.group_size), None, None, None, None, None
+
+
+torch.library.register_autograd("rtn::linear_dx", _linear_dx_backward, setup_context=_linear_dx_setup, lib=_library)
+
+
+# ----------------------------------------------------------------------------------------------- experts
+
+
+@_define("grouped(Tensor x, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size) -> Tensor")
+def _grouped(x, qdata, scale, offs, bits, group_size):
+    kernel = choose(make_problem("grouped", x.dtype, x.shape[0], x.shape[1], qdata, scale, bits, group_size))
+    return kernel.grouped(x, qdata, scale, offs, bits, group_size)
+
+
+def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
+    """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, `qdata [E, N, B]`, `scale [E, N, G]`, `offs [E]` int32
+    cumulative ends, as for torch's grouped_mm -> `[M, N]` in x's dtype; rows past the last end come out zero."""
+    if tracing(x, qdata, scale, offs) or _wants_grad(x):
+        return _ops.grouped.default(x, qdata, scale, offs, bits, group_size)
+    return _grouped(x, qdata, scale, offs, bits, group_size)
+
+
+@torch.library.register_fake("rtn::grouped", lib=_library)
+def _grouped_fake(x, qdata, scale, offs, bits, group_size):
+    return x.new_empty(x.shape[0], qdata.shape[-2])
+
+
+def _grouped_setup(ctx, inputs, output):
+    x, qdata, scale, offs, ctx.bits, ctx.group_size = inputs
+    ctx.save_for_backward(qdata, scale, offs)
+    ctx.k = x.shape[-1]
+
+
+def _grouped_backward(ctx, dy):
+    return grouped_dx(dy, *ctx.saved_tensors, ctx.bits, ctx.group_size, ctx.k), None, None, None, None, None
+
+
+torch.library.register_autograd("rtn::grouped", _grouped_backward, setup_context=_grouped_setup, lib=_library)
+
+
+@_define("grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k) -> Tensor")
+def _grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
+    kernel = choose(make_problem("grouped_dx", dy.dtype, dy.shape[0], k, qdata, scale, bits, group_size))
+    return kernel.grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
+
+
+def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]` in dy's dtype; the rest as for `grouped`."""
+    if tracing(dy, qdata, scale, offs) or _wants_grad(dy):
+        return _ops.grouped_dx.default(dy, qdata, scale, offs, bits, group_size, k)
+    return _grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
+
+
+@torch.library.register_fake("rtn::grouped_dx", lib=_library)
+def _grouped_dx_fake(dy, qdata, scale, offs, bits, group_size, k):
+    return dy.new_empty(dy.shape[0], k)
+
+
+def _grouped_dx_setup(ctx, inputs, output):
+    _, qdata, scale, offs, ctx.bits, ctx.group_size, _ = inputs
+    ctx.save_for_backward(qdata, scale, offs)
+
+
+def _grouped_dx_backward(ctx, ddx):
+    return grouped(ddx, *ctx.saved_tensors, ctx.bits, ctx.group_size), None, None, None, None, None, None
+
+
+torch.library.register_autograd("rtn::grouped_dx", _grouped_dx_backward, setup_context=_grouped_dx_setup, lib=_library)
+
+
+# ----------------------------------------------------------------------------------------------- embedding, quantize, dequantize
+
+
+@_define("embedding(Tensor indices, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
+def _embedding(indices, qdata, scale, bits, group_size, k):
+    kernel = choose(make_problem("embedding", scale.dtype, indices.numel(), k, qdata, scale, bits, group_size))
+    return kernel.embedding(indices, qdata, scale, bits, group_size, k)
+
+
+def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    """Dequantized rows: `indices [...]` int32 or int64, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in the scale's dtype."""
+    if tracing(indices, qdata, scale):
+        return _ops.embedding.default(indices, qdata, scale, bits, group_size, k)
+    return _embedding(indices, qdata, scale, bits, group_size, k)
+
+
+@torch.library.register_fake("rtn::embedding", lib=_library)
+def _embedding_fake(indices, qdata, scale, bits, group_size, k):
+    return scale.new_empty(*indices.shape, k)
+
+
+@_define("quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)")
+def _quantize(w, bits, group_size, scale_method, scale_dtype):
+    rows, k = w.shape[:-1].numel(), w.shape[-1]
+    problem = make_problem("quantize", w.dtype, rows, k, w, w, bits, group_size)._replace(scale_dtype=scale_dtype)
+    return choose(problem).quantize(w, bits, group_size, scale_method, scale_dtype)
+
+
+def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rounds `w [..., N, K]` to `qdata [..., N, B]` uint8 and `scale [..., N, G]` in `scale_dtype`; see `reference.quantize`."""
+    w = w.detach()
+    if tracing(w):
+        return _ops.quantize.default(w, bits, group_size, scale_method, scale_dtype)
+    return _quantize(w, bits, group_size, scale_method, scale_dtype)
+
+
+@torch.library.register_fake("rtn::quantize", lib=_library)
+def _quantize_fake(w, bits, group_size, scale_method, scale_dtype):
+    *rows, k = w.shape
+    qdata = w.new_empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8)
+    return qdata, w.new_empty(*rows, groups(k, group_size), dtype=scale_dtype)
+
+
+@_define("dequantize(Tensor qdata, Tensor scale, int bits, int group_size, SymInt k, ScalarType dtype) -> Tensor")
+def _dequantize(qdata, scale, bits, group_size, k, dtype):
+    rows = qdata.shape[:-1].numel()
+    kernel = choose(make_problem("dequantize", dtype, rows, k, qdata, scale, bits, group_size))
+    return kernel.dequantize(qdata, scale, bits, group_size, k, dtype)
+
+
+def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+    """w' = q * S in fp32, rounded once to `dtype`: `qdata [..., N, B]`, `scale [..., N, G]` -> `[..., N, K]`."""
+    if tracing(qdata, scale):
+        return _ops.dequantize.default(qdata, scale, bits, group_size, k, dtype)
+    return _dequantize(qdata, scale, bits, group_size, k, dtype)
+
+
+@torch.library.register_fake("rtn::dequantize", lib=_library)
+def _dequantize_fake(qdata, scale, bits, group_size, k, dtype):
+    return qdata.new_empty(*qdata.shape[:-1], k, dtype=dtype)

@@ -1,0 +1,323 @@
+"""`quantize_`, which checks every weight before it changes one, its undoing, and the report of what is quantized."""
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import FqnToConfig, register_quantize_module_handler
+
+from rtn_tensor.config import RTNConfig
+from rtn_tensor.tables import table
+from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+def is_linear(module: nn.Module, fqn: str) -> bool:
+    """The default `filter_fn`: every nn.Linear whose weight its module really multiplies by (torchao's rule)."""
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+# ------------------------------------------------------------------------------------------- which weights
+
+
+@dataclass(frozen=True)
+class _Target:
+    module: nn.Module
+    parameter_name: str
+    fqn: str
+    config: RTNConfig
+
+    @property
+    def parameter(self) -> Tensor | None:
+        return self.module._parameters.get(self.parameter_name)
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(fqn, module, parameter name, parameter) of every place that holds a parameter, shared ones included."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{name}" if prefix else name, module, name, parameter
+
+
+def _targets(model: nn.Module, config: RTNConfig, filter_fn: FilterFn) -> Iterator[_Target]:
+    for prefix, module in model.named_modules():
+        # A filter that goes by name alone also selects containers and activations, which have no weight.
+        if filter_fn(module, prefix) and isinstance(getattr(module, "weight", None), Tensor):
+            yield _Target(module, "weight", f"{prefix}.weight" if prefix else "weight", config)
+
+
+def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[_Target]:
+    """torchao's precedence, the first match winning: parameter name, module name, "re:" on the parameter, "re:" on the module,
+    "_default" on linears."""
+    table = config.fqn_to_config
+    unused = {key for key, value in table.items() if value is not None and not key.startswith("re:") and key != "_default"}
+
+    def lookup(prefix: str, module: nn.Module, name: str, fqn: str, parameter: Tensor) -> Any:
+        owns_weight = name == "weight" and isinstance(module, nn.Linear | nn.Embedding)
+        if fqn in table:
+            unused.discard(fqn)
+            return table[fqn]
+        if prefix in table and owns_weight:
+            unused.discard(prefix)
+            return table[prefix]
+        patterns = [(re.compile(key[3:]), value) for key, value in table.items() if key.startswith("re:")]
+        if parameter.dim() > 1:  # a pattern for a layer's weight is not meant for its bias
+            for pattern, value in patterns:
+                if pattern.fullmatch(fqn):
+                    return value
+        if owns_weight:
+            for pattern, value in patterns:
+                if pattern.fullmatch(prefix):
+                    return value
+        return table.get("_default") if name == "weight" and is_linear(module, prefix) else None
+
+    for fqn, module, name, parameter in _named_parameters(model):
+        if (found := lookup(fqn.removesuffix(name).removesuffix("."), module, name, fqn, parameter)) is not None:
+            yield _Target(module, name, fqn, found)
+    if unused:
+        raise ValueError(
+            f"FqnToConfig names {', '.join(sorted(unused))}, which is no parameter and no linear or embedding of the model; "
+            "use a name from model.named_parameters(), or a pattern 're:...'"
+        )
+
+
+def _why_unfit(target: _Target) -> str | None:
+    """None where the weight can be quantized, else why it cannot, and what to do."""
+    w = target.parameter
+    if not isinstance(target.config, RTNConfig):
+        return f"its config is a {type(target.config).__name__}; use rtn_int4(), rtn_int8() or None here, or torchao's own quantize_"
+    if w is None:
+        return "is computed by its module, not stored (a parametrization?); remove that first, or leave the module out"
+    if isinstance(w, RTNQuantizedTensor):
+        return f"is already quantized ({w.bits} bits, group_size={w.group_size}); leave it out, or dequantize_ the model first"
+    if w.dtype not in FLOAT_DTYPES or type(w) not in (Tensor, nn.Parameter):
+        return f"is {type(w).__name__} of {w.dtype}; only plain {', '.join(map(str, FLOAT_DTYPES))} weights can be quantized"
+    if isinstance(target.module, nn.Linear | nn.Embedding) or target.parameter_name != "weight":
+        if w.dim() not in (2, 3):
+            return f"has shape {tuple(w.shape)}; a weight must be [N, K], or [E, N, K] for experts. Leave it out"
+    else:
+        return f"belongs to a {type(target.module).__name__}; only nn.Linear and nn.Embedding weights can be quantized. Leave it out"
+    if w.numel() and not w.is_meta and not torch.stack(w.detach().aminmax()).isfinite().all():
+        return "holds NaN or inf; repair the checkpoint, or leave the weight out"
+    return None
+
+
+def _check(targets: list[_Target]) -> None:
+    problems = [f"{t.fqn} {why}" for t in targets if (why := _why_unfit(t))]
+    configs: dict[int, _Target] = {}
+    for t in targets:
+        other = configs.setdefault(id(t.parameter), t)
+        if t.parameter is not None and other.config != t.config:
+            problems.append(f"{t.fqn} shares its weight with {other.fqn} but has another config; give both the same")
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError("cannot quantize, and nothing was changed:\n  " + "\n  ".join(problems[:8]) + more)
+
+
+# ------------------------------------------------------------------------------------------- quantize and back
+
+
+def _quantized(w: Tensor, config: RTNConfig) -> nn.Parameter:
+    q = RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
+    new = nn.Parameter(q, requires_grad=False)
+    for name, value in vars(w).items():
+        setattr(new, name, value)
+    return new
+
+
+def quantize_(
+    model: nn.Module,
+    config: AOBaseConfig,
+    filter_fn: FilterFn | None = None,
+    device: torch.device | str | None = None,
+    *,
+    progress: Callable[[list], Iterable] | None = None,
+) -> "Report":
+    """Quantizes the weights of `model` in place. Modules stay what they are; their weights become `RTNQuantizedTensor`s.
+
+    Every selected weight is checked first, and nothing changes if one is unfit. Modules that share a weight share the quantized one;
+    where only some of them are selected, the others keep the float weight, and the report says "untied".
+
+    Args:
+        model: any module; float32, bfloat16 or float16 weights, on any device (a meta weight becomes an empty quantized one).
+        config: `rtn_int4()`, `rtn_int8()`, `rtn(...)`, or torchao's `FqnToConfig` with those, or None, as values.
+        filter_fn: given a module and its name, whether to quantize its weight. By default every nn.Linear, as in torchao; nn.Embedding
+            can be selected too. Not with `FqnToConfig`.
+        device: where to move each module just before it is quantized, and the rest of the model at the end.
+        progress: wraps the list of weights to come, for instance `tqdm.tqdm`.
+
+    Returns:
+        `report(model)`.
+
+    Raises:
+        TypeError: `config` is not one of the above.
+        ValueError: a weight is unfit (the error names each): already quantized, of another dtype, NaN or inf inside, not a matrix, or
+            not of an nn.Linear or nn.Embedding; or `filter_fn` is given with `FqnToConfig`.
+    """
+    if isinstance(config, FqnToConfig):
+        if filter_fn is not None:
+            raise ValueError("FqnToConfig says itself which weights to quantize; leave filter_fn out")
+        targets = list(_fqn_targets(model, config))
+    elif isinstance(config, RTNConfig):
+        targets = list(_targets(model, config, filter_fn or is_linear))
+    else:
+        raise TypeError(f"config is a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...) or FqnToConfig with those")
+    _check(targets)
+    if not targets:
+        warnings.warn("quantize_ selected no weight: the model is unchanged; check filter_fn or the names in the config", stacklevel=2)
+
+    places: dict[int, list[str]] = defaultdict(list)
+    for fqn, _, _, parameter in _named_parameters(model):
+        places[id(parameter)].append(fqn)
+    selected = {t.fqn for t in targets}
+    # Only shared weights are remembered: holding the others would keep the float model alive.
+    shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
+    for target in targets if progress is None else progress(targets):
+        if device is not None:
+            target.module.to(device)
+        w = target.parameter
+        assert w is not None
+        names = places[id(w)]
+        if id(w) in shared:
+            new = shared[id(w)][1]
+        else:
+            new = _quantized(w, target.config)
+            new.fqn = target.fqn  # for the errors of a later slice or product
+            if rest := [name for name in names if name not in selected]:
+                new.untied_from = rest
+        if len(names) > 1:
+            shared[id(w)] = w, new
+        setattr(target.module, target.parameter_name, new)
+    if device is not None:
+        model.to(device)
+    return report(model)
+
+
+@register_quantize_module_handler(RTNConfig)
+def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: str = "weight") -> nn.Module:
+    """What torchao's own `quantize_`, and so transformers, calls for each module; the keyword makes parameter names legal in FqnToConfig."""
+    target = _Target(module, parameter_name, f"{type(module).__name__}.{parameter_name}", config)
+    _check([target])
+    assert target.parameter is not None
+    setattr(module, parameter_name, _quantized(target.parameter, config))
+    return module
+
+
+def dequantize_(model: nn.Module) -> "Report":
+    """Puts plain float parameters (q * S, in each weight's dtype) in place of the quantized ones; shared weights stay shared."""
+    shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
+    for _, module, name, parameter in list(_named_parameters(model)):
+        if isinstance(parameter, RTNQuantizedTensor):
+            if id(parameter) not in shared:
+                shared[id(parameter)] = parameter, nn.Parameter(parameter.dequantize())
+            setattr(module, name, shared[id(parameter)][1])
+    return report(model)
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter. `bits` and `group_size` are None where it stayed float; `note` then says why. Bytes of a shared one are counted at
+    its first place only."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int | None
+    group_size: int | None
+    bytes_before: int
+    bytes_after: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What of a model is quantized. Printed, one row a weight; vectors (norms, biases) share a row.
+
+    Attributes:
+        rows: one `Row` a parameter, vectors included.
+    """
+
+    rows: list[Row]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all parameters, had none been quantized."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all parameters as they are, scales included."""
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a parameter takes on average, over the whole model: those that stayed float, and the scales, are counted."""
+        count = sum(torch.Size(row.shape).numel() for row in self.rows if row.bytes_before)
+        return 8 * self.bytes_after / count if count else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in plain types, ready for JSON."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "weights": [asdict(row) | {"shape": list(row.shape)} for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for row in self.rows:
+            if len(row.shape) > 1:
+                shape = " x ".join(map(str, row.shape))
+                bits, group = ("float", "") if row.bits is None else (str(row.bits), str(row.group_size))
+                lines.append([row.name, shape, bits, group, f"{row.bytes_before:,}", f"{row.bytes_after:,}", row.note])
+        vectors = [row for row in self.rows if len(row.shape) < 2]
+        if vectors:
+            before, after = (sum(getattr(row, key) for row in vectors) for key in ("bytes_before", "bytes_after"))
+            lines.append([f"{len(vectors)} vectors", "", "float", "", f"{before:,}", f"{after:,}", "norms and biases"])
+        total = ["total", "", f"{self.bits_per_weight:.2f}", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", ""]
+        return table(["weight", "shape", "bits", "group", "bytes before", "bytes after", "note"], [*lines, total])
+
+
+def report(model: nn.Module) -> Report:
+    """Says of every parameter of `model` how it is stored, or why it stayed float."""
+    rows: list[Row] = []
+    first: dict[int, str] = {}
+    untied: dict[str, str] = {}
+    for fqn, _, _, w in _named_parameters(model):
+        for other in getattr(w, "untied_from", []):
+            untied[other] = fqn
+    for fqn, module, name, w in _named_parameters(model):
+        quantized = isinstance(w, RTNQuantizedTensor)
+        before = w.numel() * w.dtype.itemsize
+        after = w.qdata.nbytes + w.scale.nbytes if quantized else before
+        if id(w) in first:
+            note, before, after = f"shared with {first[id(w)]}", 0, 0
+        elif quantized and hasattr(w, "untied_from"):
+            note, before = f"untied from {', '.join(w.untied_from)}", 0  # the float weight it shared is counted there
+        elif quantized:
+            note = ""
+        elif fqn in untied:
+            note = f"untied from {untied[fqn]}"
+        elif isinstance(w, torch.nn.parameter.UninitializedTensorMixin):
+            note, before, after = "uninitialized", 0, 0
+        elif w.dim() < 2:
+            note = "vector"
+        elif name == "weight" and isinstance(module, nn.Linear | nn.Embedding):
+            note = "not selected"
+        else:
+            note = f"weight of a {type(module).__name__}"
+        first.setdefault(id(w), fqn)
+        bits, group_size = (w.bits, w.group_size) if quantized else (None, None)
+        rows.append(Row(fqn, tuple(w.shape), bits, group_size, before, after, note))
+    return Report(rows)

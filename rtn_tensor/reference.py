@@ -1,0 +1,99 @@
+"""The specification: every operation in plain fp32 torch, against which kernels are tested.
+
+Names: `w [..., N, K]` float weight, `qdata [..., N, B]` uint8, `scale [..., N, G]`, G = groups(K, group_size); b = bits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rtn_tensor.formats import FORMATS, groups, pack, unpack
+
+
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds an fp32 `scale` to `dtype` so that no group is lost: to nearest, but away from zero where the result is subnormal
+    (never to 0), and to the largest finite value where it would overflow. NaN stays NaN; 0 stays 0."""
+    limits = torch.finfo(dtype)
+    rounded = scale.to(dtype)
+    rounded = torch.where(rounded.isinf() & scale.isfinite(), scale.sign().to(dtype) * limits.max, rounded)
+    ulp = limits.tiny * limits.eps  # the smallest subnormal, and the step between subnormals
+    short = (scale.abs() < limits.tiny) & (rounded.float().abs() < scale.abs())
+    return torch.where(short, (rounded.float() + scale.sign() * ulp).to(dtype), rounded)
+
+
+def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rounds `w [..., N, K]` to (qdata, scale), in fp32 whatever its dtype, so bit-exact on every device.
+
+        absmax: S = 2 max|w| / (2^b - 1)        (arXiv 2505.15909)
+        signed: S = w_ext / -2^(b-1), w_ext the element of largest magnitude with its sign (of a tie, the negative one)
+        q = clamp(rint(w / S), -2^(b-1), 2^(b-1) - 1), with the S that `scale_dtype` holds
+
+    An all-zero group gets S = 1; one that holds a NaN or inf gets S = NaN and q = 0.
+    """
+    fmt = FORMATS[bits]
+    k = w.shape[-1]
+    g = max(k, 1) if group_size == -1 else group_size
+    n_groups = groups(k, group_size)
+    w_groups = F.pad(w.float(), (0, n_groups * g - k)).unflatten(-1, (n_groups, g))
+    low, high = w_groups.aminmax(dim=-1)
+    if scale_method == "signed":
+        exact = torch.where(-low >= high, low, high) / fmt.qmin
+    else:
+        # The formula's number, and it cannot overflow: 2 max|w| / (2^b - 1) = max|w| / (2^(b-1) - 1/2).
+        exact = torch.maximum(-low, high) / (fmt.qmax + 0.5)
+    # A weight that is tiny even for fp32 must not lose its group in the division.
+    lost = (exact == 0) & ((low != 0) | (high != 0))
+    exact = torch.where(lost, torch.finfo(torch.float32).tiny * torch.finfo(torch.float32).eps, exact)
+    exact = torch.where((low == 0) & (high == 0), 1.0, torch.where(exact.isinf(), torch.nan, exact))
+    scale = round_scale(exact, scale_dtype)
+    q = (w_groups / scale.float().unsqueeze(-1)).round().clamp(fmt.qmin, fmt.qmax).nan_to_num(nan=0.0)
+    return pack(q.to(torch.int8).flatten(-2)[..., :k], bits), scale.contiguous()
+
+
+def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+    """w' = q * S in fp32, rounded once to `dtype`: `[..., N, K]`."""
+    q = unpack(qdata, bits, k).float()
+    if group_size == -1:
+        return (q * scale.float()).to(dtype)
+    padded = F.pad(q, (0, scale.shape[-1] * group_size - k)).unflatten(-1, (scale.shape[-1], group_size))
+    return (padded * scale.float().unsqueeze(-1)).flatten(-2)[..., :k].to(dtype).contiguous()
+
+
+def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """y = x @ w'^T + bias: `x [M, K]` -> `[M, N]` in x's dtype, the bias added before the one rounding."""
+    w = dequantize(qdata, scale, bits, group_size, x.shape[-1], torch.float32)
+    y = x.float() @ w.mT
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    """dx = dy @ w': `dy [M, N]` -> `[M, K]` in dy's dtype."""
+    return (dy.float() @ dequantize(qdata, scale, bits, group_size, k, torch.float32)).to(dy.dtype)
+
+
+def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
+    """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, weights `[E, N, K]` -> `[M, N]`.
+
+    `offs [E]` int32 holds cumulative ends, as for torch's grouped_mm; rows past the last end come out zero.
+    """
+    y = x.new_zeros(x.shape[0], qdata.shape[-2])
+    start = 0
+    for e, end in enumerate(offs.tolist()):
+        y[start:end] = linear(x[start:end], qdata[e], scale[e], None, bits, group_size)
+        start = end
+    return y
+
+
+def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]`."""
+    dx = dy.new_zeros(dy.shape[0], k)
+    start = 0
+    for e, end in enumerate(offs.tolist()):
+        dx[start:end] = linear_dx(dy[start:end], qdata[e], scale[e], bits, group_size, k)
+        start = end
+    return dx
+
+
+def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    """Rows of w' `[N, K]` in the scale's dtype: `indices [...]` -> `[..., K]`."""
+    return dequantize(qdata[indices], scale[indices], bits, group_size, k, scale.dtype)

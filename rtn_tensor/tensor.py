@@ -1,0 +1,600 @@
+"""`RTNQuantizedTensor`: two planes that slice like the weight they stand for, and one table of the ops it knows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import TorchAOBaseTensor
+
+from rtn_tensor import ops
+from rtn_tensor.config import check_format
+from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.reference import round_scale
+
+aten = torch.ops.aten
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class RTNQuantizedTensor(TorchAOBaseTensor):
+    """A float weight `[..., N, K]` held as round-to-nearest integers and one scale a group.
+
+    Attributes:
+        qdata: `[..., N, B]` uint8, the packed integers (`rtn_tensor.formats` gives the order); B = 16 * ceil(K * bits / 128).
+        scale: `[..., N, G]`, G = ceil(K / group_size), in the dtype that the tensor shows as its own.
+        bits, group_size, scale_method: as in `RTNConfig`.
+        in_features: K.
+        transposed: whether the tensor's last two dims stand swapped, as after `t()`; the planes never move.
+
+    The tensor has the shape and dtype of the weight it stands for, never requires a gradient (asking for one is ignored), passes
+    gradients to its inputs, and gives views that alias it. Rows (and leading dims) slice anywhere; columns at multiples of
+    `group_size`, or to the end. `copy_` from a float tensor quantizes in place. An op it does not know raises NotImplementedError.
+    """
+
+    tensor_data_names = ["qdata", "scale"]
+    tensor_attribute_names = ["bits", "group_size", "scale_method", "in_features", "transposed"]
+
+    qdata: Tensor
+    scale: Tensor
+    bits: int
+    group_size: int
+    scale_method: str
+    in_features: int
+    transposed: bool
+
+    @staticmethod
+    def __new__(cls, qdata, scale, bits, group_size, scale_method, in_features, transposed=False):
+        shape = [*qdata.shape[:-1], in_features]
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        if transposed:
+            shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
+        return torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=scale.dtype, device=qdata.device)  # type: ignore[attr-defined]
+
+    def __init__(self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False):
+        self.qdata = qdata
+        self.scale = scale
+        self.bits = bits
+        self.group_size = group_size
+        self.scale_method = scale_method
+        self.in_features = in_features
+        self.transposed = transposed
+
+    @classmethod
+    def from_float(
+        cls, w: Tensor, bits: int = 4, group_size: int = 128, scale_method: str = "absmax", dtype: torch.dtype | None = None
+    ) -> "RTNQuantizedTensor":
+        """Quantizes `w [..., N, K]` (float32, bfloat16 or float16). `dtype`, by default `w`'s, is that of the scale and so the tensor's.
+
+        A NaN or inf in `w` is not looked for: it makes its group NaN. `quantize_` looks.
+
+        Raises:
+            ValueError: an unknown format, or `w` has no dims.
+            TypeError: `w` is already quantized or not of a float dtype above.
+        """
+        check_format(bits, group_size, scale_method)
+        if isinstance(w, TorchAOBaseTensor):
+            raise TypeError(f"already quantized: got a {type(w).__name__}; quantize the float weight, or call .dequantize() first")
+        if w.dim() == 0:
+            raise ValueError("cannot quantize a tensor without dims; give a weight [..., N, K]")
+        for got in (w.dtype, dtype or w.dtype):
+            _check_dtype(got)
+        qdata, scale = ops.quantize(w, bits, group_size, scale_method, dtype or w.dtype)
+        return cls(qdata, scale, bits, group_size, scale_method, w.shape[-1])
+
+    @classmethod
+    def empty(
+        cls,
+        *shape: int,
+        bits: int = 4,
+        group_size: int = 128,
+        scale_method: str = "absmax",
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> "RTNQuantizedTensor":
+        """An uninitialized `[..., N, K]` tensor, for `copy_` to fill; on any device, meta included."""
+        check_format(bits, group_size, scale_method)
+        _check_dtype(dtype)
+        planes = _new_planes(torch.empty, shape, bits, group_size, dtype, device=device)
+        return cls(*planes, bits, group_size, scale_method, shape[-1])
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The plain tensor q * S, computed in fp32 and rounded once to `dtype` (by default the tensor's), in its shape."""
+        w = ops.dequantize(self.qdata, self.scale, self.bits, self.group_size, self.in_features, dtype or self.scale.dtype)
+        return w.mT if self.transposed else w
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        parts = [f"shape={tuple(self.shape)}", f"bits={self.bits}", f"group_size={self.group_size}"]
+        if self.scale_method != "absmax":
+            parts.append(f"scale_method={self.scale_method!r}")
+        if self.transposed:
+            parts.append("transposed=True")
+        return f"{type(self).__name__}({', '.join(parts)}, dtype={self.dtype}, device={self.device.type!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        handler = cls._ATEN_OP_TABLE[cls].get(func)
+        if handler is None:
+            raise NotImplementedError(f"{cls.__name__} does not implement {func}; call it on .dequantize(), which gives a plain tensor")
+        return handler(func, types, args, kwargs or {})
+
+
+torch.serialization.add_safe_globals([RTNQuantizedTensor])
+
+_OWN = {*RTNQuantizedTensor.tensor_data_names, *RTNQuantizedTensor.tensor_attribute_names, "_is_param"}
+_op = RTNQuantizedTensor.implements
+_function = RTNQuantizedTensor.implements_torch_function
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype {dtype} is not supported for a quantized weight; use {', '.join(map(str, FLOAT_DTYPES))}")
+
+
+def _error(w: Tensor, what: str, kind: type[Exception] = ValueError) -> Exception:
+    """`quantize_` writes a weight's name on it, as `fqn`, so that an error met later can give it."""
+    name = getattr(w, "fqn", None)
+    return kind(f"{name}: {what}" if name else what)
+
+
+def _rebuild(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
+    """A tensor of `w`'s format over other planes; what users hung on `w` (vLLM's weight_loader, say) goes along."""
+    attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
+    new = type(w)(qdata, scale, **attributes)
+    for name, value in vars(w).items():
+        if name not in _OWN:
+            setattr(new, name, value)
+    return new
+
+
+def _new_planes(factory, shape: Sequence[int], bits: int, group_size: int, dtype: torch.dtype, **kwargs) -> tuple[Tensor, Tensor]:
+    *rows, k = shape
+    qdata = factory((*rows, FORMATS[bits].row_bytes(k)), dtype=torch.uint8, **kwargs)
+    return qdata, factory((*rows, groups(k, group_size)), dtype=dtype, **kwargs)
+
+
+def _plane_dim(w: RTNQuantizedTensor, dim: int) -> int:
+    """The planes' dim for the tensor's `dim`; the last one is packed."""
+    if not -w.dim() <= dim < w.dim():
+        raise IndexError(f"dim {dim} is out of range for a tensor of {w.dim()} dims")
+    dim %= w.dim()
+    return 2 * w.dim() - 3 - dim if w.transposed and dim >= w.dim() - 2 else dim
+
+
+def _is_packed(w: RTNQuantizedTensor, dim: int) -> bool:
+    return _plane_dim(w, dim) == w.dim() - 1
+
+
+# ------------------------------------------------------------------------------------------- products
+
+
+def _check_operand(x: Tensor, w: RTNQuantizedTensor, size: int) -> Tensor:
+    """`x` as the kernel takes it: cast under autocast, else of the weight's dtype; its last dim is contracted with `size`."""
+    if isinstance(x, RTNQuantizedTensor):
+        raise _error(w, "a quantized tensor cannot multiply a quantized tensor; call .dequantize() on the activation", TypeError)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif x.dtype != w.scale.dtype:
+        raise _error(w, f"x is {x.dtype} but the weight is {w.scale.dtype}; use x.to({w.scale.dtype}) or weight.to({x.dtype})", TypeError)
+    if x.shape[-1] != size:
+        raise _error(w, f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(w.shape)}: its last dim must be {size}")
+    return x
+
+
+def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_features: bool) -> Tensor:
+    """x @ w'^T + bias where `over_in_features`, else x @ w' + bias, with w' `[N, K]` as the planes hold it."""
+    qdata, scale = w.qdata, w.scale
+    if qdata.dim() != 2:
+        raise _error(w, f"linear needs a 2-D weight, got shape {tuple(w.shape)}; for experts use bmm or grouped_mm, or select one")
+    x = _check_operand(x, w, w.in_features if over_in_features else qdata.shape[0])
+    if bias is not None:
+        if torch.is_autocast_enabled(x.device.type):
+            bias = bias.to(x.dtype)
+        elif bias.dtype != x.dtype:
+            raise _error(w, f"bias is {bias.dtype} but x is {x.dtype}; use bias.to({x.dtype})", TypeError)
+    if over_in_features:
+        # Only a bias [N] is fused: addmm may bring one of another shape.
+        fused = bias if bias is not None and bias.shape == (qdata.shape[0],) else None
+        y = ops.linear(x, qdata, scale, fused, w.bits, w.group_size)
+        return y if fused is bias else y + bias
+    y = ops.linear_dx(x, qdata, scale, w.bits, w.group_size, w.in_features)
+    return y if bias is None else y + bias
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, RTNQuantizedTensor):
+        raise TypeError(f"only the weight of a linear can be quantized; got input {input!r}: call .dequantize() on it")
+    return _project(input, weight, bias, not weight.transposed)
+
+
+def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(b, RTNQuantizedTensor):
+        if b.dim() == 3:
+            return _bmm(a, b)
+        return _project(a, b, bias, b.transposed)
+    assert isinstance(a, RTNQuantizedTensor)
+    if a.dim() == 3:
+        return _bmm(b.mT, a.mT).mT
+    if bias is not None:  # a @ b + bias, with the weight first
+        return _matmul(a, b) + bias
+    if b.dim() == 1:
+        return _project(b, a, None, not a.transposed)
+    return _project(b.mT, a, None, not a.transposed).mT
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if beta == 1 and alpha == 1:
+        return _matmul(a, b, bias)
+    y = alpha * _matmul(a, b)
+    return y if beta == 0 else y + beta * bias
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    if isinstance(a, RTNQuantizedTensor):
+        return _bmm(b.mT, a.mT).mT
+    assert isinstance(b, RTNQuantizedTensor)
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0]:
+        raise _error(b, f"bmm needs x [E, M, K] and a weight of E experts, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    experts, m = a.shape[:2]
+    offs = torch.arange(1, experts + 1, dtype=torch.int32, device=a.device) * m
+    return _grouped_mm(a.flatten(0, 1), b, offs).unflatten(0, (experts, m))
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    if not isinstance(b, RTNQuantizedTensor) or b.dim() != 3 or a.dim() != 2 or offs is None:
+        raise _error(b, f"grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes {tuple(a.shape)}, {tuple(b.shape)}")
+    a = _check_operand(a, b, b.shape[-2])
+    if b.transposed:
+        y = ops.grouped(a, b.qdata, b.scale, offs, b.bits, b.group_size)
+    else:
+        y = ops.grouped_dx(a, b.qdata, b.scale, offs, b.bits, b.group_size, b.in_features)
+    if bias is not None:
+        y = y + bias
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def _embedding(
+    input: Tensor,
+    weight: RTNQuantizedTensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None:
+        raise _error(weight, "embedding with max_norm rewrites the weight, which a quantized one cannot; drop max_norm")
+    if weight.transposed or weight.dim() != 2:
+        raise _error(weight, f"embedding needs a 2-D weight that is not transposed, got {weight!r}")
+    return ops.embedding(input, weight.qdata, weight.scale, weight.bits, weight.group_size, weight.in_features)
+
+
+# Caught here, above autograd and autocast: one op with its own backward, the weight's scale never cast, and 3 us a call.
+for _torch_fns, _handler in (
+    ([F.linear], _linear),
+    ([torch.mm, Tensor.mm, torch.matmul, Tensor.matmul, Tensor.__matmul__], _matmul),
+    ([Tensor.__rmatmul__], lambda b, a: _matmul(a, b)),
+    ([torch.addmm, Tensor.addmm], _addmm),
+    ([torch.bmm, Tensor.bmm], _bmm),
+    ([torch._grouped_mm, F.grouped_mm], _grouped_mm),
+    ([F.embedding], _embedding),
+):
+
+    @_function(_torch_fns)
+    def _(func, types, args, kwargs, _handler=_handler):
+        return _handler(*args, **(kwargs or {}))
+
+
+# The same below autograd, where DTensor and C++ callers arrive.
+for _aten_op, _handler in (
+    (aten.linear.default, _linear),
+    (aten.mm.default, _matmul),
+    (aten.matmul.default, _matmul),
+    (aten.addmm.default, _addmm),
+    (aten.bmm.default, _bmm),
+    (aten._grouped_mm.default, _grouped_mm),
+    (aten.embedding.default, lambda weight, indices, *args: _embedding(indices, weight)),
+):
+
+    @_op(_aten_op)
+    def _(func, types, args, kwargs, _handler=_handler):
+        return _handler(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------- views
+
+
+def _slice(w: RTNQuantizedTensor, dim: int, start: int | None, end: int | None, step: int = 1) -> RTNQuantizedTensor:
+    size = w.shape[dim]
+    start, end, _ = slice(start, end).indices(size)
+    dim = _plane_dim(w, dim)
+    if dim < w.qdata.dim() - 1:
+        return _rebuild(w, *(aten.slice.Tensor(p, dim, start, end, step) for p in (w.qdata, w.scale)))
+    k = max(end - start, 0)
+    fmt = FORMATS[w.bits]
+    unit = fmt.chunk if w.group_size == -1 else w.group_size
+    if k and (step != 1 or start % unit or (end % unit and end != size)):
+        raise _error(
+            w,
+            f"cannot slice columns {start}:{end}{f':{step}' if step != 1 else ''}; with bits={w.bits} and group_size={w.group_size} "
+            f"cuts must be multiples of {unit}, or at the end, {size}",
+        )
+    start = start if k else 0
+    qdata = w.qdata.narrow(dim, fmt.row_bytes(start), fmt.row_bytes(k))
+    scale = w.scale if w.group_size == -1 else w.scale.narrow(dim, groups(start, unit), groups(k, unit))
+    return _rebuild(w, qdata, scale.view(scale.shape), in_features=k)
+
+
+@_op(aten.slice.Tensor)
+def _(func, types, args, kwargs):
+    w, dim, start, end, step = [*args, *(None, 0, None, None, 1)[len(args) :]]
+    return return_and_correct_aliasing(func, args, kwargs, _slice(w, dim, start, end, step))
+
+
+@_op([aten.split.Tensor, aten.split_with_sizes.default])
+def _(func, types, args, kwargs):
+    w, sizes = args[:2]
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    total = w.shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - start) for start in range(0, total, sizes)] if total else [0]
+    elif sum(sizes) != total:
+        raise _error(w, f"split sizes {list(sizes)} do not add up to {total}, the size of dim {dim}")
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(_slice(w, dim, start, start + size))
+        start += size
+    return return_and_correct_aliasing(func, args, kwargs, parts)
+
+
+def _select(w: RTNQuantizedTensor, dim: int, index: int) -> RTNQuantizedTensor:
+    plane_dim = _plane_dim(w, dim)
+    if plane_dim == w.dim() - 1:
+        raise _error(w, f"cannot select along dim {dim}: one column of a packed weight is no tensor; slice whole groups, or dequantize()")
+    # Without its rows a weight has no two dims to stand swapped.
+    transposed = w.transposed and plane_dim != w.dim() - 2
+    return _rebuild(w, *(aten.select.int(p, plane_dim, index) for p in (w.qdata, w.scale)), transposed=transposed)
+
+
+@_op(aten.select.int)
+def _(func, types, args, kwargs):
+    return return_and_correct_aliasing(func, args, kwargs, _select(*args))
+
+
+@_op(aten.unbind.int)
+def _(func, types, args, kwargs):
+    w, dim = [*args, 0][:2]
+    return return_and_correct_aliasing(func, args, kwargs, [_select(w, dim, i) for i in range(w.shape[dim])])
+
+
+@_op([aten.view.default, aten._unsafe_view.default, aten.reshape.default])
+def _(func, types, args, kwargs):
+    w, size = args[0], list(args[1])
+    if size == [-1]:
+        # FSDP2 flattens a shard whole and only ever narrows it back: the tensor with its shape kept serves.
+        size = list(w.shape)
+    elif -1 in size:
+        known = -math.prod(size)
+        size[size.index(-1)] = w.numel() // known if known else 0
+    same_shape = size == list(w.shape)
+    if not same_shape and (w.transposed or not size or size[-1] != w.in_features or math.prod(size) != w.numel()):
+        raise _error(w, f"cannot view shape {tuple(w.shape)} as {tuple(args[1])}; a view keeps the packed last dim, in_features={w.in_features}")
+    if same_shape:
+        out = _rebuild(w, *(p.view(p.shape) for p in (w.qdata, w.scale)))
+    else:
+        out = _rebuild(w, *(func(p, [*size[:-1], p.shape[-1]]) for p in (w.qdata, w.scale)))
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@_op(aten.unsqueeze.default)
+def _(func, types, args, kwargs):
+    w, dim = args
+    plane_dim = dim % (w.dim() + 1)
+    if plane_dim > w.dim() - (2 if w.transposed else 1):
+        raise _error(w, f"cannot unsqueeze at dim {dim}: the last {2 if w.transposed else 1} dim(s) of {tuple(w.shape)} must stay last")
+    return return_and_correct_aliasing(func, args, kwargs, _rebuild(w, *(func(p, plane_dim) for p in (w.qdata, w.scale))))
+
+
+@_op([aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims])
+def _(func, types, args, kwargs):
+    w = args[0]
+    dims = range(w.dim()) if len(args) == 1 else [args[1]] if isinstance(args[1], int) else args[1]
+    leading = w.dim() - (2 if w.transposed else 1)
+    squeezed = [d % w.dim() for d in dims if w.shape[d] == 1]
+    if any(d >= leading for d in squeezed):
+        raise _error(w, f"cannot squeeze dim(s) {squeezed} of shape {tuple(w.shape)}: only the first {leading} dim(s) may go")
+    planes = (aten.squeeze.dims(p, squeezed) for p in (w.qdata, w.scale))
+    return return_and_correct_aliasing(func, args, kwargs, _rebuild(w, *planes))
+
+
+def _permute(w: RTNQuantizedTensor, order: Sequence[int]) -> RTNQuantizedTensor:
+    plane_order = [_plane_dim(w, d) for d in order]
+    last = w.dim() - 1
+    if last > 0 and set(plane_order[-2:]) == {last - 1, last}:
+        transposed = plane_order[-1] != last
+        plane_order[-2:] = [last - 1, last]
+    elif plane_order[-1] == last and not w.transposed:
+        transposed = False
+    else:
+        raise _error(w, f"cannot permute {tuple(w.shape)} to {tuple(order)}: the last two dims may swap, and the others among themselves")
+    return _rebuild(w, *(aten.permute.default(p, plane_order) for p in (w.qdata, w.scale)), transposed=transposed)
+
+
+@_op([aten.t.default, aten.transpose.int, aten.permute.default])
+def _(func, types, args, kwargs):
+    w = args[0]
+    order = list(range(w.dim()))
+    if func is aten.permute.default:
+        order = args[1]
+    elif w.dim() > 1:
+        a, b = (0, 1) if func is aten.t.default else args[1:3]
+        order[a], order[b] = order[b], order[a]
+    return return_and_correct_aliasing(func, args, kwargs, _permute(w, order))
+
+
+@_op(aten.index.Tensor)
+def _(func, types, args, kwargs):
+    w, indices = args
+    covered = sum(1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.dim() for i in indices)
+    free = w.dim() - (2 if w.transposed else 1)
+    if covered > free:
+        raise _error(w, f"cannot index {covered} dim(s) of shape {tuple(w.shape)} by tensors: only the first {free} can be")
+    return _rebuild(w, *(func(p, indices) for p in (w.qdata, w.scale)))
+
+
+@_op(aten.index_select.default)
+def _(func, types, args, kwargs):
+    w, dim, index = args
+    if _is_packed(w, dim):
+        raise _error(w, f"cannot index_select along dim {dim} of {tuple(w.shape)}: it is packed; dequantize() first")
+    return _rebuild(w, *(func(p, _plane_dim(w, dim), index) for p in (w.qdata, w.scale)))
+
+
+@_op([aten.cat.default, aten.stack.default])
+def _(func, types, args, kwargs):
+    tensors = args[0]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    first = next(t for t in tensors if isinstance(t, RTNQuantizedTensor))
+    name = "stack" if func is aten.stack.default else "cat"
+    for t in tensors:
+        if not isinstance(t, RTNQuantizedTensor) or _format(t) != _format(first):
+            raise _error(first, f"cannot {name} {first!r} with {t!r}: format and dtype must be the same", TypeError)
+    if func is aten.stack.default:
+        plane_dim = dim % (first.dim() + 1)
+        if plane_dim > first.dim() - (2 if first.transposed else 1):
+            raise _error(first, f"cannot stack along dim {dim}: the packed dims of {tuple(first.shape)} must stay last")
+        in_features = first.in_features
+        same = [t.in_features == in_features for t in tensors]
+    elif _is_packed(first, dim):
+        plane_dim = first.dim() - 1
+        unit = first.group_size
+        if unit == -1:
+            raise _error(first, "cannot cat along in_features with group_size=-1: every part has a scale of its own; dequantize() first")
+        if bad := [t.in_features for t in tensors[:-1] if t.in_features % unit]:
+            raise _error(first, f"cannot cat parts of {bad[0]} columns; all but the last must be multiples of group_size={unit}")
+        in_features = sum(t.in_features for t in tensors)
+        same = [True]
+    else:
+        plane_dim = _plane_dim(first, dim)
+        in_features = first.in_features
+        same = [t.in_features == in_features for t in tensors]
+    if not all(same):
+        raise _error(first, f"cannot {name} weights of in_features {[t.in_features for t in tensors]} along dim {dim}; they must be the same")
+    planes = (func([getattr(t, plane) for t in tensors], plane_dim) for plane in first.tensor_data_names)
+    return _rebuild(first, *planes, in_features=in_features)
+
+
+# ------------------------------------------------------------------------------------------- copies
+
+
+def _format(w: RTNQuantizedTensor) -> tuple:
+    return w.bits, w.group_size, w.scale_method, w.transposed, w.scale.dtype
+
+
+@_op([aten.detach.default, aten.alias.default, aten.clone.default])
+def _(func, types, args, kwargs):
+    w = args[0]
+    # Planes are always laid out row by row, whatever memory format is asked for.
+    planes = (func(p) for p in (w.qdata, w.scale))
+    out = _rebuild(w, *planes)
+    return out if func is aten.clone.default else return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@_function(Tensor.contiguous)
+def _(func, types, args, kwargs):
+    w = args[0]
+    return w if w.qdata.is_contiguous() and w.scale.is_contiguous() else _rebuild(w, w.qdata.contiguous(), w.scale.contiguous())
+
+
+def _convert_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
+    _check_dtype(dtype)
+    if dtype == w.scale.dtype:
+        return w.scale
+    if not ops.tracing(w.scale) and not (w.scale.float().abs().nan_to_num(0.0) <= torch.finfo(dtype).max).all():
+        raise _error(w, f"a scale of {w.scale.abs().max().item():.3g} overflows {dtype}; keep {w.scale.dtype}, or use torch.bfloat16")
+    return round_scale(w.scale.float(), dtype)
+
+
+@_op(aten._to_copy.default)
+def _(func, types, args, kwargs):
+    w = args[0]
+    to = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking", "pin_memory")}
+    scale = _convert_scale(w, kwargs.get("dtype") or w.scale.dtype)
+    return _rebuild(w, func(w.qdata, **to), func(scale, **to))
+
+
+@_op(aten.copy_.default)
+def _(func, types, args, kwargs):
+    dst, src = args[:2]
+    if dst.shape != src.shape:
+        raise _error(dst, f"cannot copy_ a tensor of shape {tuple(src.shape)} into one of shape {tuple(dst.shape)}")
+    if not isinstance(dst, RTNQuantizedTensor):
+        return dst.copy_(src.dequantize(dst.dtype))
+    if dst.group_size == -1 and dst.qdata.dim() > 1 and dst.qdata.stride(-2) > dst.qdata.shape[-1]:
+        raise _error(dst, "cannot copy_ into some columns of a weight with group_size=-1: its other columns share the scale; copy whole rows")
+    if isinstance(src, RTNQuantizedTensor):
+        if (dst.bits, dst.group_size, dst.transposed) != (src.bits, src.group_size, src.transposed):
+            raise _error(dst, f"cannot copy_ {src!r} into {dst!r}: the formats differ; copy_ from src.dequantize() to requantize", TypeError)
+        qdata, scale = src.qdata, _convert_scale(src, dst.scale.dtype)
+    else:
+        w = src.to(dst.qdata.device)
+        _check_dtype(w.dtype)
+        qdata, scale = ops.quantize(w.mT if dst.transposed else w, dst.bits, dst.group_size, dst.scale_method, dst.scale.dtype)
+    dst.qdata.copy_(qdata)
+    dst.scale.copy_(scale)
+    return dst
+
+
+@_op([aten.empty_like.default, aten.zeros_like.default, aten.new_empty.default, aten.new_zeros.default])
+def _(func, types, args, kwargs):
+    w = args[0]
+    shape = list(args[1]) if len(args) > 1 else list(w.shape)
+    if w.transposed:
+        if len(shape) < 2:
+            raise _error(w, f"cannot make a transposed tensor of shape {tuple(shape)}; it needs at least 2 dims")
+        shape[-2:] = shape[:-3:-1]
+    dtype = kwargs.get("dtype") or w.scale.dtype
+    _check_dtype(dtype)
+    to = {"device": kwargs.get("device") or w.qdata.device, "pin_memory": kwargs.get("pin_memory") or False}
+    factory = torch.zeros if func in (aten.zeros_like.default, aten.new_zeros.default) else torch.empty
+    planes = _new_planes(factory, shape, w.bits, w.group_size, dtype, **to)
+    return _rebuild(w, *planes, in_features=shape[-1])
+
+
+@_op(aten.equal.default)
+def _(func, types, args, kwargs):
+    a, b = args
+    if not (isinstance(a, RTNQuantizedTensor) and isinstance(b, RTNQuantizedTensor)):
+        raise _error(a, "equal compares a quantized tensor only with another; call .dequantize() first", TypeError)
+    return a.shape == b.shape and _format(a) == _format(b) and a.qdata.equal(b.qdata) and a.scale.equal(b.scale)
+
+
+@_op(aten.is_pinned.default)
+def _(func, types, args, kwargs):
+    return args[0].qdata.is_pinned() and args[0].scale.is_pinned()
+
+
+@_op(aten._pin_memory.default)
+def _(func, types, args, kwargs):
+    return _rebuild(args[0], args[0].qdata.pin_memory(), args[0].scale.pin_memory())
+
+
+@_function(Tensor.share_memory_)
+def _(func, types, args, kwargs):
+    args[0].qdata.share_memory_()
+    args[0].scale.share_memory_()
+    return args[0]
+
+
+@_function(Tensor.is_shared)
+def _(func, types, args, kwargs):
+    return args[0].qdata.is_shared() and args[0].scale.is_shared()
+
+
+@_function([Tensor.requires_grad_, Tensor.requires_grad.__set__])  # type: ignore[attr-defined]
+def _(func, types, args, kwargs):
+    # Ignored, not refused: `nn.Parameter(w)` and `load_state_dict(assign=True)` ask for it of their own accord.
+    return args[0]
