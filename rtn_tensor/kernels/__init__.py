@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.kernels import dense
+from rtn_tensor.config import check_format
+from rtn_tensor.kernels import cpu, dense
 from rtn_tensor.kernels.problem import Kernel, Problem
 from rtn_tensor.tables import table
 
@@ -29,7 +30,7 @@ REFERENCE = Kernel(
     dequantize=reference.dequantize,
 )
 
-KERNELS = [dense.KERNEL, REFERENCE]
+KERNELS = [cpu.KERNEL, dense.KERNEL, REFERENCE]
 
 
 def why_not(kernel: Kernel, problem: Problem) -> str | None:
@@ -61,6 +62,10 @@ def choose(problem: Problem) -> Kernel:
     return _choose(problem, os.environ.get("RTN_KERNEL"))
 
 
+def _bucket(m: int) -> int:
+    return 1 << (m - 1).bit_length() if m else 0
+
+
 @lru_cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
@@ -79,7 +84,7 @@ def make_problem(op: str, dtype: torch.dtype, m: int, k: int, qdata: Tensor, sca
         scale.dtype,
         bits,
         group_size,
-        1 << (m - 1).bit_length() if m else 0,
+        _bucket(m),
         qdata.shape[-2] if qdata.dim() > 1 else 1,
         k,
         qdata.shape[0] if qdata.dim() > 2 else None,
@@ -107,7 +112,7 @@ class Explanation:
 
 
 def explain(
-    weight: Tensor | None = None,
+    weight: Any = None,
     x: Tensor | None = None,
     *,
     op: str = "linear",
@@ -129,7 +134,7 @@ def explain(
 
     Raises:
         TypeError: `weight` is not quantized.
-        ValueError: there is no such op, or `RTN_KERNEL` names a kernel that cannot run this.
+        ValueError: there is no such op or format, or `RTN_KERNEL` names a kernel that cannot run this.
     """
     if op not in Kernel.__dataclass_fields__ or op in ("name", "why_not", "rounds_weight"):
         raise ValueError(f"op={op!r} is not an op; use linear, linear_dx, grouped, grouped_dx, embedding, quantize or dequantize")
@@ -144,12 +149,16 @@ def explain(
         device = torch.device(device)
         if x is not None:
             device, dtype, M, K = x.device, x.dtype, x.numel() // max(x.shape[-1], 1), x.shape[-1]
+        check_format(bits, group_size, "absmax")
+        if min(M, N, K) < 0:
+            raise ValueError(f"M={M}, N={N}, K={K}: sizes cannot be negative")
         capability = _capability(device.index) if device.type == "cuda" else None
-        m = 1 << (M - 1).bit_length() if M else 0
-        problem = Problem(op, device.type, capability, dtype, dtype, bits, group_size, m, N, K)
+        m = M
+        problem = Problem(op, device.type, capability, dtype, dtype, bits, group_size, _bucket(m), N, K)
     chosen = choose(problem)
+    preferred = "forced by RTN_KERNEL" if os.environ.get("RTN_KERNEL") == chosen.name else "preferred"
     reasons = {}
     for kernel in KERNELS:
         if kernel is not chosen:
-            reasons[kernel.name] = why_not(kernel, problem) or f"It could, but {chosen.name} is preferred."
-    return Explanation(problem, chosen.name, reasons)
+            reasons[kernel.name] = why_not(kernel, problem) or f"It could, but {chosen.name} is {preferred}."
+    return Explanation(problem._replace(M=m), chosen.name, reasons)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Problem(NamedTuple):
     alignment: int = 16  # bytes that the planes' addresses are multiples of, at most 16
 
 
+_LACKING: Any = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One way to run the ops, with the signatures of `rtn_tensor.reference`; an op it does not have stays None.
@@ -40,10 +43,10 @@ class Kernel:
     name: str
     why_not: Callable[[Problem], str | None]
     rounds_weight: bool
-    linear: Callable[..., Tensor] | None = None
-    linear_dx: Callable[..., Tensor] | None = None
-    grouped: Callable[..., Tensor] | None = None
-    grouped_dx: Callable[..., Tensor] | None = None
-    embedding: Callable[..., Tensor] | None = None
-    quantize: Callable[..., tuple[Tensor, Tensor]] | None = None
-    dequantize: Callable[..., Tensor] | None = None
+    linear: Callable[..., Tensor] = _LACKING
+    linear_dx: Callable[..., Tensor] = _LACKING
+    grouped: Callable[..., Tensor] = _LACKING
+    grouped_dx: Callable[..., Tensor] = _LACKING
+    embedding: Callable[..., Tensor] = _LACKING
+    quantize: Callable[..., tuple[Tensor, Tensor]] = _LACKING
+    dequantize: Callable[..., Tensor] = _LACKING

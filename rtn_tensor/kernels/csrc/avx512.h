@@ -1,0 +1,110 @@
+// AVX-512: 16 rows of the weight a vector. `Avx512` multiplies in fp32; `Avx512Bf16` takes bf16 activations in pairs.
+#pragma once
+#include <immintrin.h>
+
+#include "convert.h"
+
+namespace rtn {
+namespace {
+
+struct Avx512Base {
+  static constexpr int L = 16;
+  using F = __m512;
+  using D = __m512i;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+
+  static void transpose(const uint8_t* const* rows, int64_t offset, int dwords, D* out) {
+    const __mmask16 mask = __mmask16((1u << dwords) - 1);
+    D r[16], t[16];
+    RTN_UNROLL for (int j = 0; j < 16; ++j) {
+      r[j] = dwords == 16 ? _mm512_loadu_si512(rows[j] + offset) : _mm512_maskz_loadu_epi32(mask, rows[j] + offset);
+    }
+    RTN_UNROLL for (int j = 0; j < 16; j += 2) {
+      t[j] = _mm512_unpacklo_epi32(r[j], r[j + 1]);
+      t[j + 1] = _mm512_unpackhi_epi32(r[j], r[j + 1]);
+    }
+    RTN_UNROLL for (int j = 0; j < 16; j += 4) {
+      r[j] = _mm512_unpacklo_epi64(t[j], t[j + 2]);
+      r[j + 1] = _mm512_unpackhi_epi64(t[j], t[j + 2]);
+      r[j + 2] = _mm512_unpacklo_epi64(t[j + 1], t[j + 3]);
+      r[j + 3] = _mm512_unpackhi_epi64(t[j + 1], t[j + 3]);
+    }
+    RTN_UNROLL for (int j = 0; j < 4; ++j) {
+      const D a = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88), b = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xDD);
+      const D c = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88), d = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xDD);
+      out[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+      out[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+      out[j + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
+      out[j + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
+    }
+  }
+
+  // The field `i` of the dword's word `half`, as fp32.
+  template <int BITS, int i, int half>
+  static F widen(D dword) {
+    constexpr int at = 16 * half + BITS * i;
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(dword, 32 - BITS - at), 32 - BITS));
+  }
+};
+
+struct Avx512 : Avx512Base {
+  static constexpr int V = 2, C = 12;
+  struct W {
+    F even, odd;
+  };
+  struct X {
+    float even, odd;
+  };
+
+  template <class T>
+  static X pair(T even, T odd) {
+    return {to_float(even), to_float(odd)};
+  }
+  template <int BITS, int i>
+  static W decode(D dword) {
+    return {widen<BITS, i, 0>(dword), widen<BITS, i, 1>(dword)};
+  }
+  static F dot(F sum, W w, X x) { return fma(w.odd, _mm512_set1_ps(x.odd), fma(w.even, _mm512_set1_ps(x.even), sum)); }
+};
+
+#ifdef __AVX512BF16__
+struct Avx512Bf16 : Avx512Base {
+  static constexpr int V = 2, C = 12;
+  using W = __m512i;
+  using X = uint32_t;
+
+  static X pair(bf16 even, bf16 odd) { return even.bits | uint32_t(odd.bits) << 16; }
+  template <class T>
+  static X pair(T, T) {
+    __builtin_unreachable();  // other activations have more digits than bf16, and go to Avx512
+  }
+  template <int BITS, int i>
+  static W decode(D dword) {
+    if constexpr (BITS == 4) {
+      // bf16 of the integers 0..7, -8..-1; vpermw looks at five bits of the index, so the table stands twice.
+      const __m512i table = _mm512_set_epi32(
+          0xBF80C000, 0xC040C080, 0xC0A0C0C0, 0xC0E0C100, 0x40E040C0, 0x40A04080, 0x40404000, 0x3F800000,
+          0xBF80C000, 0xC040C080, 0xC0A0C0C0, 0xC0E0C100, 0x40E040C0, 0x40A04080, 0x40404000, 0x3F800000);
+      return _mm512_permutexvar_epi16(i == 0 ? dword : _mm512_srli_epi32(dword, 4 * i), table);
+    } else {
+      // An int8 has no more digits than a bf16: the upper half of its fp32 form is exact.
+      const __m512i even = _mm512_castps_si512(widen<8, i, 0>(dword)), odd = _mm512_castps_si512(widen<8, i, 1>(dword));
+      return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
+    }
+  }
+  static F dot(F sum, W w, X x) { return _mm512_dpbf16_ps(sum, __m512bh(w), __m512bh(_mm512_set1_epi32(int(x)))); }
+};
+
+// For 13 to 24 tokens: one vector of rows, so that all of them are one tile.
+struct Avx512Bf16Tall : Avx512Bf16 {
+  static constexpr int V = 1, C = 24;
+};
+#endif
+
+}  // namespace
+}  // namespace rtn

@@ -1,0 +1,89 @@
+// Scalar conversions between the three float types, and compile-time index lists. Everything is in an anonymous namespace: each file of
+// the library is compiled for another instruction set, and the linker must not share code between them.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+namespace rtn {
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline float as_float(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint32_t as_bits(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
+inline float to_float(fp16 x) {
+#ifdef __FLT16_MAX__
+  _Float16 h;
+  memcpy(&h, &x, 2);
+  return float(h);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7FFF;
+  if (rest >= 0x7C00) return as_float(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+  // Exact for normals and subnormals alike: the exponent is rebased by a multiplication.
+  return as_float(sign | as_bits(as_float(rest << 13) * 0x1p112f));
+#endif
+}
+
+template <class T>
+T from_float(float x);
+
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 from_float<bf16>(float x) {
+  const uint32_t bits = as_bits(x);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return {uint16_t((bits >> 16) | 0x40)};  // a quiet NaN
+  return {uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+inline fp16 from_float<fp16>(float x) {
+#ifdef __FLT16_MAX__
+  const _Float16 h = _Float16(x);
+  fp16 out;
+  memcpy(&out, &h, 2);
+  return out;
+#else
+  const uint32_t bits = as_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
+  if (rest > 0x7F800000) return {uint16_t(sign | 0x7E00)};
+  if (rest >= 0x477FF000) return {uint16_t(sign | 0x7C00)};
+  if (rest < 0x38800000) {  // subnormal: adding 0.5 lets the hardware round to units of 2^-24
+    return {uint16_t(sign | (as_bits(as_float(rest) + 0.5f) - 0x3F000000))};
+  }
+  return {uint16_t(sign | (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13)};
+#endif
+}
+
+template <int... i>
+struct ints {};
+template <int n, int... i>
+struct ints_up_to : ints_up_to<n - 1, n - 1, i...> {};
+template <int... i>
+struct ints_up_to<0, i...> {
+  using type = ints<i...>;
+};
+template <int n>
+constexpr typename ints_up_to<n>::type make_ints() {
+  return {};
+}
+
+}  // namespace
+}  // namespace rtn

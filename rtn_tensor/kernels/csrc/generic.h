@@ -1,0 +1,54 @@
+// Any processor, through the compiler's own vectors of four: SSE on x86, NEON on Arm, scalars where there is neither.
+#pragma once
+#include "convert.h"
+
+namespace rtn {
+namespace {
+
+struct Generic {
+  static constexpr int L = 4, V = 2, C = 4;
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t D __attribute__((vector_size(16)));
+  struct W {
+    F even, odd;
+  };
+  struct X {
+    float even, odd;
+  };
+
+  static F zero() { return F{}; }
+  static F load(const float* p) {
+    F x;
+    memcpy(&x, p, 16);
+    return x;
+  }
+  static void store(float* p, F x) { memcpy(p, &x, 16); }
+  static F add(F a, F b) { return a + b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  template <class T>
+  static X pair(T even, T odd) {
+    return {to_float(even), to_float(odd)};
+  }
+
+  static void transpose(const uint8_t* const* rows, int64_t offset, int, D* out) {  // four dwords are one chunk, which is always whole
+    for (int j = 0; j < 4; ++j) {
+      int32_t dwords[4];
+      memcpy(dwords, rows[j] + offset, 16);
+      for (int d = 0; d < 4; ++d) out[d][j] = dwords[d];
+    }
+  }
+
+  template <int BITS, int i, int half>
+  static F widen(D dword) {
+    constexpr int at = 16 * half + BITS * i;
+    return __builtin_convertvector((dword << (32 - BITS - at)) >> (32 - BITS), F);
+  }
+  template <int BITS, int i>
+  static W decode(D dword) {
+    return {widen<BITS, i, 0>(dword), widen<BITS, i, 1>(dword)};
+  }
+  static F dot(F sum, W w, X x) { return w.odd * x.odd + (w.even * x.even + sum); }
+};
+
+}  // namespace
+}  // namespace rtn

@@ -1,0 +1,12 @@
+#include "linear.h"
+#include "avx512.h"
+#include "planes.h"
+
+namespace rtn {
+namespace {
+bool available() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
+int linear(const rtn_linear_args& a) { return Linear<Avx512>(a)(); }
+}  // namespace
+
+extern const Isa avx512 = {"avx512", available, linear, quantize, dequantize};
+}  // namespace rtn

@@ -1,0 +1,18 @@
+#include "linear.h"
+#include "avx512.h"
+#include "planes.h"
+
+namespace rtn {
+namespace {
+bool available() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+
+int linear(const rtn_linear_args& a) {
+  // fp16 and fp32 activations have more digits than bf16.
+  if (a.dtype != RTN_BFLOAT16) return Linear<Avx512>(a)();
+  if (!a.offs && a.m > Avx512Bf16::C && a.m <= Avx512Bf16Tall::C) return Linear<Avx512Bf16Tall>(a)();
+  return Linear<Avx512Bf16>(a)();
+}
+}  // namespace
+
+extern const Isa avx512bf16 = {"avx512bf16", available, linear, quantize, dequantize};
+}  // namespace rtn

@@ -1,0 +1,333 @@
+// The blocked product, written once over an instruction set `I`:
+//
+//   I::L             rows of the weight in one vector of 32-bit lanes
+//   I::V             vectors of rows in a block
+//   I::C             most tokens in a tile: C * V sums live in registers
+//   I::F, I::D, I::W vectors of float sums, of packed dwords, of one decoded pair of weights (k, k + 1)
+//   I::X             one packed pair of activations (k, k + 1)
+//   transpose(rows, offset, dwords, out)   out[d] = dword d of every row, zero from `dwords` on
+//   decode<BITS, i>(dword)                 the pair that lies in fields i of a dword's two 16-bit words
+//   dot(sum, pair, x)                      sum + pair . x, per row
+//
+// A dword of `qdata` holds the fields of words t = 2q and 2q + 1, which are neighbours in k: so dwords transposed over rows decode to
+// pairs in the very order that a dot-product instruction wants, and the activations stay in their own order.
+//
+// Integers stay exact; each group's sum is scaled in fp32 (16 rows at a time, once for group_size / 2 dot products).
+#pragma once
+#include <string.h>
+
+#include <atomic>
+
+#include "convert.h"
+#include "rtn.h"
+
+namespace rtn {
+namespace {
+
+#define RTN_UNROLL _Pragma("GCC unroll 16")
+
+template <class I>
+struct Linear {
+  static constexpr int L = I::L, V = I::V, C = I::C, R = L * V;
+  static constexpr int CHUNKS_AT_ONCE = L / 4;  // a transpose covers L dwords of each row
+  // Where there are more tokens than one tile: K_BLOCK columns of a block of rows are decoded into L2 (64 KiB, as bf16), and used by
+  // M_BLOCK tokens. Measured at M = 256: half the M_BLOCK costs 5 %, twice the K_BLOCK 1 %, several blocks of rows at once 3 %.
+  static constexpr int64_t M_BLOCK = 16 * C, K_BLOCK = 1024;
+  using F = typename I::F;
+  using D = typename I::D;
+  using W = typename I::W;
+  using X = typename I::X;
+
+  const rtn_linear_args& a;
+  const int64_t chunks, chunk_k, group_chunks, groups, row_blocks;
+  int64_t tiles = 0;
+  X* packed = nullptr;
+  std::atomic<bool> failed{false};
+
+  // One run of tokens that use the same expert, cut into tiles of about equal size.
+  struct Tile {
+    int64_t row, tokens, expert;
+  };
+  Tile* tile_list = nullptr;
+
+  explicit Linear(const rtn_linear_args& args)
+      : a(args),
+        chunks((args.k * args.bits + 127) / 128),
+        chunk_k(128 / args.bits),
+        group_chunks(args.group_size == -1 ? (chunks ? chunks : 1) : args.group_size * args.bits / 128),
+        groups((chunks + group_chunks - 1) / group_chunks),
+        row_blocks((args.n + R - 1) / R) {}
+
+  int64_t x_pairs() const { return chunks * chunk_k / 2; }
+
+  // ------------------------------------------------------------------------------------------------ activations
+
+  // Tile t's tokens, interleaved by pairs: packed[row * pairs + pair * tokens + token]. Zero past K.
+  template <class T>
+  void pack(const Tile& tile) {
+    X* out = packed + tile.row * x_pairs();
+    const T* x = static_cast<const T*>(a.x) + tile.row * a.x_stride;
+    const int64_t whole = a.k / 2, pairs = x_pairs();
+    for (int64_t c = 0; c < tile.tokens; ++c) {
+      const T* from = x + c * a.x_stride;
+      X* to = out + c;
+      for (int64_t p = 0; p < whole; ++p, to += tile.tokens) *to = I::pair(from[2 * p], from[2 * p + 1]);
+      for (int64_t p = whole; p < pairs; ++p, to += tile.tokens) *to = I::pair(2 * p < a.k ? from[2 * p] : T{}, T{});
+    }
+  }
+
+  static void pack_tile(void* self, int64_t t) {
+    Linear& l = *static_cast<Linear*>(self);
+    switch (l.a.dtype) {
+      case RTN_FLOAT32: return l.template pack<float>(l.tile_list[t]);
+      case RTN_BFLOAT16: return l.template pack<bf16>(l.tile_list[t]);
+      default: return l.template pack<fp16>(l.tile_list[t]);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------ weights
+
+  struct Rows {
+    const uint8_t* q[R];
+    const uint8_t* next;  // the block of rows after this one
+    int64_t n0, valid, expert;
+  };
+
+  Rows rows_of(int64_t expert, int64_t block) const {
+    Rows r;
+    r.expert = expert;
+    r.n0 = block * R;
+    r.valid = a.n - r.n0 < R ? a.n - r.n0 : R;
+    const uint8_t* base = a.qdata + expert * a.qdata_expert_stride;
+    // Rows past the last repeat it; their sums are not stored.
+    for (int j = 0; j < R; ++j) r.q[j] = base + (r.n0 + (j < r.valid ? j : r.valid - 1)) * a.qdata_stride;
+    r.next = base + (r.n0 + R) * a.qdata_stride;
+    return r;
+  }
+
+  // The scales of groups [first, first + count), in fp32: out[group - first][row].
+  template <class T>
+  void widen_scales(const Rows& r, int64_t first, int64_t count, float* out) const {
+    const T* base = static_cast<const T*>(a.scale) + r.expert * a.scale_expert_stride + first;
+    for (int j = 0; j < R; ++j) {
+      const T* from = base + (r.n0 + (j < r.valid ? j : r.valid - 1)) * a.scale_stride;
+      for (int64_t g = 0; g < count; ++g) out[g * R + j] = to_float(from[g]);
+    }
+  }
+
+  void widen_scales(const Rows& r, int64_t first, int64_t count, float* out) const {
+    switch (a.scale_dtype) {
+      case RTN_FLOAT32: return widen_scales<float>(r, first, count, out);
+      case RTN_BFLOAT16: return widen_scales<bf16>(r, first, count, out);
+      default: return widen_scales<fp16>(r, first, count, out);
+    }
+  }
+
+  void transpose(const Rows& r, int64_t chunk, D (&dwords)[V][L]) const {
+    const int64_t left = (chunks - chunk) * 4;
+    // Rows one beside the other are too many streams for the hardware to follow, and share too few sets of L1: so the next block of rows,
+    // one run of memory, is brought to L2 from end to end meanwhile.
+    const uint8_t* next = r.next + chunk * (16 * R);
+    RTN_UNROLL for (int j = 0; j < 16 * R * CHUNKS_AT_ONCE; j += 64) __builtin_prefetch(next + j, 0, 2);
+    RTN_UNROLL for (int v = 0; v < V; ++v) I::transpose(r.q + v * L, chunk * 16, left < L ? int(left) : L, dwords[v]);
+  }
+
+  // The pairs of one chunk in the order q, i, v.
+  template <int BITS, int... i>
+  static void decode_fields(const D* dwords, int v, W* out, ints<i...>) {
+    RTN_UNROLL for (int q = 0; q < 4; ++q) ((out[(q * (16 / BITS) + i) * V + v] = I::template decode<BITS, i>(dwords[q])), ...);
+  }
+
+  template <int BITS>
+  void decode_block(const Rows& r, int64_t begin, int64_t end, W* out) const {
+    constexpr int PAIRS = 4 * (16 / BITS) * V;
+    D dwords[V][L];
+    for (int64_t c = begin; c < end; ++c) {
+      const int at = int((c - begin) % CHUNKS_AT_ONCE);
+      if (at == 0) transpose(r, c, dwords);
+      for (int v = 0; v < V; ++v) decode_fields<BITS>(dwords[v] + 4 * at, v, out, make_ints<16 / BITS>());
+      out += PAIRS;
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------ the inner loop
+
+  // sums[c][v] += x . w over chunks [begin, end), for T tokens; weights decoded on the way, or read from `decoded`. `scales` begin with
+  // those of the first chunk's group.
+  template <int T, int BITS, bool DECODED>
+  void tile(const Rows& r, const W* decoded, const float* scales, int64_t begin, int64_t end, const X* x, float* sums) const {
+    constexpr int FIELDS = 16 / BITS, PAIRS = 4 * FIELDS;
+    // With few tokens, more sums than tokens: one dot product takes several cycles, and the next may not wait for it.
+    constexpr int S = T * V >= 8 ? 1 : T * V >= 4 ? 2 : 4;
+    D dwords[V][L];
+    x += begin * PAIRS * T;
+    for (int64_t c = begin; c < end;) {
+      const int64_t group = c / group_chunks;
+      const int64_t stop = (group + 1) * group_chunks < end ? (group + 1) * group_chunks : end;
+      F p[T][V][S];
+      RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) RTN_UNROLL for (int s = 0; s < S; ++s) p[t][v][s] = I::zero();
+      for (; c < stop; ++c, x += PAIRS * T) {
+        const int at = DECODED ? 0 : int((c - begin) % CHUNKS_AT_ONCE);
+        if (!DECODED && at == 0) transpose(r, c, dwords);
+        chunk<T, BITS, DECODED, S>(dwords, 4 * at, decoded, x, p, make_ints<PAIRS>());
+        if (DECODED) decoded += PAIRS * V;
+      }
+      RTN_UNROLL for (int v = 0; v < V; ++v) {
+        const F scale = I::load(scales + (group - begin / group_chunks) * R + v * L);
+        RTN_UNROLL for (int t = 0; t < T; ++t) {
+          F sum = p[t][v][0];
+          RTN_UNROLL for (int s = 1; s < S; ++s) sum = I::add(sum, p[t][v][s]);
+          float* to = sums + t * R + v * L;
+          I::store(to, I::fma(sum, scale, I::load(to)));
+        }
+      }
+    }
+  }
+
+  template <int T, int BITS, bool DECODED, int S, int... pair>
+  static inline void chunk(const D (&dwords)[V][L], int first, const W* decoded, const X* x, F (&p)[T][V][S], ints<pair...>) {
+    (one_pair<T, BITS, DECODED, S, pair>(dwords, first, decoded, x, p), ...);
+  }
+
+  template <int T, int BITS, bool DECODED, int S, int PAIR>
+  static inline void one_pair(const D (&dwords)[V][L], int first, const W* decoded, const X* x, F (&p)[T][V][S]) {
+    constexpr int FIELDS = 16 / BITS, Q = PAIR / FIELDS, FIELD = PAIR % FIELDS;
+    W w[V];
+    RTN_UNROLL for (int v = 0; v < V; ++v) {
+      if constexpr (DECODED) w[v] = decoded[PAIR * V + v];
+      else w[v] = I::template decode<BITS, FIELD>(dwords[v][first + Q]);
+    }
+    // The pair's k within the chunk is 8 * FIELD + 2 * Q.
+    const X* at = x + (4 * FIELD + Q) * T;
+    RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) p[t][v][PAIR % S] = I::dot(p[t][v][PAIR % S], w[v], at[t]);
+  }
+
+  using TileFn = void (Linear::*)(const Rows&, const W*, const float*, int64_t, int64_t, const X*, float*) const;
+
+  template <int BITS, bool DECODED, int... t>
+  static TileFn pick(int64_t tokens, ints<t...>) {
+    static constexpr TileFn table[] = {&Linear::template tile<t + 1, BITS, DECODED>...};
+    return table[tokens - 1];
+  }
+
+  // ------------------------------------------------------------------------------------------------ blocks
+
+  template <class T>
+  void store(const Rows& r, int64_t row, int64_t tokens, const float* sums) const {
+    T* y = static_cast<T*>(a.y) + r.n0;
+    const T* bias = a.bias ? static_cast<const T*>(a.bias) + r.n0 : nullptr;
+    for (int64_t t = 0; t < tokens; ++t) {
+      T* to = y + (row + t) * a.y_stride;
+      const float* from = sums + t * R;
+      for (int64_t j = 0; j < r.valid; ++j) to[j] = from_float<T>(bias ? from[j] + to_float(bias[j]) : from[j]);
+    }
+  }
+
+  void store(const Rows& r, int64_t row, int64_t tokens, const float* sums) const {
+    switch (a.dtype) {
+      case RTN_FLOAT32: return store<float>(r, row, tokens, sums);
+      case RTN_BFLOAT16: return store<bf16>(r, row, tokens, sums);
+      default: return store<fp16>(r, row, tokens, sums);
+    }
+  }
+
+  // One tile: each weight is used once, as it is decoded.
+  template <int BITS>
+  bool few(const Tile& t, int64_t row_block) {
+    const Rows r = rows_of(t.expert, row_block);
+    float* scales = static_cast<float*>(scratch(SCALES, groups * R * sizeof(float)));
+    if (!scales) return false;
+    alignas(64) float sums[C * R];
+    memset(sums, 0, t.tokens * R * sizeof(float));
+    widen_scales(r, 0, groups, scales);
+    (this->*pick<BITS, false>(t.tokens, make_ints<C>()))(r, nullptr, scales, 0, chunks, packed + t.row * x_pairs(), sums);
+    store(r, t.row, t.tokens, sums);
+    return true;
+  }
+
+  // Tiles [first, last) of one expert.
+  template <int BITS>
+  bool many(int64_t first, int64_t last, int64_t row_block) {
+    constexpr int64_t STEP = K_BLOCK * BITS / 128;
+    const int64_t row = tile_list[first].row, tokens = tile_list[last - 1].row + tile_list[last - 1].tokens - row;
+    const Rows r = rows_of(tile_list[first].expert, row_block);
+    float* scales = static_cast<float*>(scratch(SCALES, (STEP / group_chunks + 2) * R * sizeof(float)));
+    float* sums = static_cast<float*>(scratch(SUMS, tokens * R * sizeof(float)));
+    W* decoded = static_cast<W*>(scratch(WEIGHTS, STEP * 4 * (16 / BITS) * V * sizeof(W)));
+    if (!scales || !sums || !decoded) return false;
+    memset(sums, 0, tokens * R * sizeof(float));
+    for (int64_t c = 0; c < chunks; c += STEP) {
+      const int64_t stop = c + STEP < chunks ? c + STEP : chunks, group = c / group_chunks;
+      decode_block<BITS>(r, c, stop, decoded);
+      widen_scales(r, group, (stop - 1) / group_chunks + 1 - group, scales);
+      for (int64_t t = first; t < last; ++t) {
+        const Tile& tile = tile_list[t];
+        const TileFn run = pick<BITS, true>(tile.tokens, make_ints<C>());
+        (this->*run)(r, decoded, scales, c, stop, packed + tile.row * x_pairs(), sums + (tile.row - row) * R);
+      }
+    }
+    store(r, row, tokens, sums);
+    return true;
+  }
+
+  struct Run {
+    int64_t first, last;  // tiles of one expert, M_BLOCK tokens at most
+  };
+  Run* run_list = nullptr;
+
+  // Blocks of rows that a thread takes at once: neighbours, so that what it prefetches is its own.
+  int64_t at_once = 1;
+
+  template <int BITS>
+  void run_blocks(const Run& run, int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      if (!(run.last - run.first == 1 ? few<BITS>(tile_list[run.first], b) : many<BITS>(run.first, run.last, b))) failed = true;
+    }
+  }
+
+  static void run_turn(void* self, int64_t i) {
+    Linear& l = *static_cast<Linear*>(self);
+    const int64_t turns = (l.row_blocks + l.at_once - 1) / l.at_once, begin = i % turns * l.at_once;
+    const int64_t end = begin + l.at_once < l.row_blocks ? begin + l.at_once : l.row_blocks;
+    const Run& run = l.run_list[i / turns];
+    if (l.a.bits == 4) l.template run_blocks<4>(run, begin, end);
+    else l.template run_blocks<8>(run, begin, end);
+  }
+
+  int operator()() {
+    if (a.m == 0 || a.n == 0) return 0;
+    const int64_t experts = a.offs ? a.experts : 1;
+    // At most one tile and one run more than full ones would need, an expert.
+    const int64_t most = a.m / C + experts + a.m / M_BLOCK + 1;
+    const int64_t x_bytes = (a.m * x_pairs() * int64_t(sizeof(X)) + 63) / 64 * 64;
+    char* memory = static_cast<char*>(scratch(PACKED_X, x_bytes + (most + 1) * (sizeof(Tile) + sizeof(Run))));
+    if (!memory) return -1;
+    packed = reinterpret_cast<X*>(memory);
+    tile_list = reinterpret_cast<Tile*>(memory + x_bytes);
+    run_list = reinterpret_cast<Run*>(tile_list + most + 1);
+    int64_t runs = 0;
+    int64_t row = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      const int64_t end = !a.offs ? a.m : a.offs[e] < a.m ? a.offs[e] : a.m;
+      while (row < end) {
+        const int64_t size = end - row < M_BLOCK ? end - row : M_BLOCK;
+        const int64_t count = (size + C - 1) / C, tokens = (size + count - 1) / count;
+        run_list[runs].first = tiles;
+        for (int64_t done = 0; done < size; done += tokens) tile_list[tiles++] = {row + done, size - done < tokens ? size - done : tokens, e};
+        run_list[runs++].last = tiles;
+        row += size;
+      }
+    }
+    parallel_for(tiles * x_pairs() < 4096 ? 1 : a.threads, tiles, pack_tile, this);
+    // Turns of 4 blocks or fewer, such that every thread gets as many.
+    const int64_t turns = a.threads * ((row_blocks + 4 * a.threads - 1) / (4 * a.threads));
+    at_once = (row_blocks + turns - 1) / turns;
+    parallel_for(a.threads, runs * ((row_blocks + at_once - 1) / at_once), run_turn, this);
+    const int64_t size = a.dtype == RTN_FLOAT32 ? 4 : 2;
+    for (; row < a.m; ++row) memset(static_cast<char*>(a.y) + row * a.y_stride * size, 0, a.n * size);  // of no expert
+    return failed ? -1 : 0;
+  }
+};
+
+}  // namespace
+}  // namespace rtn

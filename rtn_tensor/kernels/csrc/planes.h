@@ -1,0 +1,198 @@
+// quantize and dequantize, bit for bit as rtn_tensor/reference.py; plain loops that the compiler turns into vectors of whatever set this
+// file is compiled for.
+#pragma once
+#include <math.h>
+
+#include "convert.h"
+#include "rtn.h"
+
+namespace rtn {
+namespace {
+
+constexpr uint32_t INF_BITS = 0x7F800000;
+
+template <class T>
+struct Limits;  // the smallest normal number, the step between subnormals, the largest finite number
+template <>
+struct Limits<float> {
+  static constexpr float tiny = 0x1p-126f, ulp = 0x1p-149f, max = 0x1.fffffep127f;
+};
+template <>
+struct Limits<bf16> {
+  static constexpr float tiny = 0x1p-126f, ulp = 0x1p-133f, max = 0x1.fep127f;
+};
+template <>
+struct Limits<fp16> {
+  static constexpr float tiny = 0x1p-14f, ulp = 0x1p-24f, max = 65504.0f;
+};
+
+// reference.round_scale
+template <class S>
+S round_scale(float exact) {
+  S rounded = from_float<S>(exact);
+  const float got = to_float(rounded), magnitude = fabsf(exact);
+  if (isinf(got) && !isinf(exact)) return from_float<S>(copysignf(Limits<S>::max, exact));
+  if (magnitude < Limits<S>::tiny && fabsf(got) < magnitude) return from_float<S>(got + copysignf(Limits<S>::ulp, exact));
+  return rounded;
+}
+
+template <int BITS>
+struct Chunk {
+  static constexpr int K = 128 / BITS;
+
+  // Element 8 * i + t of `q` is field i of word t.
+  static void pack(const int8_t* q, uint8_t* bytes) {
+    for (int half = 0; half < 2; ++half) {
+      for (int t = 0; t < 8; ++t) {
+        if constexpr (BITS == 8) bytes[2 * t + half] = uint8_t(q[8 * half + t]);
+        else bytes[2 * t + half] = uint8_t((q[16 * half + t] & 15) | q[16 * half + 8 + t] << 4);
+      }
+    }
+  }
+
+  static void unpack(const uint8_t* bytes, int8_t* q) {
+    for (int half = 0; half < 2; ++half) {
+      for (int t = 0; t < 8; ++t) {
+        const int8_t byte = int8_t(bytes[2 * t + half]);
+        if constexpr (BITS == 8) {
+          q[8 * half + t] = byte;
+        } else {
+          q[16 * half + t] = int8_t(int8_t(byte << 4) >> 4);
+          q[16 * half + 8 + t] = int8_t(byte >> 4);
+        }
+      }
+    }
+  }
+};
+
+// Floats as integers that compare alike, so that a maximum is one the compiler may reorder.
+inline int32_t ordered(float x) {
+  const int32_t bits = int32_t(as_bits(x));
+  return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+
+template <class T, class S, int BITS>
+float group_scale(const T* w, int64_t size, bool signed_scale, S* scale) {
+  constexpr float QMIN = -(1 << (BITS - 1)), QMAX = (1 << (BITS - 1)) - 1;
+  int32_t low = 0, high = 0, magnitude = 0;
+  for (int64_t k = 0; k < size; ++k) {
+    const float x = to_float(w[k]);
+    const int32_t key = ordered(x), absolute = int32_t(as_bits(x) & 0x7FFFFFFF);
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+    magnitude = absolute > magnitude ? absolute : magnitude;
+  }
+  float exact;
+  if (uint32_t(magnitude) >= INF_BITS) {
+    exact = NAN;
+  } else if (magnitude == 0) {
+    exact = 1.0f;
+  } else if (signed_scale) {
+    // `ordered` undoes itself. Of a tie, the negative element.
+    const float minimum = as_float(uint32_t(low ^ ((low >> 31) & 0x7FFFFFFF))), maximum = as_float(uint32_t(high));
+    exact = (-minimum >= maximum ? minimum : maximum) / QMIN;
+  } else {
+    exact = as_float(uint32_t(magnitude)) / (QMAX + 0.5f);
+  }
+  if (exact == 0.0f) exact = Limits<float>::ulp;  // the reference's sign, too
+  *scale = round_scale<S>(exact);
+  return to_float(*scale);
+}
+
+template <class T, class S, int BITS>
+void quantize_row(const rtn_planes_args& a, int64_t row) {
+  constexpr float QMIN = -(1 << (BITS - 1)), QMAX = (1 << (BITS - 1)) - 1;
+  constexpr int K = Chunk<BITS>::K;
+  const T* w = static_cast<const T*>(a.w) + row * a.w_stride;
+  uint8_t* bytes = a.qdata + row * a.qdata_stride;
+  S* scale = static_cast<S*>(a.scale) + row * a.scale_stride;
+  const int64_t group = a.group_size == -1 ? a.k : a.group_size;
+  if (a.k == 0 && a.group_size == -1) *scale = from_float<S>(1.0f);
+  for (int64_t begin = 0; begin < a.k; begin += group) {
+    const int64_t end = begin + group < a.k ? begin + group : a.k;
+    const float s = group_scale<T, S, BITS>(w + begin, end - begin, a.signed_scale, scale++);
+    for (int64_t k = begin; k < end; k += K, bytes += 16) {
+      const int64_t size = end - k < K ? end - k : K;
+      float x[K] = {};
+      int8_t q[K];
+      if (size == K) for (int j = 0; j < K; ++j) x[j] = to_float(w[k + j]);
+      else for (int j = 0; j < size; ++j) x[j] = to_float(w[k + j]);
+      for (int j = 0; j < K; ++j) {
+        float r = rintf(x[j] / s);
+        r = r < QMAX ? r : QMAX;
+        r = r > QMIN ? r : QMIN;
+        q[j] = int8_t(r);
+      }
+      if (s != s) memset(q, 0, sizeof(q));
+      Chunk<BITS>::pack(q, bytes);
+    }
+  }
+}
+
+template <class T, class S, int BITS>
+void dequantize_row(const rtn_planes_args& a, int64_t row) {
+  constexpr int K = Chunk<BITS>::K;
+  const int64_t from = a.indices ? a.indices[row] : row;
+  const uint8_t* bytes = a.qdata + from * a.qdata_stride;
+  const S* scale = static_cast<const S*>(a.scale) + from * a.scale_stride;
+  T* w = static_cast<T*>(a.w) + row * a.w_stride;
+  const int64_t group = a.group_size == -1 ? a.k : a.group_size;
+  for (int64_t begin = 0; begin < a.k; begin += group) {
+    const int64_t end = begin + group < a.k ? begin + group : a.k;
+    const float s = to_float(*scale++);
+    for (int64_t k = begin; k < end; k += K, bytes += 16) {
+      int8_t q[K];
+      Chunk<BITS>::unpack(bytes, q);
+      if (end - k >= K) for (int j = 0; j < K; ++j) w[k + j] = from_float<T>(q[j] * s);
+      else for (int64_t j = 0; j < end - k; ++j) w[k + j] = from_float<T>(q[j] * s);
+    }
+  }
+}
+
+using RowFn = void (*)(const rtn_planes_args&, int64_t);
+
+template <class T, class S, bool QUANTIZE>
+RowFn pick_bits(int64_t bits) {
+  if constexpr (QUANTIZE) return bits == 4 ? quantize_row<T, S, 4> : quantize_row<T, S, 8>;
+  else return bits == 4 ? dequantize_row<T, S, 4> : dequantize_row<T, S, 8>;
+}
+
+template <class T, bool QUANTIZE>
+RowFn pick_scale(const rtn_planes_args& a) {
+  switch (a.scale_dtype) {
+    case RTN_FLOAT32: return pick_bits<T, float, QUANTIZE>(a.bits);
+    case RTN_BFLOAT16: return pick_bits<T, bf16, QUANTIZE>(a.bits);
+    default: return pick_bits<T, fp16, QUANTIZE>(a.bits);
+  }
+}
+
+template <bool QUANTIZE>
+int planes(const rtn_planes_args& a) {
+  struct Job {
+    const rtn_planes_args& a;
+    RowFn fn;
+    int64_t rows_at_once;
+  };
+  RowFn fn;
+  switch (a.dtype) {
+    case RTN_FLOAT32: fn = pick_scale<float, QUANTIZE>(a); break;
+    case RTN_BFLOAT16: fn = pick_scale<bf16, QUANTIZE>(a); break;
+    default: fn = pick_scale<fp16, QUANTIZE>(a);
+  }
+  // About 64 KiB of floats a turn.
+  const int64_t at_once = 1 + 16384 / (a.k + 1);
+  Job job{a, fn, at_once};
+  const auto run = [](void* pointer, int64_t i) {
+    const Job& j = *static_cast<Job*>(pointer);
+    const int64_t begin = i * j.rows_at_once, end = begin + j.rows_at_once < j.a.rows ? begin + j.rows_at_once : j.a.rows;
+    for (int64_t row = begin; row < end; ++row) j.fn(j.a, row);
+  };
+  parallel_for(a.threads, (a.rows + at_once - 1) / at_once, run, &job);
+  return 0;
+}
+
+int quantize(const rtn_planes_args& a) { return planes<true>(a); }
+int dequantize(const rtn_planes_args& a) { return planes<false>(a); }
+
+}  // namespace
+}  // namespace rtn

@@ -1,0 +1,73 @@
+// The C interface of the CPU library, and what its parts share. No torch or Python headers: one binary serves every version of both.
+#pragma once
+#include <stdint.h>
+
+#pragma GCC visibility push(default)
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { RTN_FLOAT32 = 0, RTN_BFLOAT16 = 1, RTN_FLOAT16 = 2 };
+
+// y[rows of expert e] = x[rows of expert e] @ w'[e]^T + bias, w' = q * S. Strides count elements; the last dim of every array is dense.
+// Every field is 8 bytes, so that the caller can pack them without padding.
+typedef struct {
+  const void* x;         // [M, K]
+  const uint8_t* qdata;  // [E, N, 16 * ceil(K * bits / 128)], in the order of rtn_tensor/formats.py
+  const void* scale;     // [E, N, ceil(K / group_size)], or [E, N, 1] where group_size is -1
+  const void* bias;      // [N] in x's dtype, or null
+  void* y;               // [M, N] in x's dtype
+  const int32_t* offs;   // [E] cumulative ends of each expert's rows; null means one expert that has them all
+  int64_t m, n, k, experts;
+  int64_t bits, group_size;
+  int64_t dtype, scale_dtype;
+  int64_t x_stride, y_stride;
+  int64_t qdata_stride, qdata_expert_stride;
+  int64_t scale_stride, scale_expert_stride;
+  int64_t threads;
+} rtn_linear_args;
+
+// w [rows, K] <-> qdata and scale, bit for bit as rtn_tensor/reference.py.
+typedef struct {
+  void* w;
+  uint8_t* qdata;
+  void* scale;
+  const int64_t* indices;  // dequantize: row of the planes for each row of w, or null; the caller has checked their range
+  int64_t rows, k;
+  int64_t bits, group_size;
+  int64_t dtype, scale_dtype;
+  int64_t w_stride, qdata_stride, scale_stride;
+  int64_t signed_scale;  // quantize: scale_method "signed" rather than "absmax"
+  int64_t threads;
+} rtn_planes_args;
+
+const char* rtn_isa(void);                // the instruction set in use
+int rtn_set_isa(const char* name);        // forces one; 0, or -1 where this build or machine lacks it
+int rtn_has_threads(void);                // whether the process's OpenMP runtime was found
+int rtn_linear(const rtn_linear_args*);   // each returns 0, or -1 where memory ran out
+int rtn_quantize(const rtn_planes_args*);
+int rtn_dequantize(const rtn_planes_args*);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+
+namespace rtn {
+
+struct Isa {
+  const char* name;
+  bool (*available)();
+  int (*linear)(const rtn_linear_args&);
+  int (*quantize)(const rtn_planes_args&);
+  int (*dequantize)(const rtn_planes_args&);
+};
+
+// Runs fn(context, i) for i in [0, n) on at most `threads` threads, each taking the next i as it gets free.
+void parallel_for(int64_t threads, int64_t n, void (*fn)(void*, int64_t), void* context);
+
+// 64-byte aligned memory of the calling thread, kept from call to call; null where there is none. Slots do not overlap.
+enum Slot { PACKED_X, SCALES, WEIGHTS, SUMS, SLOTS };
+void* scratch(Slot slot, int64_t bytes);
+
+}  // namespace rtn
+#endif
