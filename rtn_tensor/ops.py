@@ -2,12 +2,15 @@
 
 Each function here is the one door to its op. Where nothing traces and no gradient is asked for it calls the kernel straight away,
 which saves torch.library's Python layer (3 to 6 us a call); otherwise it goes through the dispatcher. K is passed where it cannot be
-read off an argument, because `qdata` is padded. Adding an op: a schema, its function, `_impl`, `_fake`, and a line in the tests' list.
+read off an argument, because `qdata` is padded.
 """
+
+import functools
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels import choose, make_problem
@@ -22,8 +25,20 @@ def _define(schema: str):
     name = schema.partition("(")[0]
 
     def register(fn):
-        _library.impl(name, fn, "CompositeExplicitAutograd")
-        return fn
+        @functools.wraps(fn)
+        def run(*args):
+            if not torch._C._is_any_autocast_enabled():
+                return fn(*args)
+            with torch._C._DisableAutocast():  # else it redoes the fp32 products inside a kernel in its own dtype
+                return fn(*args)
+
+        def dispatched(*args):
+            y = run(*args)
+            # Autograd refuses an in-place change of an op's output that is a view, as that of a linear over a 3-D x is.
+            return torch.ops.aten._unsafe_view(y, y.shape) if isinstance(y, Tensor) and y._is_view() else y
+
+        _library.impl(name, dispatched, "CompositeExplicitAutograd")
+        return run
 
     return register
 
@@ -33,7 +48,7 @@ def tracing(*tensors: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or any(type(t) not in _PLAIN or t.is_meta for t in tensors)
     )
@@ -51,7 +66,7 @@ def _wants_grad(*tensors: Tensor) -> bool:
 
 @_define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
 def _linear(x, qdata, scale, bias, bits, group_size):
-    x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    x_MK = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     m, k = x_MK.shape
     kernel = choose(make_problem("linear", x.dtype, m, k, qdata, scale, bits, group_size))
     y_MN = kernel.linear(x_MK, qdata, scale, bias, bits, group_size)
@@ -89,7 +104,7 @@ torch.library.register_autograd("rtn::linear", _linear_backward, setup_context=_
 
 @_define("linear_dx(Tensor dy, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
 def _linear_dx(dy, qdata, scale, bits, group_size, k):
-    dy_MN = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    dy_MN = dy if dy.dim() == 2 else dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
     kernel = choose(make_problem("linear_dx", dy.dtype, dy_MN.shape[0], k, qdata, scale, bits, group_size))
     dx_MK = kernel.linear_dx(dy_MN, qdata, scale, bits, group_size, k)
     return dx_MK if dy.dim() == 2 else dx_MK.view(*dy.shape[:-1], k)
@@ -113,7 +128,8 @@ def _linear_dx_setup(ctx, inputs, output):
 
 
 def _linear_dx_backward(ctx, ddx):
-    return linear(ddx, *ctx.saved_tensors, None, ctx.bits, ctx.group_size), None, None, None, None, None
+    qdata, scale = ctx.saved_tensors
+    return linear(ddx, qdata, scale, None, ctx.bits, ctx.group_size), None, None, None, None, None
 
 
 torch.library.register_autograd("rtn::linear_dx", _linear_dx_backward, setup_context=_linear_dx_setup, lib=_library)
@@ -148,7 +164,8 @@ def _grouped_setup(ctx, inputs, output):
 
 
 def _grouped_backward(ctx, dy):
-    return grouped_dx(dy, *ctx.saved_tensors, ctx.bits, ctx.group_size, ctx.k), None, None, None, None, None
+    qdata, scale, offs = ctx.saved_tensors
+    return grouped_dx(dy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k), None, None, None, None, None
 
 
 torch.library.register_autograd("rtn::grouped", _grouped_backward, setup_context=_grouped_setup, lib=_library)
@@ -178,7 +195,8 @@ def _grouped_dx_setup(ctx, inputs, output):
 
 
 def _grouped_dx_backward(ctx, ddx):
-    return grouped(ddx, *ctx.saved_tensors, ctx.bits, ctx.group_size), None, None, None, None, None, None
+    qdata, scale, offs = ctx.saved_tensors
+    return grouped(ddx, qdata, scale, offs, ctx.bits, ctx.group_size), None, None, None, None, None, None
 
 
 torch.library.register_autograd("rtn::grouped_dx", _grouped_dx_backward, setup_context=_grouped_dx_setup, lib=_library)

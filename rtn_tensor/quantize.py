@@ -33,13 +33,14 @@ class _Target:
     parameter_name: str
     fqn: str
     config: RTNConfig
+    by_name: bool = False  # the parameter itself was named, so its module may be of any type
 
     @property
     def parameter(self) -> Tensor | None:
         return self.module._parameters.get(self.parameter_name)
 
 
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
     """(fqn, module, parameter name, parameter) of every place that holds a parameter, shared ones included."""
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -58,15 +59,16 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[_Target]:
     """torchao's precedence, the first match winning: parameter name, module name, "re:" on the parameter, "re:" on the module,
     "_default" on linears."""
     table = config.fqn_to_config
-    unused = {key for key, value in table.items() if value is not None and not key.startswith("re:") and key != "_default"}
+    misspelt = {key for key, value in table.items() if value is not None and not key.startswith("re:") and key != "_default"}
 
     def lookup(prefix: str, module: nn.Module, name: str, fqn: str, parameter: Tensor) -> Any:
         owns_weight = name == "weight" and isinstance(module, nn.Linear | nn.Embedding)
+        misspelt.discard(fqn)
+        if owns_weight:
+            misspelt.discard(prefix)
         if fqn in table:
-            unused.discard(fqn)
             return table[fqn]
         if prefix in table and owns_weight:
-            unused.discard(prefix)
             return table[prefix]
         patterns = [(re.compile(key[3:]), value) for key, value in table.items() if key.startswith("re:")]
         if parameter.dim() > 1:  # a pattern for a layer's weight is not meant for its bias
@@ -81,10 +83,10 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[_Target]:
 
     for fqn, module, name, parameter in _named_parameters(model):
         if (found := lookup(fqn.removesuffix(name).removesuffix("."), module, name, fqn, parameter)) is not None:
-            yield _Target(module, name, fqn, found)
-    if unused:
+            yield _Target(module, name, fqn, found, by_name=True)
+    if misspelt:
         raise ValueError(
-            f"FqnToConfig names {', '.join(sorted(unused))}, which is no parameter and no linear or embedding of the model; "
+            f"FqnToConfig names {', '.join(sorted(misspelt))}, which is no parameter and no linear or embedding of the model; "
             "use a name from model.named_parameters(), or a pattern 're:...'"
         )
 
@@ -93,39 +95,44 @@ def _why_unfit(target: _Target) -> str | None:
     """None where the weight can be quantized, else why it cannot, and what to do."""
     w = target.parameter
     if not isinstance(target.config, RTNConfig):
-        return f"its config is a {type(target.config).__name__}; use rtn_int4(), rtn_int8() or None here, or torchao's own quantize_"
+        return f"has a {type(target.config).__name__} as its config; use rtn_int4(), rtn_int8() or None here, or torchao's own quantize_"
     if w is None:
         return "is computed by its module, not stored (a parametrization?); remove that first, or leave the module out"
     if isinstance(w, RTNQuantizedTensor):
         return f"is already quantized ({w.bits} bits, group_size={w.group_size}); leave it out, or dequantize_ the model first"
     if w.dtype not in FLOAT_DTYPES or type(w) not in (Tensor, nn.Parameter):
         return f"is {type(w).__name__} of {w.dtype}; only plain {', '.join(map(str, FLOAT_DTYPES))} weights can be quantized"
-    if isinstance(target.module, nn.Linear | nn.Embedding) or target.parameter_name != "weight":
-        if w.dim() not in (2, 3):
-            return f"has shape {tuple(w.shape)}; a weight must be [N, K], or [E, N, K] for experts. Leave it out"
-    else:
-        return f"belongs to a {type(target.module).__name__}; only nn.Linear and nn.Embedding weights can be quantized. Leave it out"
+    if w.dim() not in (2, 3):
+        return f"has shape {tuple(w.shape)}; a weight must be [N, K], or [E, N, K] for experts. Leave it out"
+    if not target.by_name and not isinstance(target.module, nn.Linear | nn.Embedding):
+        kind = type(target.module).__name__
+        return f"belongs to a {kind}; a filter can select only nn.Linear and nn.Embedding weights. Leave it out, or name it in FqnToConfig"
     if w.numel() and not w.is_meta and not torch.stack(w.detach().aminmax()).isfinite().all():
         return "holds NaN or inf; repair the checkpoint, or leave the weight out"
     return None
 
 
 def _check(targets: list[_Target]) -> None:
-    problems = [f"{t.fqn} {why}" for t in targets if (why := _why_unfit(t))]
+    problems: dict[str, list[str]] = defaultdict(list)
     configs: dict[int, _Target] = {}
     for t in targets:
+        if why := _why_unfit(t):
+            problems[why].append(t.fqn)
+            continue
         other = configs.setdefault(id(t.parameter), t)
-        if t.parameter is not None and other.config != t.config:
-            problems.append(f"{t.fqn} shares its weight with {other.fqn} but has another config; give both the same")
+        if other.config != t.config:
+            problems[f"shares its weight with {other.fqn} but has another config; give both the same"].append(t.fqn)
     if problems:
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError("cannot quantize, and nothing was changed:\n  " + "\n  ".join(problems[:8]) + more)
+        lines = [f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}" for why, names in problems.items()]
+        raise ValueError("cannot quantize, and nothing was changed:\n  " + "\n  ".join(lines))
 
 
 # ------------------------------------------------------------------------------------------- quantize and back
 
 
-def _quantized(w: Tensor, config: RTNConfig) -> nn.Parameter:
+def _quantized(target: _Target) -> Any:
+    w, config = target.parameter, target.config
+    assert w is not None
     q = RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
     new = nn.Parameter(q, requires_grad=False)
     for name, value in vars(w).items():
@@ -177,25 +184,21 @@ def quantize_(
     places: dict[int, list[str]] = defaultdict(list)
     for fqn, _, _, parameter in _named_parameters(model):
         places[id(parameter)].append(fqn)
+    # By name from here on: a move may give a module other parameter objects.
+    sharing = {fqn: names for names in places.values() for fqn in names}
     selected = {t.fqn for t in targets}
-    # Only shared weights are remembered: holding the others would keep the float model alive.
-    shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
+    done: dict[str, nn.Parameter] = {}
     for target in targets if progress is None else progress(targets):
         if device is not None:
             target.module.to(device)
-        w = target.parameter
-        assert w is not None
-        names = places[id(w)]
-        if id(w) in shared:
-            new = shared[id(w)][1]
-        else:
-            new = _quantized(w, target.config)
+        names = sharing[target.fqn]
+        if names[0] not in done:
+            new = _quantized(target)
             new.fqn = target.fqn  # for the errors of a later slice or product
             if rest := [name for name in names if name not in selected]:
                 new.untied_from = rest
-        if len(names) > 1:
-            shared[id(w)] = w, new
-        setattr(target.module, target.parameter_name, new)
+            done[names[0]] = new
+        setattr(target.module, target.parameter_name, done[names[0]])
     if device is not None:
         model.to(device)
     return report(model)
@@ -203,11 +206,10 @@ def quantize_(
 
 @register_quantize_module_handler(RTNConfig)
 def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: str = "weight") -> nn.Module:
-    """What torchao's own `quantize_`, and so transformers, calls for each module; the keyword makes parameter names legal in FqnToConfig."""
-    target = _Target(module, parameter_name, f"{type(module).__name__}.{parameter_name}", config)
+    """What torchao's own `quantize_`, and so transformers, calls for each module; the keyword lets FqnToConfig name parameters."""
+    target = _Target(module, parameter_name, f"{type(module).__name__}.{parameter_name}", config, by_name=True)
     _check([target])
-    assert target.parameter is not None
-    setattr(module, parameter_name, _quantized(target.parameter, config))
+    setattr(module, parameter_name, _quantized(target))
     return module
 
 
@@ -284,7 +286,8 @@ class Report:
         vectors = [row for row in self.rows if len(row.shape) < 2]
         if vectors:
             before, after = (sum(getattr(row, key) for row in vectors) for key in ("bytes_before", "bytes_after"))
-            lines.append([f"{len(vectors)} vectors", "", "float", "", f"{before:,}", f"{after:,}", "norms and biases"])
+            count = f"{len(vectors)} vectors" if len(vectors) > 1 else "1 vector"
+            lines.append([count, "", "float", "", f"{before:,}", f"{after:,}", "norms and biases"])
         total = ["total", "", f"{self.bits_per_weight:.2f}", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", ""]
         return table(["weight", "shape", "bits", "group", "bytes before", "bytes after", "note"], [*lines, total])
 
@@ -296,7 +299,7 @@ def report(model: nn.Module) -> Report:
     untied: dict[str, str] = {}
     for fqn, _, _, w in _named_parameters(model):
         for other in getattr(w, "untied_from", []):
-            untied[other] = fqn
+            untied.setdefault(other, fqn)
     for fqn, module, name, w in _named_parameters(model):
         quantized = isinstance(w, RTNQuantizedTensor)
         before = w.numel() * w.dtype.itemsize
@@ -309,7 +312,7 @@ def report(model: nn.Module) -> Report:
             note = ""
         elif fqn in untied:
             note = f"untied from {untied[fqn]}"
-        elif isinstance(w, torch.nn.parameter.UninitializedTensorMixin):
+        elif isinstance(w, nn.parameter.UninitializedParameter):
             note, before, after = "uninitialized", 0, 0
         elif w.dim() < 2:
             note = "vector"
@@ -318,6 +321,6 @@ def report(model: nn.Module) -> Report:
         else:
             note = f"weight of a {type(module).__name__}"
         first.setdefault(id(w), fqn)
-        bits, group_size = (w.bits, w.group_size) if quantized else (None, None)
+        bits, group_size = getattr(w, "bits", None), getattr(w, "group_size", None)
         rows.append(Row(fqn, tuple(w.shape), bits, group_size, before, after, note))
     return Report(rows)

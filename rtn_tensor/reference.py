@@ -96,4 +96,6 @@ def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int
 
 def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     """Rows of w' `[N, K]` in the scale's dtype: `indices [...]` -> `[..., K]`."""
-    return dequantize(qdata[indices], scale[indices], bits, group_size, k, scale.dtype)
+    rows = indices.reshape(-1)  # index_select refuses the negative indices that plain indexing takes from the end
+    w = dequantize(qdata.index_select(0, rows), scale.index_select(0, rows), bits, group_size, k, scale.dtype)
+    return w.view(*indices.shape, k)

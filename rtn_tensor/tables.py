@@ -2,10 +2,12 @@
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns padded to line up: the first to the left, numbers (and so every other column) to the right, a last long one not at all."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in [header, ["-" * w for w in widths], *rows]:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    """Lines of `header`, a rule and `rows`, in columns: numbers to the right, text and the first column to the left."""
+    lines = [list(header), [""] * len(header), *map(list, rows)]
+    for i, column in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, column))
+        numbers = i > 0 and any(cell[:1].isdigit() for cell in column[2:])
+        for line in lines:
+            line[i] = line[i].rjust(width) if numbers else line[i].ljust(width)
+        lines[1][i] = "-" * width
+    return "\n".join("  ".join(line).rstrip() for line in lines)

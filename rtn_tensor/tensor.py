@@ -1,5 +1,6 @@
 """`RTNQuantizedTensor`: two planes that slice like the weight they stand for, and one table of the ops it knows."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +46,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
     scale_method: str
     in_features: int
     transposed: bool
+    _shares_scale = False  # true of some columns of rows that have one scale: to write it would change the other columns
 
     @staticmethod
     def __new__(cls, qdata, scale, bits, group_size, scale_method, in_features, transposed=False):
@@ -57,8 +59,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
     def __init__(self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False):
         self.qdata = qdata
         self.scale = scale
-        self.bits = bits
-        self.group_size = group_size
+        self.bits = int(bits)  # a compiler may hold these two as symbols
+        self.group_size = int(group_size)
         self.scale_method = scale_method
         self.in_features = in_features
         self.transposed = transposed
@@ -106,6 +108,12 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         w = ops.dequantize(self.qdata, self.scale, self.bits, self.group_size, self.in_features, dtype or self.scale.dtype)
         return w.mT if self.transposed else w
 
+    @classmethod
+    def __tensor_unflatten__(cls, tensor_data_dict, tensor_attributes, outer_size, outer_stride):
+        # A graph with dynamic shapes gives in_features as the symbol it was traced with; the size it ran with is in outer_size.
+        in_features = outer_size[-2 if tensor_attributes["transposed"] else -1]
+        return super().__tensor_unflatten__(tensor_data_dict, tensor_attributes | {"in_features": in_features}, outer_size, outer_stride)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         parts = [f"shape={tuple(self.shape)}", f"bits={self.bits}", f"group_size={self.group_size}"]
         if self.scale_method != "absmax":
@@ -114,17 +122,27 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
             parts.append("transposed=True")
         return f"{type(self).__name__}({', '.join(parts)}, dtype={self.dtype}, device={self.device.type!r})"
 
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiled graph depends on, for torch's cache of them on disk."""
+        planes = [(p.dtype, tuple(p.shape), p.stride(), p.storage_offset(), p.device) for p in (self.qdata, self.scale)]
+        key = repr((type(self).__qualname__, [getattr(self, name) for name in self.tensor_attribute_names], planes))
+        return hashlib.sha256(key.encode()).hexdigest()
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
         handler = cls._ATEN_OP_TABLE[cls].get(func)
-        if handler is None:
+        if handler is not None:
+            return handler(func, types, args, kwargs or {})
+        # Below autograd (in inference mode, say) ops that torch composes of others, like mT and narrow, arrive whole.
+        out = func.decompose(*args, **(kwargs or {}))
+        if out is NotImplemented:
             raise NotImplementedError(f"{cls.__name__} does not implement {func}; call it on .dequantize(), which gives a plain tensor")
-        return handler(func, types, args, kwargs or {})
+        return out
 
 
 torch.serialization.add_safe_globals([RTNQuantizedTensor])
 
-_OWN = {*RTNQuantizedTensor.tensor_data_names, *RTNQuantizedTensor.tensor_attribute_names, "_is_param"}
+_OWN = {*RTNQuantizedTensor.tensor_data_names, *RTNQuantizedTensor.tensor_attribute_names, "_is_param", "_shares_scale"}
 _op = RTNQuantizedTensor.implements
 _function = RTNQuantizedTensor.implements_torch_function
 
@@ -143,10 +161,14 @@ def _error(w: Tensor, what: str, kind: type[Exception] = ValueError) -> Exceptio
 def _rebuild(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
     """A tensor of `w`'s format over other planes; what users hung on `w` (vLLM's weight_loader, say) goes along."""
     attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
-    new = type(w)(qdata, scale, **attributes)
+    # torch refuses an inference tensor as a view of one that is none, which `w.t()` would be in inference mode.
+    with torch.inference_mode(w.is_inference()):
+        new = type(w)(qdata, scale, **attributes)
     for name, value in vars(w).items():
         if name not in _OWN:
             setattr(new, name, value)
+    if w._shares_scale and torch._C._is_alias_of(scale, w.scale):  # type: ignore[attr-defined]  # a copy has a scale of its own
+        new._shares_scale = True
     return new
 
 
@@ -171,17 +193,31 @@ def _is_packed(w: RTNQuantizedTensor, dim: int) -> bool:
 # ------------------------------------------------------------------------------------------- products
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for where `x` is, None where it is off."""
+    device = x.device.type
+    # torch refuses the question for meta.
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
 def _check_operand(x: Tensor, w: RTNQuantizedTensor, size: int) -> Tensor:
     """`x` as the kernel takes it: cast under autocast, else of the weight's dtype; its last dim is contracted with `size`."""
     if isinstance(x, RTNQuantizedTensor):
         raise _error(w, "a quantized tensor cannot multiply a quantized tensor; call .dequantize() on the activation", TypeError)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if dtype := _autocast_dtype(x):
+        x = x.to(dtype)
     elif x.dtype != w.scale.dtype:
         raise _error(w, f"x is {x.dtype} but the weight is {w.scale.dtype}; use x.to({w.scale.dtype}) or weight.to({x.dtype})", TypeError)
     if x.shape[-1] != size:
         raise _error(w, f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(w.shape)}: its last dim must be {size}")
     return x
+
+
+def _check_bias(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    """`bias` in the dtype of `x`, which `_check_operand` has seen: cast under autocast, else refused if it is another."""
+    if bias.dtype != x.dtype and _autocast_dtype(x) is None:
+        raise _error(w, f"bias is {bias.dtype} but x is {x.dtype}; use bias.to({x.dtype})", TypeError)
+    return bias.to(x.dtype)
 
 
 def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_features: bool) -> Tensor:
@@ -191,15 +227,12 @@ def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_feat
         raise _error(w, f"linear needs a 2-D weight, got shape {tuple(w.shape)}; for experts use bmm or grouped_mm, or select one")
     x = _check_operand(x, w, w.in_features if over_in_features else qdata.shape[0])
     if bias is not None:
-        if torch.is_autocast_enabled(x.device.type):
-            bias = bias.to(x.dtype)
-        elif bias.dtype != x.dtype:
-            raise _error(w, f"bias is {bias.dtype} but x is {x.dtype}; use bias.to({x.dtype})", TypeError)
+        bias = _check_bias(bias, x, w)
     if over_in_features:
         # Only a bias [N] is fused: addmm may bring one of another shape.
         fused = bias if bias is not None and bias.shape == (qdata.shape[0],) else None
         y = ops.linear(x, qdata, scale, fused, w.bits, w.group_size)
-        return y if fused is bias else y + bias
+        return y if bias is None or fused is bias else y + bias
     y = ops.linear_dx(x, qdata, scale, w.bits, w.group_size, w.in_features)
     return y if bias is None else y + bias
 
@@ -219,17 +252,18 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if a.dim() == 3:
         return _bmm(b.mT, a.mT).mT
     if bias is not None:  # a @ b + bias, with the weight first
-        return _matmul(a, b) + bias
+        y = _matmul(a, b)
+        return y + _check_bias(bias, y, a)
     if b.dim() == 1:
         return _project(b, a, None, not a.transposed)
     return _project(b.mT, a, None, not a.transposed).mT
 
 
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if beta == 1 and alpha == 1:
-        return _matmul(a, b, bias)
-    y = alpha * _matmul(a, b)
-    return y if beta == 0 else y + beta * bias
+        return _matmul(mat1, mat2, input)
+    y = _matmul(mat1, mat2)
+    return alpha * y if beta == 0 else alpha * y + beta * _check_bias(input, y, mat1 if isinstance(mat1, RTNQuantizedTensor) else mat2)
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -243,9 +277,14 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return _grouped_mm(a.flatten(0, 1), b, offs).unflatten(0, (experts, m))
 
 
-def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+def _grouped_mm(
+    mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    a, b = mat_a, mat_b
     if not isinstance(b, RTNQuantizedTensor) or b.dim() != 3 or a.dim() != 2 or offs is None:
-        raise _error(b, f"grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes {tuple(a.shape)}, {tuple(b.shape)}")
+        raise _error(
+            b, f"grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes {tuple(a.shape)}, {tuple(b.shape)}"
+        )
     a = _check_operand(a, b, b.shape[-2])
     if b.transposed:
         y = ops.grouped(a, b.qdata, b.scale, offs, b.bits, b.group_size)
@@ -275,11 +314,12 @@ def _embedding(
 # Caught here, above autograd and autocast: one op with its own backward, the weight's scale never cast, and 3 us a call.
 for _torch_fns, _handler in (
     ([F.linear], _linear),
-    ([torch.mm, Tensor.mm, torch.matmul, Tensor.matmul, Tensor.__matmul__], _matmul),
-    ([Tensor.__rmatmul__], lambda b, a: _matmul(a, b)),
+    ([torch.mm, Tensor.mm], lambda input, mat2: _matmul(input, mat2)),
+    ([torch.matmul, Tensor.matmul, Tensor.__matmul__], lambda input, other: _matmul(input, other)),
+    ([Tensor.__rmatmul__], lambda other, input: _matmul(input, other)),
     ([torch.addmm, Tensor.addmm], _addmm),
-    ([torch.bmm, Tensor.bmm], _bmm),
-    ([torch._grouped_mm, F.grouped_mm], _grouped_mm),
+    ([torch.bmm, Tensor.bmm], lambda input, mat2: _bmm(input, mat2)),
+    ([torch._grouped_mm, F.grouped_mm], _grouped_mm),  # type: ignore[attr-defined]
     ([F.embedding], _embedding),
 ):
 
@@ -325,7 +365,10 @@ def _slice(w: RTNQuantizedTensor, dim: int, start: int | None, end: int | None, 
     start = start if k else 0
     qdata = w.qdata.narrow(dim, fmt.row_bytes(start), fmt.row_bytes(k))
     scale = w.scale if w.group_size == -1 else w.scale.narrow(dim, groups(start, unit), groups(k, unit))
-    return _rebuild(w, qdata, scale.view(scale.shape), in_features=k)
+    out = _rebuild(w, qdata, scale.view(scale.shape), in_features=k)
+    if w.group_size == -1 and k < size:
+        out._shares_scale = True
+    return out
 
 
 @_op(aten.slice.Tensor)
@@ -381,7 +424,9 @@ def _(func, types, args, kwargs):
         size[size.index(-1)] = w.numel() // known if known else 0
     same_shape = size == list(w.shape)
     if not same_shape and (w.transposed or not size or size[-1] != w.in_features or math.prod(size) != w.numel()):
-        raise _error(w, f"cannot view shape {tuple(w.shape)} as {tuple(args[1])}; a view keeps the packed last dim, in_features={w.in_features}")
+        raise _error(
+            w, f"cannot view shape {tuple(w.shape)} as {tuple(args[1])}; a view keeps the packed last dim, in_features={w.in_features}"
+        )
     if same_shape:
         out = _rebuild(w, *(p.view(p.shape) for p in (w.qdata, w.scale)))
     else:
@@ -482,7 +527,9 @@ def _(func, types, args, kwargs):
         in_features = first.in_features
         same = [t.in_features == in_features for t in tensors]
     if not all(same):
-        raise _error(first, f"cannot {name} weights of in_features {[t.in_features for t in tensors]} along dim {dim}; they must be the same")
+        raise _error(
+            first, f"cannot {name} weights of in_features {[t.in_features for t in tensors]} along dim {dim}; they must be the same"
+        )
     planes = (func([getattr(t, plane) for t in tensors], plane_dim) for plane in first.tensor_data_names)
     return _rebuild(first, *planes, in_features=in_features)
 
@@ -533,11 +580,15 @@ def _(func, types, args, kwargs):
         raise _error(dst, f"cannot copy_ a tensor of shape {tuple(src.shape)} into one of shape {tuple(dst.shape)}")
     if not isinstance(dst, RTNQuantizedTensor):
         return dst.copy_(src.dequantize(dst.dtype))
-    if dst.group_size == -1 and dst.qdata.dim() > 1 and dst.qdata.stride(-2) > dst.qdata.shape[-1]:
-        raise _error(dst, "cannot copy_ into some columns of a weight with group_size=-1: its other columns share the scale; copy whole rows")
+    if dst._shares_scale:
+        raise _error(
+            dst, "cannot copy_ into some columns of a weight with group_size=-1: its other columns share the scale; copy whole rows"
+        )
     if isinstance(src, RTNQuantizedTensor):
         if (dst.bits, dst.group_size, dst.transposed) != (src.bits, src.group_size, src.transposed):
-            raise _error(dst, f"cannot copy_ {src!r} into {dst!r}: the formats differ; copy_ from src.dequantize() to requantize", TypeError)
+            raise _error(
+                dst, f"cannot copy_ {src!r} into {dst!r}: the formats differ; copy_ from src.dequantize() to requantize", TypeError
+            )
         qdata, scale = src.qdata, _convert_scale(src, dst.scale.dtype)
     else:
         w = src.to(dst.qdata.device)

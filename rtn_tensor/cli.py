@@ -1,0 +1,223 @@
+"""The command `rtn-tensor`: quantize, inspect, perplexity, generate, explain."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import warnings
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtn_tensor.checkpoint import WEIGHT_FILES, load_pretrained, save_pretrained
+from rtn_tensor.config import SCALE_METHODS, rtn
+from rtn_tensor.evaluate import generate, perplexity
+from rtn_tensor.formats import FORMATS
+from rtn_tensor.kernels import explain
+from rtn_tensor.quantize import quantize_, report
+from rtn_tensor.tensor import FLOAT_DTYPES
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _progress(unit: str) -> Any:
+    from tqdm import tqdm
+
+    return lambda items: tqdm(items, unit=unit, disable=None)  # None: no bar where stderr is not a terminal
+
+
+def _load(path: str) -> Any:
+    _say(f"Loading {path}")
+    return load_pretrained(path)
+
+
+def _tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} has no tokenizer that can be read; copy the model's tokenizer files there ({error})") from error
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error.reason
+        raise ValueError(f"cannot read {path} ({why}); --text takes a UTF-8 text file") from error
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu and cuda are") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("there is no CUDA device here, and which kernel runs depends on it")
+    return device
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # The defaults of flags and lists say nothing.
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def _selects(model: Any, skip: list[str], embedding: bool) -> Any:
+    """A filter_fn: linears, but those `skip` names; lm_head and the input embedding only where `embedding` says so."""
+    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    for pattern in skip:
+        if not any(fnmatch(name, pattern) for name in linears):
+            raise ValueError(
+                f"--skip {pattern} matches no layer; names look like {min(linears, default='(none)')!r}, and * matches any text"
+            )
+
+    def selects(module: nn.Module, name: str) -> bool:
+        if any(fnmatch(name, pattern) for pattern in skip):
+            return False
+        return embedding if any(module is end for end in ends) else isinstance(module, nn.Linear)
+
+    return selects
+
+
+def _quantize(args: argparse.Namespace) -> tuple[Any, str]:
+    config = rtn(args.bits, args.group_size, args.scale_method)
+    destination = Path(args.dst)
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists; choose another name, or remove it first")
+    model = _load(args.src)
+    if hasattr(model.config, "quantization_config"):
+        raise ValueError(f"{args.src} is already quantized; give the float model")
+    result = quantize_(model, config, _selects(model, args.skip, args.embedding), progress=_progress("weight"))
+    _say(f"Writing {destination}")
+    save_pretrained(model, destination)
+    for file in sorted(Path(args.src).iterdir()):  # the tokenizer, and whatever else came with the model
+        if file.is_file() and not (destination / file.name).exists() and not any(fnmatch(file.name, p) for p in WEIGHT_FILES):
+            shutil.copy2(file, destination)
+    return result.to_dict(), str(result)
+
+
+def _inspect(args: argparse.Namespace) -> tuple[Any, str]:
+    result = report(_load(args.path))
+    return result.to_dict(), str(result)
+
+
+def _perplexity(args: argparse.Namespace) -> tuple[Any, str]:
+    text = _read(args.text)
+    model = _load(args.path)
+    ids = torch.tensor(_tokenizer(args.path)(text, verbose=False)["input_ids"])[: args.max_tokens]
+    value = perplexity(model, ids, args.window, args.stride, progress=_progress("window"))
+    return {"perplexity": value, "tokens": ids.numel(), "window": args.window, "stride": args.stride}, f"{value:.3f}"
+
+
+def _generate(args: argparse.Namespace) -> tuple[Any, str]:
+    model = _load(args.path)
+    result = generate(model, _tokenizer(args.path), args.prompt, args.max_new_tokens)
+    return {"text": result.text, "tokens": result.tokens, "seconds": result.seconds}, result.text
+
+
+def _explain(args: argparse.Namespace) -> tuple[Any, str]:
+    result = explain(
+        op=args.op,
+        device=args.device,
+        dtype=DTYPES[args.dtype],
+        bits=args.bits,
+        group_size=args.group_size,
+        M=args.m,
+        N=args.n,
+        K=args.k,
+    )
+    return result.to_dict(), str(result)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="rtn-tensor", description="Round-to-nearest int4 and int8 weights: no data, no calibration, seconds."
+    )
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.set_defaults(run=run)
+        return sub
+
+    def add_format(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--bits", type=int, choices=FORMATS, default=4, help="bits a weight")
+        sub.add_argument("--group-size", type=int, default=128, help="weights that share a scale: a multiple of 32, or -1 for a whole row")
+
+    sub = command("quantize", _quantize, "Quantize a transformers folder into another.")
+    sub.add_argument("src", help="folder of the model, with its config.json")
+    sub.add_argument("dst", help="folder to write; must not exist")
+    add_format(sub)
+    sub.add_argument("--scale-method", choices=SCALE_METHODS, default="absmax", help="how a group's scale is found")
+    sub.add_argument(
+        "--skip", metavar="PATTERN", action="append", default=[], help="layers to keep float, as in 'model.layers.0.*'; may repeat"
+    )
+    sub.add_argument("--embedding", action="store_true", help="quantize the embedding and lm_head too")
+
+    sub = command("inspect", _inspect, "List every weight of a model: shape, bits, bytes.")
+    sub.add_argument("path", help="folder of the model, quantized or not")
+
+    sub = command("perplexity", _perplexity, "Measure a model's perplexity on a text, by sliding window.")
+    sub.add_argument("path", help="folder of the model, quantized or not")
+    sub.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
+    sub.add_argument("--window", type=int, default=1024, help="tokens the model sees at once")
+    sub.add_argument("--stride", type=int, default=512, help="tokens from one window to the next")
+    sub.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
+
+    sub = command("generate", _generate, "Continue a prompt, greedily.")
+    sub.add_argument("path", help="folder of the model, quantized or not")
+    sub.add_argument("prompt", help="text; the user's turn, if the model has a chat template")
+    sub.add_argument("--max-new-tokens", type=int, default=64, help="stop after this many")
+
+    sub = command("explain", _explain, "Say which kernel runs a layer, and why each other does not.")
+    add_format(sub)
+    sub.add_argument("--op", default="linear", help="linear, linear_dx, grouped, embedding, quantize, ...")
+    sub.add_argument("--device", type=_device, default="cpu", help="device of the weight")
+    sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the activations")
+    sub.add_argument("--m", type=int, default=1, help="rows of activations")
+    sub.add_argument("--n", type=int, default=4096, help="out_features")
+    sub.add_argument("--k", type=int, default=4096, help="in_features")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 1 after a one-line error (argparse exits with 2)."""
+    args = parser().parse_args(argv)
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module="rtn_tensor")
+    try:
+        if args.run is not _explain:
+            _silence_transformers()
+        data, text = args.run(args)
+        print(json.dumps(data) if args.json else text, flush=True)
+    except BrokenPipeError:  # the reader (head, say) has all it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ImportError as error:
+        return _fail(f"{error}; pip install 'rtn-tensor[cli]' brings it")
+    except (OSError, ValueError, TypeError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(why: str) -> int:
+    _say("rtn-tensor: error: " + " ".join(why.split()))
+    return 1
+
+
+def _silence_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
