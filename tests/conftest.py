@@ -1,0 +1,10 @@
+import pytest
+import torch
+
+# The tensors are small: a second thread costs ten times what it saves where cores are shared. test_kernels has a test with two.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,481 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from safetensors import safe_open
+from tiny_llama import TEXT, tiny_llama, tiny_tokenizer
+
+from rtn_tensor import quantize_, report, rtn_int4
+from rtn_tensor.checkpoint import load_pretrained
+from rtn_tensor.cli import main
+from rtn_tensor.evaluate import generate, perplexity
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A float model's folder with its tokenizer, a text, and what a download leaves behind."""
+    folder = tmp_path_factory.mktemp("source") / "model"
+    tiny_llama(tied=True, dtype=torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "LICENSE").write_text("free")
+    (folder / "pytorch_model.bin").write_text("the weights once more")
+    (folder / "figures").mkdir()
+    (folder.parent / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(source):
+    folder = source.parent / "quantized"
+    assert main(["quantize", str(source), str(folder), "--group-size", "64"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # argparse wraps help there
+    monkeypatch.delenv("RTN_KERNEL", raising=False)
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*args):
+        """(exit status, stdout, stderr)"""
+        capsys.readouterr()
+        status = main([str(arg) for arg in args])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def formats(model):
+    return {row.name: (row.bits, row.group_size) for row in report(model).rows if row.bits}
+
+
+# ------------------------------------------------------------------------------------------- help
+
+
+def help_of(capsys, *args):
+    with pytest.raises(SystemExit) as caught:
+        main([*args, "--help"])
+    assert caught.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_help(capsys):
+    assert_expected_inline(
+        help_of(capsys),
+        """\
+usage: rtn-tensor [-h] COMMAND ...
+
+Round-to-nearest int4 and int8 weights: no data, no calibration, seconds.
+
+positional arguments:
+  COMMAND
+    quantize  Quantize a transformers folder into another.
+    inspect   List every weight of a model: shape, bits, bytes.
+    perplexity
+              Measure a model's perplexity on a text, by sliding window.
+    generate  Continue a prompt, greedily.
+    explain   Say which kernel runs a layer, and why each other does not.
+
+options:
+  -h, --help  show this help message and exit
+""",
+    )
+
+
+def test_help_quantize(capsys):
+    assert_expected_inline(
+        help_of(capsys, "quantize"),
+        """\
+usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
+                           [--scale-method {absmax,signed}] [--skip PATTERN] [--embedding]
+                           src dst
+
+Quantize a transformers folder into another.
+
+positional arguments:
+  src                   folder of the model, with its config.json
+  dst                   folder to write; must not exist
+
+options:
+  -h, --help            show this help message and exit
+  --json                print JSON
+  --bits {4,8}          bits a weight (default: 4)
+  --group-size GROUP_SIZE
+                        weights that share a scale: a multiple of 32, or -1 for a whole row
+                        (default: 128)
+  --scale-method {absmax,signed}
+                        how a group's scale is found (default: absmax)
+  --skip PATTERN        layers to keep float, as in 'model.layers.0.*'; may repeat
+  --embedding           quantize the embedding and lm_head too
+""",
+    )
+
+
+def test_help_inspect(capsys):
+    assert_expected_inline(
+        help_of(capsys, "inspect"),
+        """\
+usage: rtn-tensor inspect [-h] [--json] path
+
+List every weight of a model: shape, bits, bytes.
+
+positional arguments:
+  path        folder of the model, quantized or not
+
+options:
+  -h, --help  show this help message and exit
+  --json      print JSON
+""",
+    )
+
+
+def test_help_perplexity(capsys):
+    assert_expected_inline(
+        help_of(capsys, "perplexity"),
+        """\
+usage: rtn-tensor perplexity [-h] [--json] --text FILE [--window WINDOW] [--stride STRIDE]
+                             [--max-tokens MAX_TOKENS]
+                             path
+
+Measure a model's perplexity on a text, by sliding window.
+
+positional arguments:
+  path                  folder of the model, quantized or not
+
+options:
+  -h, --help            show this help message and exit
+  --json                print JSON
+  --text FILE           UTF-8 text
+  --window WINDOW       tokens the model sees at once (default: 1024)
+  --stride STRIDE       tokens from one window to the next (default: 512)
+  --max-tokens MAX_TOKENS
+                        use only the first tokens of the text
+""",
+    )
+
+
+def test_help_generate(capsys):
+    assert_expected_inline(
+        help_of(capsys, "generate"),
+        """\
+usage: rtn-tensor generate [-h] [--json] [--max-new-tokens MAX_NEW_TOKENS] path prompt
+
+Continue a prompt, greedily.
+
+positional arguments:
+  path                  folder of the model, quantized or not
+  prompt                text; the user's turn, if the model has a chat template
+
+options:
+  -h, --help            show this help message and exit
+  --json                print JSON
+  --max-new-tokens MAX_NEW_TOKENS
+                        stop after this many (default: 64)
+""",
+    )
+
+
+def test_help_explain(capsys):
+    assert_expected_inline(
+        help_of(capsys, "explain"),
+        """\
+usage: rtn-tensor explain [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE] [--op OP]
+                          [--device DEVICE] [--dtype {float32,bfloat16,float16}] [--m M] [--n N]
+                          [--k K]
+
+Say which kernel runs a layer, and why each other does not.
+
+options:
+  -h, --help            show this help message and exit
+  --json                print JSON
+  --bits {4,8}          bits a weight (default: 4)
+  --group-size GROUP_SIZE
+                        weights that share a scale: a multiple of 32, or -1 for a whole row
+                        (default: 128)
+  --op OP               linear, linear_dx, grouped, embedding, quantize, ... (default: linear)
+  --device DEVICE       device of the weight (default: cpu)
+  --dtype {float32,bfloat16,float16}
+                        dtype of the activations (default: bfloat16)
+  --m M                 rows of activations (default: 1)
+  --n N                 out_features (default: 4096)
+  --k K                 in_features (default: 4096)
+""",
+    )
+
+
+# ------------------------------------------------------------------------------------------- quantize and inspect
+
+
+def test_quantize(run, source, tmp_path):
+    destination = tmp_path / "out"
+    status, out, err = run("quantize", source, destination, "--bits", 8, "--group-size", 64, "--scale-method", "signed")
+    assert status == 0
+    assert err == f"Loading {source}\nWriting {destination}\n"
+    assert_expected_inline(
+        out,
+        """\
+weight                                     shape   bits  group  bytes before  bytes after  note
+--------------------------------------  --------  -----  -----  ------------  -----------  -------------------------------------
+model.embed_tokens.weight               320 x 96  float               61,440       61,440  not selected
+model.layers.0.self_attn.q_proj.weight   96 x 96      8     64        18,432        9,600
+model.layers.0.self_attn.k_proj.weight   48 x 96      8     64         9,216        4,800
+model.layers.0.self_attn.v_proj.weight   48 x 96      8     64         9,216        4,800
+model.layers.0.self_attn.o_proj.weight   96 x 96      8     64        18,432        9,600
+model.layers.0.mlp.gate_proj.weight     160 x 96      8     64        30,720       16,000
+model.layers.0.mlp.up_proj.weight       160 x 96      8     64        30,720       16,000
+model.layers.0.mlp.down_proj.weight     96 x 160      8     64        30,720       15,936
+model.layers.1.self_attn.q_proj.weight   96 x 96      8     64        18,432        9,600
+model.layers.1.self_attn.k_proj.weight   48 x 96      8     64         9,216        4,800
+model.layers.1.self_attn.v_proj.weight   48 x 96      8     64         9,216        4,800
+model.layers.1.self_attn.o_proj.weight   96 x 96      8     64        18,432        9,600
+model.layers.1.mlp.gate_proj.weight     160 x 96      8     64        30,720       16,000
+model.layers.1.mlp.up_proj.weight       160 x 96      8     64        30,720       16,000
+model.layers.1.mlp.down_proj.weight     96 x 160      8     64        30,720       15,936
+lm_head.weight                          320 x 96  float                    0            0  shared with model.embed_tokens.weight
+5 vectors                                         float                  960          960  norms and biases
+total                                              9.67              357,312      215,872
+""",
+    )
+    model = load_pretrained(destination)
+    assert set(formats(model).values()) == {(8, 64)}
+    assert model.model.layers[0].mlp.up_proj.weight.scale_method == "signed"
+    assert sorted(path.name for path in destination.iterdir()) == sorted(
+        {path.name for path in source.iterdir()} - {"pytorch_model.bin", "figures"}
+    )
+    assert (destination / "LICENSE").read_text() == "free"
+
+
+def test_quantize_defaults(run, source, tmp_path):
+    status, out, _ = run("quantize", source, tmp_path / "out", "--json")
+    assert status == 0
+    as_dict = json.loads(out)
+    expected = load_pretrained(source)
+    selected = [name for name, module in expected.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    assert as_dict == quantize_(expected, rtn_int4(), lambda module, fqn: fqn in selected).to_dict()
+    assert as_dict["bytes_after"] < as_dict["bytes_before"]
+
+
+def test_quantize_skips(run, source, tmp_path):
+    skip = ["--skip", "model.layers.0.*", "--skip", "*.k_proj"]
+    assert run("quantize", source, tmp_path / "out", *skip)[0] == 0
+    kept = ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert list(formats(load_pretrained(tmp_path / "out"))) == [f"model.layers.1.{name}.weight" for name in kept]
+
+
+def test_quantize_embedding(run, source, tmp_path):
+    assert run("quantize", source, tmp_path / "out", "--embedding", "--group-size", 32)[0] == 0
+    model = load_pretrained(tmp_path / "out")
+    assert len(formats(model)) == 16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "lm_head._weight_qdata" not in file.keys()
+
+
+def test_inspect(run, quantized):
+    status, out, err = run("inspect", quantized)
+    assert (status, err) == (0, f"Loading {quantized}\n")
+    assert out == f"{report(load_pretrained(quantized))}\n"
+    status, out, _ = run("inspect", quantized, "--json")
+    assert status == 0
+    assert json.loads(out) == report(load_pretrained(quantized)).to_dict()
+
+
+def test_inspect_a_float_model(run, source):
+    status, out, _ = run("inspect", source, "--json")
+    assert status == 0
+    assert json.loads(out)["bits_per_weight"] == 16
+
+
+# ------------------------------------------------------------------------------------------- perplexity, generate, explain
+
+
+def test_perplexity(run, quantized):
+    text = quantized.parent / "text.txt"
+    model, ids = load_pretrained(quantized), torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    status, out, err = run("perplexity", quantized, "--text", text)
+    assert (status, out, err) == (0, f"{perplexity(model, ids):.3f}\n", f"Loading {quantized}\n")
+    status, out, _ = run("perplexity", quantized, "--text", text, "--window", 16, "--stride", 8, "--max-tokens", 30, "--json")
+    assert status == 0
+    assert json.loads(out) == {"perplexity": perplexity(model, ids[:30], 16, 8), "tokens": 30, "window": 16, "stride": 8}
+
+
+def test_generate(run, quantized):
+    expected = generate(load_pretrained(quantized), tiny_tokenizer(), "We the people", 6)
+    status, out, err = run("generate", quantized, "We the people", "--max-new-tokens", 6)
+    assert (status, out, err) == (0, f"{expected.text}\n", f"Loading {quantized}\n")
+    status, out, _ = run("generate", quantized, "We the people", "--max-new-tokens", 6, "--json")
+    assert status == 0
+    as_dict = json.loads(out)
+    assert as_dict.pop("seconds") > 0
+    assert as_dict == {"text": expected.text, "tokens": 6}
+
+
+def test_explain(run, monkeypatch):
+    monkeypatch.setenv("RTN_KERNEL", "reference")
+    status, out, err = run("explain", "--m", 3, "--n", 64, "--k", 100, "--bits", 8, "--group-size", 32, "--dtype", "float16")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "linear on cpu: torch.float16 x [3, 100], int8 weight [64, 100] with group_size 32"
+    assert lines[-1].split() == ["reference", "runs"]
+    status, out, _ = run("explain", "--op", "embedding", "--json")
+    assert status == 0
+    as_dict = json.loads(out)
+    assert as_dict["kernel"] == "reference"
+    assert as_dict["problem"]["op"] == "embedding"
+
+
+# ------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["quantize", "{missing}", "{new}"], "{missing} is not a model folder: it has no config.json"),
+        (["quantize", "{source}", "{source}"], "{source} exists; choose another name, or remove it first"),
+        (["quantize", "{quantized}", "{new}"], "{quantized} is already quantized; give the float model"),
+        (
+            ["quantize", "{source}", "{new}", "--group-size", "48"],
+            "group_size=48 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row",
+        ),
+        (
+            ["quantize", "{source}", "{new}", "--skip", "layers.0"],
+            "--skip layers.0 matches no layer; names look like 'lm_head', and * matches any text",
+        ),
+        (
+            ["quantize", "{nan}", "{new}"],
+            "cannot quantize, and nothing was changed: model.layers.1.mlp.up_proj.weight holds NaN or inf; "
+            "repair the checkpoint, or leave the weight out",
+        ),
+        (["inspect", "{empty}"], "{empty} is not a model folder: it has no config.json"),
+        (
+            ["perplexity", "{source}", "--text", "{missing}"],
+            "cannot read {missing} (No such file or directory); --text takes a UTF-8 text file",
+        ),
+        (
+            ["perplexity", "{source}", "--text", "{binary}"],
+            "cannot read {binary} (invalid start byte); --text takes a UTF-8 text file",
+        ),
+        (
+            ["perplexity", "{source}", "--text", "{text}", "--stride", "0"],
+            "stride=0 with window=1024; it must be at least 1 and at most window",
+        ),
+        (
+            ["perplexity", "{source}", "--text", "{text}", "--max-tokens", "1"],
+            "got 1 tokens and window=1024; both must be at least 2, as a token is scored given another",
+        ),
+        (["generate", "{source}", ""], "the prompt is empty; pass some text"),
+        (["generate", "{source}", "We", "--max-new-tokens", "0"], "max_new_tokens=0; it must be at least 1"),
+        (
+            ["explain", "--op", "conv"],
+            "op='conv' is not an op; use linear, linear_dx, grouped, grouped_dx, embedding, quantize or dequantize",
+        ),
+    ],
+)
+def test_mistakes(run, source, quantized, tmp_path, command, message):
+    (tmp_path / "empty").mkdir()
+    names = {"source": source, "quantized": quantized, "text": source.parent / "text.txt", "nan": tmp_path / "nan"}
+    names |= {name: tmp_path / name for name in ("missing", "new", "empty", "binary")}
+    names["binary"].write_bytes(b"\xff\xfe")
+    if "{nan}" in command:
+        model = tiny_llama()
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+        model.save_pretrained(names["nan"])
+    status, out, err = run(*(word.format(**names) for word in command))
+    assert (status, out) == (1, "")
+    # Only what it was doing may come before the error.
+    lines = [line for line in err.splitlines() if not line.startswith("Loading ")]
+    assert lines == [f"rtn-tensor: error: {message.format(**names)}"]
+    assert not names["new"].exists()
+
+
+def test_truncated_file(run, quantized, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in quantized.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes()[: 5000 if file.suffix == ".safetensors" else None])
+    status, out, err = run("inspect", folder)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"Loading {folder}\nrtn-tensor: error: {folder}: a safetensors file cannot be read (")
+    assert err.endswith("; copy or download it again\n")
+    assert err.count("\n") == 2
+
+
+def test_no_tokenizer(run, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    status, out, err = run("generate", tmp_path / "model", "We")
+    assert (status, out) == (1, "")
+    why = f"{tmp_path / 'model'} has no tokenizer that can be read; copy the model's tokenizer files there"
+    assert err.startswith(f"Loading {tmp_path / 'model'}\nrtn-tensor: error: {why} (")
+    assert err.count("\n") == 2
+
+
+def test_missing_libraries(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers.utils", None)
+    status, out, err = run("inspect", tmp_path)
+    assert (status, out) == (1, "")
+    assert_expected_inline(
+        err,
+        """\
+rtn-tensor: error: import of transformers.utils halted; None in sys.modules; pip install 'rtn-tensor[cli]' brings it
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["compress"],
+        ["quantize", "here"],
+        ["quantize", "a", "b", "--bits", "3"],
+        ["explain", "--dtype", "int8"],
+        ["explain", "--device", "tpu"],
+    ],
+)
+def test_usage(capsys, args):
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: rtn-tensor")
+    assert "error: " in err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------- as a user runs it
+
+
+def shell(command, **names):
+    """Runs `command` in a shell where `rtn` is the command line in a process of its own."""
+    env = os.environ | {"RTN": f"{sys.executable} -m rtn_tensor", "COLUMNS": "100"} | {name: str(value) for name, value in names.items()}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+
+
+def test_processes_are_clean(source, tmp_path):
+    done = shell("$RTN quantize $SOURCE $OUT --group-size 64 && $RTN generate $OUT 'We the people'", SOURCE=source, OUT=tmp_path / "out")
+    assert done.returncode == 0
+    out = tmp_path / "out"
+    assert done.stderr == f"Loading {source}\nWriting {out}\nLoading {out}\n"
+    assert done.stdout.startswith("weight ")
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    done = shell("$RTN inspect $MISSING", MISSING=tmp_path / "missing")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr == f"Loading {tmp_path}/missing\nrtn-tensor: error: {tmp_path}/missing is not a model folder: it has no config.json\n"
+    )
+
+
+def test_a_closed_pipe_is_quiet():
+    done = shell("set -o pipefail; $RTN explain | true; echo ${PIPESTATUS[0]}")
+    assert (done.stdout, done.stderr) == ("0\n", "")

@@ -1,0 +1,79 @@
+import copy
+import dataclasses
+import json
+
+import pytest
+from expecttest import assert_expected_inline
+from torchao.core.config import config_from_dict, config_to_dict
+
+from rtn_tensor import RTNConfig, rtn, rtn_int4, rtn_int8
+
+
+def test_defaults():
+    assert RTNConfig() == RTNConfig(bits=4, group_size=128, scale_method="absmax", version=1)
+    assert rtn() == rtn_int4() == RTNConfig()
+    assert rtn_int8() == RTNConfig(bits=8)
+    assert rtn(8, 64, "signed") == rtn_int8(64, "signed") == RTNConfig(8, 64, "signed")
+    assert rtn_int4(-1, "signed") == RTNConfig(4, -1, "signed")
+
+
+def test_is_a_value():
+    config = rtn_int4(64)
+    assert len({config, rtn_int4(64), rtn_int4(32), rtn_int8(64), rtn_int4(64, "signed")}) == 4
+    assert copy.deepcopy(config) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.bits = 8
+    assert_expected_inline(repr(config), """RTNConfig(bits=4, group_size=64, scale_method='absmax', version=1)""")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [-1, 32, 96, 128, 4096])
+@pytest.mark.parametrize("scale_method", ["absmax", "signed"])
+def test_survives_torchao_dict_and_json(bits, group_size, scale_method):
+    config = RTNConfig(bits, group_size, scale_method)
+    as_dict = config_to_dict(config)
+    assert config_from_dict(json.loads(json.dumps(as_dict))) == config
+
+
+def test_dict_is_pinned():
+    """Checkpoints hold this dict: a changed key is a file that no longer loads."""
+    assert_expected_inline(
+        json.dumps(config_to_dict(rtn_int8(32, "signed"))),
+        """{"_type": "RTNConfig", "_version": 1, "_data": {"bits": 8, "group_size": 32, "scale_method": "signed"}}""",
+    )
+
+
+@pytest.mark.parametrize("bits", [0, 3, 5, 16, True, 4.0, "4", None])
+def test_bits_are_checked(bits):
+    with pytest.raises(ValueError, match=r"^bits=.* is not supported; use 4 or 8$"):
+        RTNConfig(bits=bits)
+
+
+@pytest.mark.parametrize("group_size", [0, -2, -32, 1, 31, 33, 48, True, 64.0, "64", None])
+def test_group_size_is_checked(group_size):
+    with pytest.raises(ValueError, match=r"^group_size=.* is not supported; use a multiple of 32"):
+        RTNConfig(group_size=group_size)
+
+
+@pytest.mark.parametrize("scale_method", ["", "mse", "Absmax", None, 4])
+def test_scale_method_is_checked(scale_method):
+    with pytest.raises(ValueError, match=r"^scale_method=.* is not supported; use 'absmax' or 'signed'$"):
+        RTNConfig(scale_method=scale_method)
+
+
+def test_messages():
+    with pytest.raises(ValueError, match="bits") as error:
+        rtn(bits=True)
+    assert_expected_inline(str(error.value), """bits=True is not supported; use 4 or 8""")
+    with pytest.raises(ValueError, match="group_size") as error:
+        rtn_int4(100)
+    assert_expected_inline(
+        str(error.value),
+        """group_size=100 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row""",
+    )
+    with pytest.raises(ValueError, match="scale_method") as error:
+        rtn_int8(scale_method="hqq")
+    assert_expected_inline(str(error.value), """scale_method='hqq' is not supported; use 'absmax' or 'signed'""")
+    with pytest.raises(ValueError, match="bits") as error:
+        dataclasses.replace(rtn_int4(), bits=3)
+    assert_expected_inline(str(error.value), """bits=3 is not supported; use 4 or 8""")

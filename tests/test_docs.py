@@ -1,0 +1,56 @@
+"""Every block of the README and every tutorial runs as it stands."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.real_model import CACHE, ModelUnavailable, smollm2, state_of_the_union
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# torch itself still calls what it deprecates when inductor is imported.
+STRICT = ["-W", "error", "-W", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+
+
+def run(command: list[str], cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_readme_has_only_kinds_of_blocks_that_are_run_here():
+    assert {kind for kind, _ in BLOCKS} <= {"python", "sh", "text"}
+    shell = "".join(text for kind, text in BLOCKS if kind == "sh").splitlines()
+    assert {line.split()[0] for line in shell if line} <= {"make", "pip", "rtn-tensor"}
+
+
+def test_readme_python(tmp_path):
+    # In one process, in order, as a reader would type them.
+    program = "\n".join(text for kind, text in BLOCKS if kind == "python")
+    assert "import rtn_tensor" in program or "from rtn_tensor" in program
+    run([sys.executable, *STRICT, "-c", program], tmp_path)
+
+
+@pytest.mark.slow
+def test_readme_commands(tmp_path):
+    commands = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.startswith("rtn-tensor ")]
+    assert len(commands) >= 4
+    try:
+        smollm2(), state_of_the_union()
+    except ModelUnavailable as reason:
+        pytest.skip(str(reason))
+    (tmp_path / ".cache").symlink_to(CACHE)
+    for command in commands:
+        assert run([sys.executable, "-m", "rtn_tensor", *shlex.split(command)[1:]], tmp_path).strip()
+
+
+@pytest.mark.parametrize("tutorial", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem)
+def test_tutorial(tutorial, tmp_path):
+    assert len(tutorial.read_text(encoding="utf-8").splitlines()) < 80
+    assert run([sys.executable, *STRICT, str(tutorial)], tmp_path)

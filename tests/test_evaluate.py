@@ -1,0 +1,185 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from tiny_llama import tiny_llama, tiny_tokenizer
+from torch import nn
+
+from rtn_tensor import quantize_, rtn_int4
+from rtn_tensor.evaluate import generate, perplexity
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def tokens(n):
+    return torch.randint(0, 320, (n,), generator=torch.Generator().manual_seed(n))
+
+
+@torch.no_grad()
+def brute_force(model, ids, window, stride):
+    """Scores each token once, given all that precedes it in the first window that holds it, by a forward pass of its own."""
+    losses = []
+    for i in range(1, len(ids)):
+        start = stride * max(0, math.ceil((i + 1 - window) / stride))
+        if start < i:
+            logits = model(ids[None, start:i]).logits[0, -1]
+            losses.append(F.cross_entropy(logits.double(), ids[i]).item())
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_one_window_is_cross_entropy(model):
+    ids = tokens(100)
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0]
+    expected = F.cross_entropy(logits[:-1], ids[1:]).exp().item()
+    assert perplexity(model, ids, window=100, stride=50) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, ids, window=256, stride=1) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, ids[None].int()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "window", "stride"),
+    [
+        (33, 16, 8),
+        (32, 16, 8),
+        (31, 16, 1),
+        (40, 16, 15),
+        (48, 16, 16),  # no overlap: the first token of a window has no context
+        (49, 16, 16),  # and here the last window is that one token
+        (17, 16, 5),
+        (5, 2, 1),
+        (6, 2, 2),
+        (2, 2, 1),
+    ],
+)
+def test_windows_by_brute_force(model, n, window, stride):
+    ids = tokens(n)
+    assert perplexity(model, ids, window, stride) == pytest.approx(brute_force(model, ids, window, stride), rel=1e-4)
+
+
+def test_more_rows_than_are_cast_at_once(model, monkeypatch):
+    ids = tokens(90)
+    whole = perplexity(model, ids, 64, 32)
+    monkeypatch.setattr("rtn_tensor.evaluate.ROWS", 7)
+    assert perplexity(model, ids, 64, 32) == pytest.approx(whole, rel=1e-6)
+
+
+def test_logits_are_scored_in_fp32():
+    """At this size a loss summed in bf16 is wrong in its third digit."""
+    model, ids = tiny_llama(dtype=torch.bfloat16), tokens(200)
+    with torch.no_grad():
+        logits = model(ids[None], use_cache=False).logits[0]
+    assert logits.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits[:-1].double(), ids[1:]).exp().item()
+    assert perplexity(model, ids) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_quantized_model():
+    model, ids = tiny_llama(), tokens(100)
+    float_value = perplexity(model, ids, 64, 32)
+    quantize_(model, rtn_int4(32))
+    value = perplexity(model, ids, 64, 32)
+    assert value != float_value
+    assert value == pytest.approx(brute_force(model, ids, 64, 32), rel=1e-4)
+
+
+def test_progress_wraps_the_windows(model):
+    seen = []
+    perplexity(model, tokens(40), 16, 8, progress=lambda starts: seen.append(starts) or starts)
+    assert seen == [[0, 8, 16, 24]]
+
+
+def test_perplexity_checks_its_input(model):
+    class Training(nn.Module):
+        pass
+
+    messages = []
+    for call in (
+        lambda: perplexity(Training(), tokens(9)),
+        lambda: perplexity(model, tokens(8).view(2, 4)),
+        lambda: perplexity(model, tokens(8).view(1, 2, 4)),
+        lambda: perplexity(model, torch.tensor(3)),
+        lambda: perplexity(model, tokens(9).float()),
+        lambda: perplexity(model, tokens(9).bool()),
+        lambda: perplexity(model, tokens(9), 8, 0),
+        lambda: perplexity(model, tokens(9), 8, 9),
+        lambda: perplexity(model, tokens(9), 1, 1),
+        lambda: perplexity(model, tokens(1)),
+        lambda: perplexity(model, tokens(0)),
+    ):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  (the messages are pinned below)
+            call()
+        messages.append(str(caught.value))
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+the model is in training mode, where dropout makes its loss random; call model.eval() first
+input_ids has shape [2, 4]; pass one sequence, [T] or [1, T]
+input_ids has shape [1, 2, 4]; pass one sequence, [T] or [1, T]
+input_ids has shape []; pass one sequence, [T] or [1, T]
+input_ids has dtype torch.float32; pass int64 tokens
+input_ids has dtype torch.bool; pass int64 tokens
+stride=0 with window=8; it must be at least 1 and at most window
+stride=9 with window=8; it must be at least 1 and at most window
+got 9 tokens and window=1; both must be at least 2, as a token is scored given another
+got 1 tokens and window=1024; both must be at least 2, as a token is scored given another
+got 0 tokens and window=1024; both must be at least 2, as a token is scored given another""",
+    )
+
+
+# ------------------------------------------------------------------------------------------- generate
+
+
+def greedy(model, ids, n):
+    for _ in range(n):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def test_generate_is_greedy(model, tokenizer):
+    result = generate(model, tokenizer, "We the people", 10)
+    ids = tokenizer("We the people", return_tensors="pt")["input_ids"]
+    new = greedy(model, ids, 10)[0, ids.shape[1] :]
+    assert 1 not in new  # the end-of-sequence token would have stopped it
+    assert result.text == tokenizer.decode(new).strip()
+    assert result.tokens == 10
+    assert result.seconds > 0
+    assert result.tokens_per_second == result.tokens / result.seconds
+
+
+def test_generate_stops_at_the_end_of_sequence(tokenizer):
+    model = tiny_llama()
+    ids = tokenizer("We the people", return_tensors="pt")["input_ids"]
+    new = greedy(model, ids, 10)[0, ids.shape[1] :].tolist()
+    stop = new[4]
+    first = new.index(stop)
+    model.generation_config.eos_token_id = stop
+    result = generate(model, tokenizer, "We the people", 10)
+    assert result.tokens == first + 1
+    assert result.text == tokenizer.decode(new[: first + 1]).strip()
+
+
+def test_generate_uses_the_chat_template(model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}user: {{ messages[0]['content'] }} state:"
+    asked = generate(model, tokenizer, "the people", 10)
+    ids = tokenizer("<s>user: the people state:", return_tensors="pt")["input_ids"]
+    assert asked.text == tokenizer.decode(greedy(model, ids, 10)[0, ids.shape[1] :]).strip()
+
+
+def test_generate_checks_its_input(model, tokenizer):
+    with pytest.raises(ValueError, match=r"^the prompt is empty; pass some text$"):
+        generate(model, tokenizer, "", 5)
+    with pytest.raises(ValueError, match=r"^max_new_tokens=0; it must be at least 1$"):
+        generate(model, tokenizer, "We", 0)

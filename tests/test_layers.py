@@ -1,0 +1,113 @@
+"""A module imports only modules above it, and the heavy libraries only where they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rtn_tensor
+
+PACKAGE = Path(rtn_tensor.__file__).parent
+
+# Top to bottom. A folder stands for all its modules, which do not import one another.
+LAYERS = [
+    "quiet",
+    "tables",
+    "formats",
+    "config",
+    "reference",
+    "kernels.problem",
+    "kernels.*",
+    "kernels",
+    "ops",
+    "tensor",
+    "policy",
+    "quantize",
+    "moe",
+    "checkpoint",
+    "evaluate",
+    "integrations.*",
+    "cli",
+    "__main__",
+]
+LEAVES = "integrations.*"  # nothing imports these
+LAZY = {"triton", "transformers", "vllm", "peft", "safetensors", "tqdm"}  # imported in the functions that need them
+
+
+def name_of(file):
+    """`kernels/dense.py` -> `kernels.dense`, `kernels/__init__.py` -> `kernels`, `__init__.py` -> ``."""
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+MODULES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def layer(name):
+    if name in LAYERS:
+        return LAYERS.index(name)
+    for i, entry in enumerate(LAYERS):
+        if entry.endswith(".*") and name.startswith(entry[:-1]):
+            return i
+    return None
+
+
+def imports(tree):
+    """Full names of what the nodes of `tree` import; of `from a import b` both `a` and `a.b`, as b may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(tree):
+    """Names of the modules of this package that `tree` imports. Only a package's `__init__` may import from the whole package."""
+    found = {name.removeprefix("rtn_tensor").removeprefix(".") for name in imports(tree) if name.split(".")[0] == "rtn_tensor"}
+    found &= set(MODULES)
+    # `from rtn_tensor.kernels import dense` imports kernels.dense; that it passes through kernels is no import of it.
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found) or name == ""} - {""}
+
+
+def outside_functions(tree):
+    for node in list(ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            node.body = []
+    return tree
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_imports_go_up(name):
+    below = layer(name)
+    assert below is not None, f"{name} is in no layer; give it a line in LAYERS"
+    for other in ours(ast.parse(MODULES[name].read_text())):
+        above = layer(other)
+        assert above is not None, f"{other} is in no layer"
+        assert above < below, f"{name} imports {other}, which is not above it"
+        assert LAYERS[above] != LEAVES, f"{name} imports {other}, an integration"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_heavy_imports_are_inside_functions(name):
+    top = {imported.split(".")[0] for imported in imports(outside_functions(ast.parse(MODULES[name].read_text())))}
+    assert not top & LAZY
+
+
+def test_the_checks_can_fail():
+    inner = "    from transformers import x\n    from rtn_tensor.kernels.problem import y"
+    tree = ast.parse(f"import rtn_tensor.cli\nfrom rtn_tensor import ops, rtn\ndef f():\n{inner}")
+    assert ours(tree) == {"cli", "ops", "kernels.problem"}
+    assert "transformers" in set(imports(tree))
+    assert "transformers" not in set(imports(outside_functions(tree)))
+    assert layer("cli") > layer("ops") > layer("kernels") > layer("kernels.triton.linear") > layer("kernels.problem")
+    assert layer("new_module") is None
+
+
+def test_import_is_silent_and_light():
+    heavy = sorted(LAZY - {"triton", "safetensors", "tqdm"})  # torch and torchao import these three
+    program = f"import sys, rtn_tensor; assert not set(sys.modules) & set({heavy}), set(sys.modules) & set({heavy})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

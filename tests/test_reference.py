@@ -1,0 +1,304 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from bounds import Planes, activations, assert_linear_close, random_planes
+
+from rtn_tensor import reference
+from rtn_tensor.formats import FORMATS, pack, unpack
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GROUP_SIZES = [32, 64, 96, 128, -1]
+METHODS = ["absmax", "signed"]
+
+
+def fake_quantize(w, bits, group_size, method, scale_dtype):
+    """(q, S of every element), group by group from the formulas. A quotient of two fp32 numbers taken in fp64 and then rounded to fp32
+    is the fp32 quotient (53 >= 2 * 24 + 2 digits), so this is exact and shares nothing with the implementation."""
+    qs, scales = [], []
+    for group in w.double().split(w.shape[-1] if group_size == -1 else group_size, dim=-1):
+        high = group.abs().amax(-1, keepdim=True)
+        if method == "signed":
+            holds_negative = (group == -high).any(-1, keepdim=True)
+            scale = torch.where(holds_negative, -high, high) / -(2 ** (bits - 1))
+        else:
+            scale = 2 * high / (2**bits - 1)
+        scale = scale.float().to(scale_dtype)
+        q = (group / scale.double()).float().round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        qs.append(q)
+        scales.append(scale)
+    return torch.cat(qs, -1), torch.cat(scales, -1)
+
+
+def per_element(scale, group_size, k):
+    return scale.expand(*scale.shape[:-1], k) if group_size == -1 else scale.repeat_interleave(group_size, -1)[..., :k]
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_is_fake_quantization(bits, group_size, method, scale_dtype, dtype):
+    for n, k in [(1, 1), (5, 31), (5, 33), (100, 100), (7, 576), (3, 1000)]:
+        w = (torch.randn(n, k) * torch.rand(n, 1)).to(dtype)
+        qdata, scale = reference.quantize(w, bits, group_size, method, scale_dtype)
+        q, expected_scale = fake_quantize(w, bits, group_size, method, scale_dtype)
+        assert scale.dtype == scale_dtype
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(unpack(qdata, bits, k).float(), q)
+        assert q.min() >= FORMATS[bits].qmin
+        # Padding is zero fields, whatever was there.
+        assert not unpack(qdata, bits, qdata.shape[-1] * 8 // bits)[:, k:].any()
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_quantize_rounds_ties_to_even(bits):
+    qmax = FORMATS[bits].qmax
+    w = torch.tensor([[qmax + 0.5, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -qmax - 0.5]])  # absmax makes S = 1
+    qdata, scale = reference.quantize(w, bits, 32, "absmax", torch.float32)
+    assert scale.tolist() == [[1.0]]
+    assert unpack(qdata, bits, 8).tolist() == [[qmax, 0, 2, 2, 0, -2, -2, -qmax - 1]]
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_quantize_divides_by_the_rounded_scale(bits):
+    """S is far from exact in bf16: rounding w by the fp32 S would give other integers."""
+    w = torch.randn(64, 128)
+    qdata, scale = reference.quantize(w, bits, -1, "absmax", torch.bfloat16)
+    _, exact = reference.quantize(w, bits, -1, "absmax", torch.float32)
+    q = unpack(qdata, bits, 128)
+    assert torch.equal(q.float(), (w / scale.float()).round().clamp(FORMATS[bits].qmin, FORMATS[bits].qmax))
+    assert (q.float() != (w / exact).round().clamp(FORMATS[bits].qmin, FORMATS[bits].qmax)).any()
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("scale_dtype", "u"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-22)])
+def test_closed_form_bound(bits, group_size, scale_dtype, u):
+    w = torch.randn(64, 1000)
+    for method in METHODS:
+        qdata, scale = reference.quantize(w, bits, group_size, method, scale_dtype)
+        error = (w.double() - Planes(qdata, scale, bits, group_size, 1000).exact()).abs()
+        size = per_element(scale.double().abs(), group_size, 1000)
+        # signed has no level at +2^(b-1): what lies next to it comes down a whole step.
+        half = torch.where(w.double() / per_element(scale.double(), group_size, 1000) > FORMATS[bits].qmax, 1.0, 0.5)
+        assert (error <= ((half if method == "signed" else 0.5) + 2 ** (bits - 1) * u) * size).all()
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_signed_keeps_the_extreme(bits, dtype):
+    w = torch.randn(50, 96).to(dtype)
+    at = w.abs().argmax(-1, keepdim=True)
+    w.scatter_(-1, at, w.gather(-1, at) * 1.5)  # in bf16 it might be tied
+    qdata, scale = reference.quantize(w, bits, -1, "signed", dtype)
+    assert (unpack(qdata, bits, 96).gather(-1, at) == FORMATS[bits].qmin).all()
+    assert torch.equal(reference.dequantize(qdata, scale, bits, -1, 96, dtype).gather(-1, at), w.gather(-1, at))
+    assert torch.equal(scale < 0, w.gather(-1, at) > 0)
+    assert (scale < 0).any()
+    assert (scale > 0).any()
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_signed_tie_takes_the_negative_one(bits):
+    w = torch.zeros(3, 32)
+    w[0, 3], w[0, 9] = 2.0, -2.0
+    w[1, 3], w[1, 9] = -2.0, 2.0
+    w[2, 3], w[2, 9] = 2.0, 1.0  # no tie: the extreme is positive, and so S negative
+    qdata, scale = reference.quantize(w, bits, 32, "signed", torch.float32)
+    step, qmin = 2.0 / 2 ** (bits - 1), FORMATS[bits].qmin
+    assert scale.flatten().tolist() == [step, step, -step]
+    assert unpack(qdata, bits, 32)[:, [3, 9]].tolist() == [[-qmin - 1, qmin], [qmin, -qmin - 1], [qmin, qmin // 2]]
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_groups(bits, method, dtype):
+    w = torch.zeros(3, 100, dtype=dtype)
+    w[1, 32:64] = 3.0
+    w[2] = -0.0
+    qdata, scale = reference.quantize(w, bits, 32, method, dtype)
+    zero = torch.ones(3, 4, dtype=torch.bool)
+    zero[1, 1] = False
+    assert (scale[zero] == 1).all()
+    assert (scale[1, 1] != 1).item()
+    q = unpack(qdata, bits, 100)
+    assert q[1, 32:64].all()
+    q[1, 32:64] = 0
+    assert not q.any()
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormal_weights_keep_their_group(bits, method, dtype):
+    """Groups whose extreme is 1 ... 400 of the smallest subnormal, of either sign: S is never 0 and nothing is NaN or inf."""
+    ulp = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    steps = torch.arange(1, 401, dtype=torch.float64)[:, None] * torch.tensor([[1.0, 0.5, -0.25, 0.0] * 8])
+    for sign in (1, -1):
+        w = (sign * steps * ulp).to(dtype)
+        qdata, scale = reference.quantize(w, bits, 32, method, dtype)
+        assert scale.isfinite().all()
+        assert scale.all()
+        assert (unpack(qdata, bits, 32)[:, 0] != 0).all()
+        w2 = reference.dequantize(qdata, scale, bits, 32, 32, dtype)
+        assert w2.isfinite().all()
+        if dtype != torch.float32:  # there S is itself a rounded fp32 quotient, and may lie below the exact one
+            assert ((w2.double() - w.double()).abs() <= scale.double().abs()).all()
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_subnormal_scale_rounds_away_from_zero(bits, method, dtype):
+    limits = torch.finfo(dtype)
+    ulp = limits.tiny * limits.eps
+    w = torch.zeros(1000, 32)
+    w[:, 5] = torch.linspace(-1.5, 1.5, 1000) * limits.tiny * 2 ** (bits - 1)
+    qdata, exact = reference.quantize(w, bits, 32, method, torch.float32)
+    qdata, scale = reference.quantize(w, bits, 32, method, dtype)
+    exact, scale = exact.double(), scale.double()
+    small = exact.abs() < limits.tiny
+    assert small.sum() > 500
+    assert torch.equal(scale.sign(), exact.sign())
+    up = (exact[small].abs() / ulp).ceil() * ulp
+    assert torch.equal(scale[small].abs(), up)
+    assert torch.equal(scale[~small], exact[~small].to(dtype).double())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_overflowing_scale_is_the_largest_finite(method):
+    w = torch.full((2, 64), 1e3)
+    w[0, :32], w[1, 32] = 3e6, -3e6
+    qdata, scale = reference.quantize(w, 4, 32, method, torch.float16)
+    huge = 65504.0 if method == "absmax" else -65504.0
+    small = 1e3 / (7.5 if method == "absmax" else -8)
+    assert scale[0, 0] == huge
+    assert scale[1, 1] == 65504.0
+    torch.testing.assert_close(scale[[0, 1], [1, 0]].float(), torch.full((2,), small), rtol=2**-11, atol=0)
+    assert unpack(qdata, 4, 64)[0, :32].tolist() == [7 if method == "absmax" else -8] * 32
+    assert unpack(qdata, 4, 64)[1, 32] == -8
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", FORMATS)
+def test_largest_fp32_does_not_overflow(bits, method):
+    largest = torch.finfo(torch.float32).max
+    w = torch.tensor([[largest, -largest]])
+    qdata, scale = reference.quantize(w, bits, 32, method, torch.float32)
+    assert scale.isfinite().all()
+    assert unpack(qdata, bits, 2).tolist() == [[FORMATS[bits].qmax, FORMATS[bits].qmin]]
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_spoil_their_group_only(bits, method, dtype, bad):
+    w = torch.randn(3, 100).to(dtype)
+    clean_qdata, clean_scale = reference.quantize(w, bits, 32, method, dtype)
+    w[1, 40], w[2, 99] = bad, bad  # a middle group, and the short last one
+    qdata, scale = reference.quantize(w, bits, 32, method, dtype)
+    spoiled = torch.zeros(3, 4, dtype=torch.bool)
+    spoiled[1, 1] = spoiled[2, 3] = True
+    assert torch.equal(scale.isnan(), spoiled)
+    assert torch.equal(scale[~spoiled], clean_scale[~spoiled])
+    expected = unpack(clean_qdata, bits, 100)
+    expected[per_element(spoiled, 32, 100)] = 0
+    assert torch.equal(unpack(qdata, bits, 100), expected)
+    w2 = reference.dequantize(qdata, scale, bits, 32, 100, dtype)
+    assert torch.equal(w2.isnan(), per_element(spoiled, 32, 100))
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_leading_dims_and_strides(bits, group_size):
+    w = torch.randn(2, 3, 5, 100)
+    qdata, scale = reference.quantize(w, bits, group_size, "absmax", torch.bfloat16)
+    assert qdata.shape == (2, 3, 5, FORMATS[bits].row_bytes(100))
+    assert scale.shape == (2, 3, 5, 4 if group_size == 32 else 1)
+    for got in (reference.quantize(w[1, 2], bits, group_size, "absmax", torch.bfloat16),
+                reference.quantize(w[1, 2].t().contiguous().t(), bits, group_size, "absmax", torch.bfloat16)):  # fmt: skip
+        assert torch.equal(got[0], qdata[1, 2])
+        assert torch.equal(got[1], scale[1, 2])
+        assert got[0].is_contiguous()
+        assert got[1].is_contiguous()
+    w2 = reference.dequantize(qdata, scale, bits, group_size, 100, torch.float32)
+    assert torch.equal(w2[1, 2, 3:4], reference.dequantize(qdata[1, 2, 3:4], scale[1, 2, 3:4], bits, group_size, 100, torch.float32))
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("shape", [(0, 100), (5, 0), (0, 0), (0, 5, 64)])
+def test_empty_weights(group_size, shape):
+    qdata, scale = reference.quantize(torch.zeros(shape), 4, group_size, "absmax", torch.float32)
+    assert reference.dequantize(qdata, scale, 4, group_size, shape[-1], torch.bfloat16).shape == shape
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantize_rounds_once(bits, group_size, dtype):
+    q = torch.randint(FORMATS[bits].qmin, FORMATS[bits].qmax + 1, (40, 1000), dtype=torch.int8)
+    scale = torch.randn(40, 1 if group_size == -1 else -(-1000 // group_size))
+    w2 = reference.dequantize(pack(q, bits), scale, bits, group_size, 1000, dtype)
+    # q has 8 digits and S 24: their product is exact in fp64.
+    assert torch.equal(w2, (q.double() * per_element(scale, group_size, 1000).double()).float().to(dtype))
+    assert w2.is_contiguous()
+    if dtype != torch.float32:
+        assert not torch.equal(w2, q.to(dtype) * per_element(scale, group_size, 1000).to(dtype))
+
+
+SHAPES = [(0, 5, 100, 32), (1, 1, 32, 32), (3, 5, 100, 64), (17, 100, 576, 96), (3, 100, 1000, 128), (17, 5, 1000, -1)]
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k", "group_size"), SHAPES)
+def test_linear_and_linear_dx(bits, dtype, m, n, k, group_size):
+    w = random_planes(n, k, bits=bits, group_size=group_size, dtype=dtype)
+    x, dy, bias = activations(m, k, dtype), activations(m, n, dtype), torch.randn(n).to(dtype)
+    planes = (w.qdata, w.scale)
+    assert_linear_close(reference.linear(x, *planes, None, bits, group_size), x, w.exact())
+    assert_linear_close(reference.linear(x, *planes, bias, bits, group_size), x, w.exact(), bias)
+    assert_linear_close(reference.linear_dx(dy, *planes, bits, group_size, k), dy, w.exact().mT)
+
+
+def test_linear_adds_the_bias_before_rounding():
+    """256 + 1 + 1 is 258 in bf16, but 256 where the product is rounded first."""
+    w = Planes(pack(torch.tensor([[1, 1]], dtype=torch.int8), 4), torch.ones(1, 1, dtype=torch.bfloat16), 4, 32, 2)
+    x, bias = torch.tensor([[256.0, 1.0]]).bfloat16(), torch.ones(1).bfloat16()
+    assert reference.linear(x, w.qdata, w.scale, bias, 4, 32).item() == 258
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offs", [[0, 5, 5, 12], [17, 17, 17, 17], [0, 0, 0, 0], [1, 2, 3, 17]])
+def test_grouped_and_grouped_dx(bits, dtype, offs):
+    """Empty experts, first, middle and last; rows that no expert claims are zero."""
+    w = random_planes(4, 5, 100, bits=bits, group_size=32, dtype=dtype)
+    x, dy = activations(17, 100, dtype), activations(17, 5, dtype)
+    ends = torch.tensor(offs, dtype=torch.int32)
+    y = reference.grouped(x, w.qdata, w.scale, ends, bits, 32)
+    dx = reference.grouped_dx(dy, w.qdata, w.scale, ends, bits, 32, 100)
+    assert (y.shape, dx.shape) == ((17, 5), (17, 100))
+    for e, (start, end) in enumerate(pairwise([0, *offs])):
+        assert_linear_close(y[start:end], x[start:end], w.exact()[e])
+        assert_linear_close(dx[start:end], dy[start:end], w.exact()[e].mT)
+    assert not y[offs[-1] :].any()
+    assert not dx[offs[-1] :].any()
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_embedding(bits, group_size, dtype, index_dtype):
+    w = random_planes(9, 100, bits=bits, group_size=group_size, dtype=dtype)
+    table = w.exact().float().to(dtype)
+    for indices in (torch.tensor([[8, 0, 3], [3, 3, 1]]), torch.tensor(4), torch.zeros(2, 0)):
+        indices = indices.to(index_dtype)
+        got = reference.embedding(indices, w.qdata, w.scale, bits, group_size, 100)
+        assert torch.equal(got, table[indices])
