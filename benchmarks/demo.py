@@ -9,11 +9,8 @@ import argparse
 import copy
 import json
 import math
-import os
-import platform
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.machine import machine
 from benchmarks.real_model import MODEL, TEXT, smollm2, state_of_the_union
 from rtn_tensor import quantize_, report, rtn_int4, rtn_int8
 from rtn_tensor.evaluate import generate, perplexity
@@ -77,15 +75,6 @@ def measure(name: str, model, tokenizer, input_ids: torch.Tensor, new_tokens: in
         "quantized_layers": counted.calls,
         "text": written.text,
     }
-
-
-def machine() -> dict:
-    """The CPU, and the versions that a number depends on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
-    versions = {name: version(name) for name in ("torch", "torchao", "transformers")}
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
 
 
 def at_least(lowest: int, text: str) -> int:

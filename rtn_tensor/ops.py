@@ -50,11 +50,12 @@ def tracing(*tensors: Tensor) -> bool:
         or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or any(type(t) not in _PLAIN or t.is_meta for t in tensors)
+        or not all(map(_is_plain, tensors))
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def _is_plain(t: Tensor) -> bool:
+    return (type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_meta
 
 
 def _wants_grad(*tensors: Tensor) -> bool:

@@ -19,6 +19,7 @@ LAYERS = [
     "config",
     "reference",
     "kernels.problem",
+    "kernels.cpu",
     "kernels.*",
     "kernels",
     "ops",

@@ -5,6 +5,7 @@ import struct
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ _PLANES = struct.Struct("=15q")
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def library() -> Any:
     """The library, or None (and one warning) where it was not built."""
     if not LIBRARY.exists():
         warnings.warn(
@@ -69,9 +70,9 @@ def _linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, offs: 
     if offs is not None:
         offs = offs.to(torch.int32).contiguous()
     m, k = x.shape
-    n = qdata.shape[-2]
-    y = torch.empty((m, n), dtype=x.dtype)
-    experts, qdata_expert, scale_expert = (qdata.shape[0], qdata.stride(0), scale.stride(0)) if offs is not None else (1, 0, 0)
+    n = qdata.size(-2)
+    y = x.new_empty((m, n))
+    experts, qdata_expert, scale_expert = (1, 0, 0) if offs is None else (qdata.size(0), qdata.stride(0), scale.stride(0))
     arguments = _LINEAR.pack(
         x.data_ptr(),
         qdata.data_ptr(),
@@ -95,7 +96,7 @@ def _linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, offs: 
         scale_expert,
         torch.get_num_threads(),
     )
-    _check(library().rtn_linear(arguments))  # type: ignore[union-attr]  (why_not refuses without it)
+    _check(library().rtn_linear(arguments))
     return y
 
 
@@ -157,10 +158,6 @@ def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_si
         flat = indices.reshape(-1).to(torch.int64).contiguous()
         _planes("rtn_dequantize", w.view(-1, k), qdata, _dense_rows(scale), bits, group_size, False, flat)
     return w
-
-
-def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
-    return dy @ dequantize(qdata, scale, bits, group_size, k, dy.dtype)
 
 
 def why_not(problem: Problem) -> str | None:

@@ -1,18 +1,25 @@
 """Dequantize the weight, then the platform's own dense matmul: any device and shape, at the price of a float copy of the weight a call."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rtn_tensor import reference
+from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import Kernel, Problem
 
 
+def _weight(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+    dequantize = cpu.dequantize if qdata.is_cpu and cpu.library() is not None else reference.dequantize
+    return dequantize(qdata, scale, bits, group_size, k, dtype)
+
+
 def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
-    return F.linear(x, reference.dequantize(qdata, scale, bits, group_size, x.shape[-1], x.dtype), bias)
+    return F.linear(x, _weight(qdata, scale, bits, group_size, x.shape[-1], x.dtype), bias)
 
 
 def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
-    return dy @ reference.dequantize(qdata, scale, bits, group_size, k, dy.dtype)
+    return dy @ _weight(qdata, scale, bits, group_size, k, dy.dtype)
 
 
 def why_not(problem: Problem) -> str | None:
