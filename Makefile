@@ -23,7 +23,7 @@ clean:
 	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml requirements.txt
+$(INSTALLED): pyproject.toml requirements.txt setup.py $(wildcard rtn_tensor/kernels/csrc/*)
 	@echo "Installing rtn-tensor and its dependencies into .venv (2 to 10 minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt

@@ -20,11 +20,40 @@ CSRC = Path("rtn_tensor/kernels/csrc")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 # One file an instruction set; which of them runs is chosen when the library is loaded.
 FLAGS = {
-    "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "isa_avx512.cpp": AVX512,
-    "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "x86_64": {
+        "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+        "isa_avx512.cpp": AVX512,
+        "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    },
+    "aarch64": {"isa_neonbf16.cpp": ["-march=armv8.2-a+bf16"]},
 }
-PORTABLE = ["isa_generic.cpp", "rtn.cpp", "threads.cpp"]
+PORTABLE: dict[str, list[str]] = {"isa_generic.cpp": [], "rtn.cpp": [], "threads.cpp": []}
+
+
+def sources(machine: str) -> dict[str, list[str]]:
+    """The files of the library for a `platform.machine()`, each with the flags that it alone is compiled with."""
+    return {str(CSRC / name): flags for name, flags in (FLAGS.get(machine, {}) | PORTABLE).items()}
+
+
+def run(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CompileError(f"{shlex.join(command)}: {error}") from error
+    if done.returncode:
+        raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def compile_all(compiler: list[str], files: dict[str, list[str]], folder: Path) -> list[str]:
+    """Compiles `files` (name -> flags) into `folder`, in parallel; the names of the objects."""
+
+    def compile_one(source: str) -> str:
+        output = str(folder / f"{Path(source).name}.o")
+        run(*compiler, "-std=c++17", *files[source], "-c", source, "-o", output)
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, files))
 
 
 class BuildLibrary(build_ext):
@@ -33,30 +62,13 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         compiler = shlex.split(os.environ.get("CXX", "g++"))
-        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        flags = ["-O3", "-fPIC", "-fvisibility=hidden", *shlex.split(os.environ.get("CXXFLAGS", ""))]
         target = Path(self.get_ext_fullpath(ext.name))
         objects = Path(self.build_temp)
         for folder in (objects, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
-
-        def run(*arguments: str) -> None:
-            command = [*compiler, *arguments]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True)
-            except OSError as error:
-                raise CompileError(f"{shlex.join(command)}: {error}") from error
-            if done.returncode:
-                raise CompileError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
-
-        def compile_one(source: str) -> str:
-            name = Path(source).name
-            output = str(objects / f"{name}.o")
-            run(*flags, *FLAGS.get(name, []), "-c", source, "-o", output)
-            return output
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = list(pool.map(compile_one, ext.sources))
-        run("-shared", *shlex.split(os.environ.get("LDFLAGS", "")), *compiled, "-o", str(target), "-ldl")
+        compiled = compile_all([*compiler, *flags], sources(platform.machine()), objects)
+        run(*compiler, "-shared", *shlex.split(os.environ.get("LDFLAGS", "")), *compiled, "-o", str(target), "-ldl")
 
 
 class Wheel(bdist_wheel):
@@ -64,11 +76,11 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-sources = [*(FLAGS if platform.machine() in ("x86_64", "AMD64") else ()), *PORTABLE]
-library = Extension(
-    "rtn_tensor.kernels.librtn",
-    [str(CSRC / name) for name in sources],
-    depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
-    optional=True,
-)
-setup(ext_modules=[library], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})
+if __name__ == "__main__":  # the tests build the library in other ways
+    library = Extension(
+        "rtn_tensor.kernels.librtn",
+        list(sources(platform.machine())),
+        depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
+        optional=True,
+    )
+    setup(ext_modules=[library], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})

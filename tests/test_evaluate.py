@@ -172,7 +172,7 @@ def test_generate_stops_at_the_end_of_sequence(tokenizer):
 
 def test_generate_uses_the_chat_template(model):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ bos_token }}user: {{ messages[0]['content'] }} state:"
+    tokenizer.chat_template = "{{ bos_token }}user: {{ messages[0]['content'] }}{% if add_generation_prompt %} state:{% endif %}"
     asked = generate(model, tokenizer, "the people", 10)
     ids = tokenizer("<s>user: the people state:", return_tensors="pt")["input_ids"]
     assert asked.text == tokenizer.decode(greedy(model, ids, 10)[0, ids.shape[1] :]).strip()

@@ -14,6 +14,12 @@ struct fp16 {
   uint16_t bits;
 };
 
+#if defined(__aarch64__)
+#define RTN_HALF __fp16  // GCC 12 defines __FLT16_MAX__ here, yet has no _Float16 in C++
+#elif defined(__FLT16_MAX__)
+#define RTN_HALF _Float16
+#endif
+
 inline float as_float(uint32_t bits) {
   float f;
   memcpy(&f, &bits, 4);
@@ -29,8 +35,8 @@ inline uint32_t as_bits(float f) {
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 inline float to_float(fp16 x) {
-#ifdef __FLT16_MAX__
-  _Float16 h;
+#ifdef RTN_HALF
+  RTN_HALF h;
   memcpy(&h, &x, 2);
   return float(h);
 #else
@@ -56,8 +62,8 @@ inline bf16 from_float<bf16>(float x) {
 }
 template <>
 inline fp16 from_float<fp16>(float x) {
-#ifdef __FLT16_MAX__
-  const _Float16 h = _Float16(x);
+#ifdef RTN_HALF
+  const RTN_HALF h = RTN_HALF(x);
   fp16 out;
   memcpy(&out, &h, 2);
   return out;

@@ -7,13 +7,15 @@
 
 namespace rtn {
 
-extern const Isa avx512bf16, avx512, avx2, generic;
+extern const Isa avx512bf16, avx512, avx2, neonbf16, generic;
 
 namespace {
 // Fastest first; the last runs anywhere.
 const Isa* const ISAS[] = {
 #ifdef __x86_64__
     &avx512bf16, &avx512, &avx2,
+#elif defined(__aarch64__) && defined(__linux__)
+    &neonbf16,
 #endif
     &generic};
 

@@ -1,13 +1,12 @@
 // Threads of the OpenMP runtime that torch has already loaded, found by name: linking one of our own would put a second pool of threads
 // on the same cores. Where none is found, or after a fork (which no OpenMP pool survives), the caller does the work alone.
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdlib.h>
 
 #include <atomic>
 
 #include "rtn.h"
-
-#include <dlfcn.h>
 
 namespace rtn {
 namespace {
@@ -16,14 +15,12 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 std::atomic<bool> forked{false};
 
-GompParallel find_gomp() {
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
-  // libgomp's own entry point, which LLVM's and Intel's runtimes have too.
-  return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-}
+// From when the library is loaded: torch may have started the pool before our first parallel call.
+const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 GompParallel gomp() {
-  static const GompParallel found = find_gomp();
+  // libgomp's own entry point, which LLVM's and Intel's runtimes have too.
+  static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return found;
 }
 
@@ -60,12 +57,13 @@ void parallel_for(int64_t threads, int64_t n, void (*fn)(void*, int64_t), void* 
 
 void* scratch(Slot slot, int64_t bytes) {
   if (local.bytes[slot] < bytes) {
+    // Some room, so that a growing batch does not ask each time; none at first, where a sanitizer shall see what passes the end.
+    const int64_t size = local.memory[slot] ? bytes + bytes / 4 : bytes;
     free(local.memory[slot]);
     local.memory[slot] = nullptr;
     local.bytes[slot] = 0;
-    const int64_t rounded = (bytes + bytes / 4 + 63) / 64 * 64;  // some room, so that a growing batch does not ask each time
-    if (posix_memalign(&local.memory[slot], 64, size_t(rounded))) return local.memory[slot] = nullptr;
-    local.bytes[slot] = rounded;
+    if (posix_memalign(&local.memory[slot], 64, size_t(size))) return local.memory[slot] = nullptr;
+    local.bytes[slot] = size;
   }
   // Never null for a request of no bytes: null means there is no memory.
   return bytes || local.memory[slot] ? local.memory[slot] : &local;

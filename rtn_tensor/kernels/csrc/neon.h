@@ -1,0 +1,43 @@
+// NEON with bf16 dot products: bf16 activations in pairs.
+#pragma once
+#include <arm_neon.h>
+
+#include "convert.h"
+#include "generic.h"
+
+namespace rtn {
+namespace {
+
+struct NeonBf16 : Generic {
+  static constexpr int V = 2, C = 8;
+  using W = bfloat16x8_t;
+  using X = uint32_t;
+
+  static X pair(bf16 even, bf16 odd) { return even.bits | uint32_t(odd.bits) << 16; }
+  template <class T>
+  static X pair(T, T) {
+    __builtin_unreachable();  // other activations have more digits than bf16, and go to Generic
+  }
+
+  template <int BITS, int i>
+  static W decode(D dword) {
+    if constexpr (BITS == 4) {
+      // bf16 of the integers 0..7, -8..-1: first their low bytes, then their high ones.
+      static const uint8_t table[32] = {0x00, 0x80, 0x00, 0x40, 0x80, 0xA0, 0xC0, 0xE0, 0x00, 0xE0, 0xC0, 0xA0, 0x80, 0x40, 0x00, 0x80,
+                                        0x00, 0x3F, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, 0xC1, 0xC0, 0xC0, 0xC0, 0xC0, 0xC0, 0xC0, 0xBF};
+      uint16x8_t field = vreinterpretq_u16_s32(dword);
+      if constexpr (i != 0) field = vshrq_n_u16(field, 4 * i);
+      field = vandq_u16(field, vdupq_n_u16(15));
+      const uint16x8_t index = vmlaq_n_u16(vdupq_n_u16(0x1000), field, 0x0101);  // the field, and 16 + the field above it
+      return vreinterpretq_bf16_u8(vqtbl2q_u8(vld1q_u8_x2(table), vreinterpretq_u8_u16(index)));
+    } else {
+      // An int8 has no more digits than a bf16: the upper half of its fp32 form is exact.
+      const uint32x4_t even = vreinterpretq_u32_f32(widen<8, i, 0>(dword)), odd = vreinterpretq_u32_f32(widen<8, i, 1>(dword));
+      return vreinterpretq_bf16_u32(vsriq_n_u32(odd, even, 16));
+    }
+  }
+  static F dot(F sum, W w, X x) { return vbfdotq_f32(sum, w, vreinterpretq_bf16_u32(vdupq_n_u32(x))); }
+};
+
+}  // namespace
+}  // namespace rtn
