@@ -5,19 +5,23 @@
 import os
 import shutil
 from collections import OrderedDict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torchao.prototype.safetensors import safetensors_utils
 from torchao.quantization import FqnToConfig
 
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.tensor import RTNQuantizedTensor
 
-# torchao's reader and writer accept the classes in these two, and offer no function to add one.
-safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(RTNQuantizedTensor.__name__)
-safetensors_utils.ALLOWED_CLASSES[RTNQuantizedTensor.__name__] = RTNQuantizedTensor
+# torchao's reader and writer accept the classes in these two, and offer no function to add one. They need numpy, as safetensors and
+# transformers do, but torch does not.
+if find_spec("numpy") is not None:
+    from torchao.prototype.safetensors import safetensors_utils
+
+    safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(RTNQuantizedTensor.__name__)
+    safetensors_utils.ALLOWED_CLASSES[RTNQuantizedTensor.__name__] = RTNQuantizedTensor
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 

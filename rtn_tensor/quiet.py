@@ -5,6 +5,7 @@ neither concerns anyone who uses this library.
 """
 
 import logging
+from importlib.util import find_spec
 
 _LOGGERS = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
 
@@ -16,8 +17,10 @@ def _drop(record: logging.LogRecord) -> bool:
 for _logger in _LOGGERS:
     _logger.addFilter(_drop)
 try:
-    import torchao.prototype.safetensors.safetensors_support
-    import torchao.quantization  # noqa: F401
+    import torchao.quantization
+
+    if find_spec("numpy") is not None:  # torch works without it; torchao's safetensors do not
+        import torchao.prototype.safetensors.safetensors_support  # noqa: F401
 finally:
     for _logger in _LOGGERS:
         _logger.removeFilter(_drop)

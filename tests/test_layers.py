@@ -112,3 +112,24 @@ def test_import_is_silent_and_light():
     program = f"import sys, rtn_tensor; assert not set(sys.modules) & set({heavy}), set(sys.modules) & set({heavy})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_torch_and_torchao_are_enough():
+    missing = ["numpy", "transformers", "safetensors", "tqdm", "accelerate"]
+    program = f"""
+import sys, warnings
+for name in {missing}:
+    sys.modules[name] = None
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+import torch
+from rtn_tensor import quantize_, rtn_int4
+from rtn_tensor.cli import main
+model = torch.nn.Linear(64, 8)
+quantize_(model, rtn_int4(32))
+assert model(torch.ones(1, 64)).shape == (1, 8)
+assert main(["explain"]) == 0
+assert main(["inspect", "."]) == 1
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'rtn-tensor[cli]'" in done.stderr
