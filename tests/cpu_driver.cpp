@@ -5,10 +5,10 @@
 // The answer is the status, then the buffers that the function writes. First of all comes the status of choosing argv[1].
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <thread>
 #include <vector>
 
@@ -44,14 +44,14 @@ struct Buffer {
       mapped = whole + page;
       memory = static_cast<char*>(mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
       data = memory + whole - content.size();
-      memcpy(data, content.data(), content.size());
+      std::copy(content.begin(), content.end(), data);
       mprotect(memory, whole, writable ? PROT_READ | PROT_WRITE : PROT_READ);
       mprotect(memory + whole, page, PROT_NONE);
     } else {
       const size_t shift = place == HEAP ? 0 : 8;
       memory = static_cast<char*>(malloc(content.size() + shift));
       data = memory + shift;
-      memcpy(data, content.data(), content.size());
+      std::copy(content.begin(), content.end(), data);
     }
   }
   Buffer(Buffer&& other) : memory(other.memory), data(other.data), mapped(other.mapped) { other.memory = nullptr; }
@@ -84,8 +84,11 @@ struct Run {
   }
 };
 
-bool read(void* to, size_t bytes) { return fread(to, 1, bytes, stdin) == bytes; }
-void write(const void* from, size_t bytes) { fwrite(from, 1, bytes, stdout); }
+// Of no bytes, a vector's address may be null, which fread and fwrite do not allow.
+bool read(void* to, size_t bytes) { return !bytes || fread(to, 1, bytes, stdin) == bytes; }
+void write(const void* from, size_t bytes) {
+  if (bytes) fwrite(from, 1, bytes, stdout);
+}
 
 }  // namespace
 

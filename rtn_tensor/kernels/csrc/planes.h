@@ -45,7 +45,7 @@ struct Chunk {
     for (int half = 0; half < 2; ++half) {
       for (int t = 0; t < 8; ++t) {
         if constexpr (BITS == 8) bytes[2 * t + half] = uint8_t(q[8 * half + t]);
-        else bytes[2 * t + half] = uint8_t((q[16 * half + t] & 15) | q[16 * half + 8 + t] << 4);
+        else bytes[2 * t + half] = uint8_t((q[16 * half + t] & 15) | uint8_t(q[16 * half + 8 + t]) << 4);
       }
     }
   }
@@ -53,12 +53,12 @@ struct Chunk {
   static void unpack(const uint8_t* bytes, int8_t* q) {
     for (int half = 0; half < 2; ++half) {
       for (int t = 0; t < 8; ++t) {
-        const int8_t byte = int8_t(bytes[2 * t + half]);
+        const uint8_t byte = bytes[2 * t + half];
         if constexpr (BITS == 8) {
-          q[8 * half + t] = byte;
+          q[8 * half + t] = int8_t(byte);
         } else {
           q[16 * half + t] = int8_t(int8_t(byte << 4) >> 4);
-          q[16 * half + 8 + t] = int8_t(byte >> 4);
+          q[16 * half + 8 + t] = int8_t(int8_t(byte) >> 4);
         }
       }
     }
