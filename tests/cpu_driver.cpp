@@ -1,5 +1,5 @@
 // Runs calls that it reads from stdin, and writes what came out to stdout. Every buffer is as long as the call's numbers ask for, so that
-// a byte too far is seen; each call runs three times at once, in other places and with other numbers of threads, and must agree bit for bit.
+// a byte too far is seen; each call runs three times at once, in other places and on other numbers of threads, and must agree bit for bit.
 //
 // A request is the function's index, the call's fields (a buffer's size in bytes in place of its address, -1 for null), then the buffers.
 // The answer is the status, then the buffers that the function writes. First of all comes the status of choosing argv[1].

@@ -272,11 +272,12 @@ def test_linear_of_views(library, dtype, bits):
 @each_bits
 @each_dtype
 def test_grouped(library, dtype, bits, group_size):
-    """Experts with no rows, with few, and with more than one block; and rows that belong to none."""
+    """Experts with no rows, with few, and with more than one block; rows that belong to none, and ends past the last row."""
     w = random_planes(6, 35, 100, bits=bits, group_size=group_size, dtype=dtype)
-    for ends in ([0, 230, 230, 233, 440, 440], [1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 0], [450] * 6):
+    cases = [(450, [0, 230, 230, 233, 440, 440]), (8, [1, 2, 3, 4, 5, 6]), (8, [0] * 6), (450, [450] * 6), (8, [3, 20, 20, 20, 20, 20])]
+    for m, ends in cases:
         offs = torch.tensor(ends, dtype=torch.int32)
-        x = activations(450 if ends[-1] > 6 else 8, 100, dtype)
+        x = activations(m, 100, dtype)
         y = cpu.grouped(x, w.qdata, w.scale, offs, bits, group_size)
         for e, (start, end) in enumerate(pairwise([0, *ends])):
             assert_linear_close(y[start:end], x[start:end], w.exact()[e])

@@ -44,7 +44,7 @@ def isa() -> str | None:
 
 
 def set_isa(name: str) -> None:
-    """Forces one of "avx512bf16", "avx512", "avx2", "generic", for tests and benchmarks.
+    """Forces one of "avx512bf16", "avx512", "avx2", "neonbf16", "generic", for tests and benchmarks.
 
     Raises:
         ValueError: this build or processor lacks it.
