@@ -139,22 +139,21 @@ def explain(
     """
     if op not in Kernel.__dataclass_fields__ or op in ("name", "why_not", "rounds_weight"):
         raise ValueError(f"op={op!r} is not an op; use linear, linear_dx, grouped, grouped_dx, embedding, quantize or dequantize")
+    m = M if x is None else x.numel() // max(x.shape[-1], 1)
     if weight is not None:
         if not hasattr(weight, "qdata"):
             raise TypeError(f"explain needs a quantized weight, got {type(weight).__name__}; quantize it, or describe it by numbers")
-        m = M if x is None else x.numel() // max(x.shape[-1], 1)
         problem = make_problem(
             op, weight.dtype if x is None else x.dtype, m, weight.in_features, weight.qdata, weight.scale, weight.bits, weight.group_size
         )
     else:
         device = torch.device(device)
         if x is not None:
-            device, dtype, M, K = x.device, x.dtype, x.numel() // max(x.shape[-1], 1), x.shape[-1]
+            device, dtype, K = x.device, x.dtype, x.shape[-1]
         check_format(bits, group_size, "absmax")
-        if min(M, N, K) < 0:
-            raise ValueError(f"M={M}, N={N}, K={K}: sizes cannot be negative")
+        if min(m, N, K) < 0:
+            raise ValueError(f"M={m}, N={N}, K={K}: sizes cannot be negative")
         capability = _capability(device.index) if device.type == "cuda" else None
-        m = M
         problem = Problem(op, device.type, capability, dtype, dtype, bits, group_size, _bucket(m), N, K)
     chosen = choose(problem)
     preferred = "forced by RTN_KERNEL" if os.environ.get("RTN_KERNEL") == chosen.name else "preferred"

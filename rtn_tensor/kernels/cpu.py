@@ -31,16 +31,15 @@ def library() -> Any:
             stacklevel=2,
         )
         return None
-    return ctypes.CDLL(str(LIBRARY))
+    lib = ctypes.CDLL(str(LIBRARY))
+    lib.rtn_isa.restype = ctypes.c_char_p
+    return lib
 
 
 def isa() -> str | None:
     """The instruction set in use, None without the library."""
     lib = library()
-    if lib is None:
-        return None
-    lib.rtn_isa.restype = ctypes.c_char_p
-    return lib.rtn_isa().decode()
+    return None if lib is None else lib.rtn_isa().decode()
 
 
 def set_isa(name: str) -> None:
