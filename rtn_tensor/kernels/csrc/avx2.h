@@ -14,9 +14,7 @@ struct Avx2 {
   struct W {
     F even, odd;
   };
-  struct X {
-    float even, odd;
-  };
+  using X = FloatPairs;
 
   static F zero() { return _mm256_setzero_ps(); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -24,8 +22,8 @@ struct Avx2 {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   template <class T>
-  static X pair(T even, T odd) {
-    return {to_float(even), to_float(odd)};
+  static X piece(const T* from) {
+    return X(from);
   }
 
   static void transpose(const uint8_t* const* rows, int64_t offset, int dwords, D* out) {
@@ -60,7 +58,9 @@ struct Avx2 {
   static W decode(D dword) {
     return {widen<BITS, i, 0>(dword), widen<BITS, i, 1>(dword)};
   }
-  static F dot(F sum, W w, X x) { return fma(w.odd, _mm256_set1_ps(x.odd), fma(w.even, _mm256_set1_ps(x.even), sum)); }
+  static F dot(F sum, W w, const X& x, int q) {
+    return fma(w.odd, _mm256_set1_ps(x.odd[q]), fma(w.even, _mm256_set1_ps(x.even[q]), sum));
+  }
 };
 
 }  // namespace

@@ -48,6 +48,10 @@ struct Avx512Base {
   template <int BITS, int i, int half>
   static F widen(D dword) {
     constexpr int at = 16 * half + BITS * i;
+    if constexpr (BITS == 4) {  // vpermps looks at four bits of the index
+      const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+      return _mm512_permutexvar_ps(at == 0 ? dword : _mm512_srli_epi32(dword, at), table);
+    }
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(dword, 32 - BITS - at), 32 - BITS));
   }
 };
@@ -57,30 +61,30 @@ struct Avx512 : Avx512Base {
   struct W {
     F even, odd;
   };
-  struct X {
-    float even, odd;
-  };
+  using X = FloatPairs;
 
   template <class T>
-  static X pair(T even, T odd) {
-    return {to_float(even), to_float(odd)};
+  static X piece(const T* from) {
+    return X(from);
   }
   template <int BITS, int i>
   static W decode(D dword) {
     return {widen<BITS, i, 0>(dword), widen<BITS, i, 1>(dword)};
   }
-  static F dot(F sum, W w, X x) { return fma(w.odd, _mm512_set1_ps(x.odd), fma(w.even, _mm512_set1_ps(x.even), sum)); }
+  static F dot(F sum, W w, const X& x, int q) {
+    return fma(w.odd, _mm512_set1_ps(x.odd[q]), fma(w.even, _mm512_set1_ps(x.even[q]), sum));
+  }
 };
 
 #ifdef __AVX512BF16__
 struct Avx512Bf16 : Avx512Base {
   static constexpr int V = 2, C = 12;
   using W = __m512i;
-  using X = uint32_t;
+  using X = Bf16Pairs;
 
-  static X pair(bf16 even, bf16 odd) { return even.bits | uint32_t(odd.bits) << 16; }
+  static X piece(const bf16* from) { return X(from); }
   template <class T>
-  static X pair(T, T) {
+  static X piece(const T*) {
     __builtin_unreachable();  // other activations have more digits than bf16, and go to Avx512
   }
   template <int BITS, int i>
@@ -97,7 +101,7 @@ struct Avx512Bf16 : Avx512Base {
       return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
     }
   }
-  static F dot(F sum, W w, X x) { return _mm512_dpbf16_ps(sum, __m512bh(w), __m512bh(_mm512_set1_epi32(int(x)))); }
+  static F dot(F sum, W w, const X& x, int q) { return _mm512_dpbf16_ps(sum, __m512bh(w), __m512bh(_mm512_set1_epi32(int(x.pair[q])))); }
 };
 
 // For 13 to 24 tokens: one vector of rows, so that all of them are one tile.

@@ -78,6 +78,22 @@ inline fp16 from_float<fp16>(float x) {
 #endif
 }
 
+// Eight activations as four pairs of neighbours, in the two forms that instruction sets multiply.
+struct FloatPairs {
+  float even[4], odd[4];
+
+  template <class T>
+  explicit FloatPairs(const T* from) {
+    for (int q = 0; q < 4; ++q) even[q] = to_float(from[2 * q]), odd[q] = to_float(from[2 * q + 1]);
+  }
+};
+
+struct Bf16Pairs {
+  uint32_t pair[4];
+
+  explicit Bf16Pairs(const bf16* from) { memcpy(pair, from, sizeof(pair)); }
+};
+
 template <int... i>
 struct ints {};
 template <int n, int... i>

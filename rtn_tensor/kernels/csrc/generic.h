@@ -12,9 +12,7 @@ struct Generic {
   struct W {
     F even, odd;
   };
-  struct X {
-    float even, odd;
-  };
+  using X = FloatPairs;
 
   static F zero() { return F{}; }
   static F load(const float* p) {
@@ -26,8 +24,8 @@ struct Generic {
   static F add(F a, F b) { return a + b; }
   static F fma(F a, F b, F c) { return a * b + c; }
   template <class T>
-  static X pair(T even, T odd) {
-    return {to_float(even), to_float(odd)};
+  static X piece(const T* from) {
+    return X(from);
   }
 
   static void transpose(const uint8_t* const* rows, int64_t offset, int, D* out) {  // four dwords are one chunk, which is always whole
@@ -47,7 +45,7 @@ struct Generic {
   static W decode(D dword) {
     return {widen<BITS, i, 0>(dword), widen<BITS, i, 1>(dword)};
   }
-  static F dot(F sum, W w, X x) { return w.odd * x.odd + (w.even * x.even + sum); }
+  static F dot(F sum, W w, const X& x, int q) { return w.odd * x.odd[q] + (w.even * x.even[q] + sum); }
 };
 
 }  // namespace

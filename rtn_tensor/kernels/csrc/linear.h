@@ -4,13 +4,13 @@
 //   I::V             vectors of rows in a block
 //   I::C             most tokens in a tile: C * V sums live in registers
 //   I::F, I::D, I::W vectors of float sums, of packed dwords, of one decoded pair of weights (k, k + 1)
-//   I::X             one packed pair of activations (k, k + 1)
+//   I::X             eight activations k .. k + 7, as four pairs
 //   transpose(rows, offset, dwords, out)   out[d] = dword d of every row, zero from `dwords` on
 //   decode<BITS, i>(dword)                 the pair that lies in fields i of a dword's two 16-bit words
-//   dot(sum, pair, x)                      sum + pair . x, per row
+//   dot(sum, pair, x, q)                   sum + pair . (pair q of x), per row
 //
-// A dword of `qdata` holds the fields of words t = 2q and 2q + 1, which are neighbours in k: so dwords transposed over rows decode to
-// pairs in the very order that a dot-product instruction wants, and the activations stay in their own order.
+// Field i of a chunk's words has its weights 8i .. 8i + 7, and a dword the words t = 2q and 2q + 1: so dwords transposed over rows decode
+// to pairs of neighbours in k, as a dot-product instruction wants them, and the activations stay in their own order.
 //
 // Integers stay exact; each group's sum is scaled in fp32 (16 rows at a time, once for group_size / 2 dot products).
 #pragma once
@@ -24,7 +24,7 @@
 namespace rtn {
 namespace {
 
-#define RTN_UNROLL _Pragma("GCC unroll 16")
+#define RTN_UNROLL _Pragma("GCC unroll 32")
 
 template <class I>
 struct Linear {
@@ -32,7 +32,7 @@ struct Linear {
   static constexpr int CHUNKS_AT_ONCE = L / 4;  // a transpose covers L dwords of each row
   // Where there are more tokens than one tile: K_BLOCK columns of a block of rows are decoded into L2 (64 KiB, as bf16), and used by
   // M_BLOCK tokens. Measured at M = 256: half the M_BLOCK costs 5 %, twice the K_BLOCK 1 %, several blocks of rows at once 3 %.
-  static constexpr int64_t M_BLOCK = 16 * C, K_BLOCK = 1024;
+  static constexpr int64_t M_BLOCK = 44 * C, K_BLOCK = 1024;
   using F = typename I::F;
   using D = typename I::D;
   using W = typename I::W;
@@ -58,21 +58,24 @@ struct Linear {
         groups((chunks + group_chunks - 1) / group_chunks),
         row_blocks((args.n + R - 1) / R) {}
 
-  int64_t x_pairs() const { return chunks * chunk_k / 2; }
+  int64_t x_pieces() const { return chunks * chunk_k / 8; }
 
   // ------------------------------------------------------------------------------------------------ activations
 
-  // Tile t's tokens, interleaved by pairs: packed[row * pairs + pair * tokens + token]. Zero past K.
+  // Tile t's tokens, interleaved by pieces of eight: packed[row * pieces + piece * tokens + token]. Zero past K.
   template <class T>
   void pack(const Tile& tile) {
-    X* out = packed + tile.row * x_pairs();
+    X* out = packed + tile.row * x_pieces();
     const T* x = static_cast<const T*>(a.x) + tile.row * a.x_stride;
-    const int64_t whole = a.k / 2, pairs = x_pairs();
-    for (int64_t c = 0; c < tile.tokens; ++c) {
-      const T* from = x + c * a.x_stride;
-      X* to = out + c;
-      for (int64_t p = 0; p < whole; ++p, to += tile.tokens) *to = I::pair(from[2 * p], from[2 * p + 1]);
-      for (int64_t p = whole; p < pairs; ++p, to += tile.tokens) *to = I::pair(2 * p < a.k ? from[2 * p] : T{}, T{});
+    const int64_t whole = a.k / 8, pieces = x_pieces();
+    for (int64_t p = 0; p < whole; ++p)
+      for (int64_t c = 0; c < tile.tokens; ++c) *out++ = I::piece(x + c * a.x_stride + 8 * p);
+    for (int64_t p = whole; p < pieces; ++p) {
+      for (int64_t c = 0; c < tile.tokens; ++c) {
+        T some[8] = {};
+        for (int64_t j = 0; 8 * p + j < a.k; ++j) some[j] = x[c * a.x_stride + 8 * p + j];
+        *out++ = I::piece(some);
+      }
     }
   }
 
@@ -101,17 +104,30 @@ struct Linear {
     const uint8_t* base = a.qdata + expert * a.qdata_expert_stride;
     // Rows past the last repeat it; their sums are not stored.
     for (int j = 0; j < R; ++j) r.q[j] = base + (r.n0 + (j < r.valid ? j : r.valid - 1)) * a.qdata_stride;
-    r.next = base + (r.n0 + 4 * R) * a.qdata_stride;
+    r.next = base + (r.n0 + 2 * R) * a.qdata_stride;
     return r;
   }
 
-  // The scales of groups [first, first + count), in fp32: out[group - first][row].
+  // The scales of groups [first, first + count), in fp32: out[group - first][row], with room for a whole number of times L groups, and as
+  // much again. One by one they would take as long as a tenth of a product with one token.
   template <class T>
   void widen_scales(const Rows& r, int64_t first, int64_t count, float* out) const {
+    const int64_t width = whole_groups(count);
+    float* rows = out + R * width;
+    const uint8_t* at[R];
     const T* base = static_cast<const T*>(a.scale) + r.expert * a.scale_expert_stride + first;
     for (int j = 0; j < R; ++j) {
       const T* from = base + (r.n0 + (j < r.valid ? j : r.valid - 1)) * a.scale_stride;
-      for (int64_t g = 0; g < count; ++g) out[g * R + j] = to_float(from[g]);
+      float* to = rows + j * width;
+      for (int64_t g = 0; g < count; ++g) to[g] = to_float(from[g]);
+      at[j] = reinterpret_cast<const uint8_t*>(to);
+    }
+    for (int64_t g = 0; g < width; g += L) {
+      for (int v = 0; v < V; ++v) {
+        D columns[L];
+        I::transpose(at + v * L, g * 4, L, columns);
+        RTN_UNROLL for (int j = 0; j < L; ++j) memcpy(out + (g + j) * R + v * L, &columns[j], sizeof(D));
+      }
     }
   }
 
@@ -123,12 +139,13 @@ struct Linear {
     }
   }
 
+  static int64_t whole_groups(int64_t count) { return (count + L - 1) / L * L; }
+  static float* scales_for(int64_t count) { return static_cast<float*>(scratch(SCALES, 2 * R * whole_groups(count) * sizeof(float))); }
+
   void transpose(const Rows& r, int64_t chunk, D (&dwords)[V][L]) const {
     const int64_t left = (chunks - chunk) * 4;
     // Rows one beside the other are too many streams for the hardware to follow, and share too few sets of L1: so a block of rows to come,
     // one run of memory, is brought to L2 from end to end meanwhile. At M = 1 that doubles the speed; four blocks ahead, 1.4 times one.
-    const uint8_t* next = r.next + chunk * (16 * R);
-    RTN_UNROLL for (int j = 0; j < 16 * R * CHUNKS_AT_ONCE; j += 64) __builtin_prefetch(next + j, 0, 2);
     RTN_UNROLL for (int v = 0; v < V; ++v) I::transpose(r.q + v * L, chunk * 16, left < L ? int(left) : L, dwords[v]);
   }
 
@@ -140,11 +157,16 @@ struct Linear {
 
   template <int BITS>
   void decode_block(const Rows& r, int64_t begin, int64_t end, W* out) const {
+    // What is decoded next: the same rows further on, or the block of rows below.
+    const int64_t next = end < chunks ? end * 16 : R * a.qdata_stride;
     constexpr int PAIRS = 4 * (16 / BITS) * V;
     D dwords[V][L];
     for (int64_t c = begin; c < end; ++c) {
       const int at = int((c - begin) % CHUNKS_AT_ONCE);
-      if (at == 0) transpose(r, c, dwords);
+      if (at == 0) {
+        RTN_UNROLL for (int j = 0; j < R; ++j) __builtin_prefetch(r.q[j] + next + (c - begin) * 16);
+        transpose(r, c, dwords);
+      }
       for (int v = 0; v < V; ++v) decode_fields<BITS>(dwords[v] + 4 * at, v, out, make_ints<16 / BITS>());
       out += PAIRS;
     }
@@ -160,16 +182,16 @@ struct Linear {
     // With few tokens, more sums than tokens: one dot product takes several cycles, and the next may not wait for it.
     constexpr int S = T * V >= 8 ? 1 : T * V >= 4 ? 2 : 4;
     D dwords[V][L];
-    x += begin * PAIRS * T;
+    x += begin * FIELDS * T;
     for (int64_t c = begin; c < end;) {
       const int64_t group = c / group_chunks;
       const int64_t stop = (group + 1) * group_chunks < end ? (group + 1) * group_chunks : end;
       F p[T][V][S];
       RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) RTN_UNROLL for (int s = 0; s < S; ++s) p[t][v][s] = I::zero();
-      for (; c < stop; ++c, x += PAIRS * T) {
+      for (; c < stop; ++c, x += FIELDS * T) {
         const int at = DECODED ? 0 : int((c - begin) % CHUNKS_AT_ONCE);
         if (!DECODED && at == 0) transpose(r, c, dwords);
-        chunk<T, BITS, DECODED, S>(dwords, 4 * at, decoded, x, p, make_ints<PAIRS>());
+        chunk<T, BITS, DECODED, S>(dwords, 4 * at, decoded, x, r.next + c * (16 * R), p, make_ints<PAIRS>());
         if (DECODED) decoded += PAIRS * V;
       }
       RTN_UNROLL for (int v = 0; v < V; ++v) {
@@ -185,21 +207,20 @@ struct Linear {
   }
 
   template <int T, int BITS, bool DECODED, int S, int... pair>
-  static inline void chunk(const D (&dwords)[V][L], int first, const W* decoded, const X* x, F (&p)[T][V][S], ints<pair...>) {
-    (one_pair<T, BITS, DECODED, S, pair>(dwords, first, decoded, x, p), ...);
+  static inline void chunk(const D (&dwords)[V][L], int first, const W* decoded, const X* x, const uint8_t* next, F (&p)[T][V][S], ints<pair...>) {
+    (one_pair<T, BITS, DECODED, S, pair>(dwords, first, decoded, x, next, p), ...);
   }
 
   template <int T, int BITS, bool DECODED, int S, int PAIR>
-  static inline void one_pair(const D (&dwords)[V][L], int first, const W* decoded, const X* x, F (&p)[T][V][S]) {
+  static inline void one_pair(const D (&dwords)[V][L], int first, const W* decoded, const X* x, const uint8_t* next, F (&p)[T][V][S]) {
     constexpr int FIELDS = 16 / BITS, Q = PAIR / FIELDS, FIELD = PAIR % FIELDS;
+    if constexpr (!DECODED && FIELD == 0) RTN_UNROLL for (int j = 0; j < 4 * R; j += 64) __builtin_prefetch(next + 4 * R * Q + j, 0, 2);
     W w[V];
     RTN_UNROLL for (int v = 0; v < V; ++v) {
       if constexpr (DECODED) w[v] = decoded[PAIR * V + v];
       else w[v] = I::template decode<BITS, FIELD>(dwords[v][first + Q]);
     }
-    // The pair's k within the chunk is 8 * FIELD + 2 * Q.
-    const X* at = x + (4 * FIELD + Q) * T;
-    RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) p[t][v][PAIR % S] = I::dot(p[t][v][PAIR % S], w[v], at[t]);
+    RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) p[t][v][PAIR % S] = I::dot(p[t][v][PAIR % S], w[v], x[FIELD * T + t], Q);
   }
 
   using TileFn = void (Linear::*)(const Rows&, const W*, const float*, int64_t, int64_t, const X*, float*) const;
@@ -235,12 +256,12 @@ struct Linear {
   template <int BITS>
   bool few(const Tile& t, int64_t row_block) {
     const Rows r = rows_of(t.expert, row_block);
-    float* scales = static_cast<float*>(scratch(SCALES, groups * R * sizeof(float)));
+    float* scales = scales_for(groups);
     if (!scales) return false;
     alignas(64) float sums[C * R];
     memset(sums, 0, t.tokens * R * sizeof(float));
     widen_scales(r, 0, groups, scales);
-    (this->*pick<BITS, false>(t.tokens, make_ints<C>()))(r, nullptr, scales, 0, chunks, packed + t.row * x_pairs(), sums);
+    (this->*pick<BITS, false>(t.tokens, make_ints<C>()))(r, nullptr, scales, 0, chunks, packed + t.row * x_pieces(), sums);
     store(r, t.row, t.tokens, sums);
     return true;
   }
@@ -251,7 +272,7 @@ struct Linear {
     constexpr int64_t STEP = K_BLOCK * BITS / 128;
     const int64_t row = tile_list[first].row, tokens = tile_list[last - 1].row + tile_list[last - 1].tokens - row;
     const Rows r = rows_of(tile_list[first].expert, row_block);
-    float* scales = static_cast<float*>(scratch(SCALES, (STEP / group_chunks + 2) * R * sizeof(float)));
+    float* scales = scales_for(STEP / group_chunks + 2);
     float* sums = static_cast<float*>(scratch(SUMS, tokens * R * sizeof(float)));
     W* decoded = static_cast<W*>(scratch(WEIGHTS, STEP * 4 * (16 / BITS) * V * sizeof(W)));
     if (!scales || !sums || !decoded) return false;
@@ -263,7 +284,7 @@ struct Linear {
       for (int64_t t = first; t < last; ++t) {
         const Tile& tile = tile_list[t];
         const TileFn run = pick<BITS, true>(tile.tokens, make_ints<C>());
-        (this->*run)(r, decoded, scales, c, stop, packed + tile.row * x_pairs(), sums + (tile.row - row) * R);
+        (this->*run)(r, decoded, scales, c, stop, packed + tile.row * x_pieces(), sums + (tile.row - row) * R);
       }
     }
     store(r, row, tokens, sums);
@@ -299,7 +320,7 @@ struct Linear {
     const int64_t experts = a.offs ? a.experts : 1;
     // At most one tile and one run more than full ones would need, an expert.
     const int64_t most = a.m / C + experts + a.m / M_BLOCK + 1;
-    const int64_t x_bytes = (a.m * x_pairs() * int64_t(sizeof(X)) + 63) / 64 * 64;
+    const int64_t x_bytes = (a.m * x_pieces() * int64_t(sizeof(X)) + 63) / 64 * 64;
     char* memory = static_cast<char*>(scratch(PACKED_X, x_bytes + (most + 1) * (sizeof(Tile) + sizeof(Run))));
     if (!memory) return -1;
     packed = reinterpret_cast<X*>(memory);
@@ -318,7 +339,7 @@ struct Linear {
         row += size;
       }
     }
-    parallel_for(tiles * x_pairs() < 4096 ? 1 : a.threads, tiles, pack_tile, this);
+    parallel_for(a.m * x_pieces() < 4096 ? 1 : a.threads, tiles, pack_tile, this);
     // Turns of 4 blocks or fewer, such that every thread gets as many.
     const int64_t turns = a.threads * ((row_blocks + 4 * a.threads - 1) / (4 * a.threads));
     at_once = (row_blocks + turns - 1) / turns;

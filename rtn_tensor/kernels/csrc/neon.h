@@ -11,11 +11,11 @@ namespace {
 struct NeonBf16 : Generic {
   static constexpr int V = 2, C = 8;
   using W = bfloat16x8_t;
-  using X = uint32_t;
+  using X = Bf16Pairs;
 
-  static X pair(bf16 even, bf16 odd) { return even.bits | uint32_t(odd.bits) << 16; }
+  static X piece(const bf16* from) { return X(from); }
   template <class T>
-  static X pair(T, T) {
+  static X piece(const T*) {
     __builtin_unreachable();  // other activations have more digits than bf16, and go to Generic
   }
 
@@ -36,7 +36,7 @@ struct NeonBf16 : Generic {
       return vreinterpretq_bf16_u32(vsriq_n_u32(odd, even, 16));
     }
   }
-  static F dot(F sum, W w, X x) { return vbfdotq_f32(sum, w, vreinterpretq_bf16_u32(vdupq_n_u32(x))); }
+  static F dot(F sum, W w, const X& x, int q) { return vbfdotq_f32(sum, w, vreinterpretq_bf16_u32(vdupq_n_u32(x.pair[q]))); }
 };
 
 }  // namespace

@@ -62,7 +62,7 @@ struct Isa {
   int (*dequantize)(const rtn_planes_args&);
 };
 
-// Runs fn(context, i) for i in [0, n) on at most `threads` threads, each taking the next i as it gets free.
+// Runs fn(context, i) for i in [0, n) on at most `threads` threads, each of them taking neighbours in turn.
 void parallel_for(int64_t threads, int64_t n, void (*fn)(void*, int64_t), void* context);
 
 // 64-byte aligned memory of the calling thread, kept from call to call; null where there is none. Slots do not overlap.

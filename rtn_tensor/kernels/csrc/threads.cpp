@@ -25,15 +25,26 @@ GompParallel gomp() {
 }
 
 struct Work {
-  std::atomic<int64_t> next;
-  int64_t n;
+  struct Part {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  static constexpr int64_t MOST = 1024;
+  std::atomic<int64_t> arrived{0};
+  int64_t parts;
   void (*fn)(void*, int64_t);
   void* context;
+  Part part[MOST];
 };
 
+// Each thread has a part of its own, of neighbours, so that what it prefetches is what it will use; then it helps the others.
 void work(void* pointer) {
   Work& w = *static_cast<Work*>(pointer);
-  for (int64_t i; (i = w.next.fetch_add(1, std::memory_order_relaxed)) < w.n;) w.fn(w.context, i);
+  const int64_t own = w.arrived.fetch_add(1, std::memory_order_relaxed);
+  for (int64_t p = 0; p < w.parts; ++p) {
+    Work::Part& part = w.part[(own + p) % w.parts];
+    for (int64_t i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) w.fn(w.context, i);
+  }
 }
 
 struct Scratch {
@@ -49,10 +60,21 @@ thread_local Scratch local;
 }  // namespace
 
 void parallel_for(int64_t threads, int64_t n, void (*fn)(void*, int64_t), void* context) {
-  Work w{{0}, n, fn, context};
   if (threads > n) threads = n;
-  if (threads > 1 && gomp() && !forked) gomp()(work, &w, unsigned(threads), 0);
-  else work(&w);
+  if (threads > Work::MOST) threads = Work::MOST;
+  if (threads <= 1 || !gomp() || forked) {
+    for (int64_t i = 0; i < n; ++i) fn(context, i);
+    return;
+  }
+  Work w;
+  w.parts = threads;
+  w.fn = fn;
+  w.context = context;
+  for (int64_t p = 0; p < threads; ++p) {
+    w.part[p].next.store(p * n / threads, std::memory_order_relaxed);
+    w.part[p].end = (p + 1) * n / threads;
+  }
+  gomp()(work, &w, unsigned(threads), 0);
 }
 
 void* scratch(Slot slot, int64_t bytes) {
