@@ -27,7 +27,7 @@ FLAGS = {
     },
     "aarch64": {"isa_neonbf16.cpp": ["-march=armv8.2-a+bf16"]},
 }
-PORTABLE: dict[str, list[str]] = {"isa_generic.cpp": [], "rtn.cpp": [], "threads.cpp": []}
+PORTABLE: dict[str, list[str]] = {"isa_generic.cpp": [], "rtn.cpp": [], "threads.cpp": [], "torch_op.cpp": []}
 
 
 def sources(machine: str) -> dict[str, list[str]]:

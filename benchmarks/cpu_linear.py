@@ -1,9 +1,12 @@
 """Linear layers on the CPU: every kernel of ours, torch's own int4 and int8, torchao's, and the dense layer, in one run.
 
-    python -m benchmarks.cpu_linear [--json FILE] [--shapes 4096x4096,...] [--tokens 1,4,...] [--threads 2] [--repeats 15]
+    python -m benchmarks.cpu_linear [--json FILE] [--shapes 4096x4096,...] [--tokens 1,4,...] [--dtypes bfloat16,...] [--threads 2]
 
-Each call takes the next of several weights, which together do not fit the last-level cache, as the layers of a model would. The peers are
-called in turn, and each ratio is the median over turns of dense time / own time, so that a slow moment of the machine hits all alike.
+Each call takes the next of several weights, which together do not fit the last-level cache, as the layers of a model would. The peers take
+turns, each with a few calls in a row, of which the first, which finds what the peer before left behind, is not counted. A ratio is the
+median over turns of dense time / own time, so that a slow moment of the machine hits all alike.
+
+Then the way in: a layer so small that what Python does around the kernel is what is measured, layer by layer of the library.
 """
 
 import argparse
@@ -22,12 +25,16 @@ from torch import Tensor, nn
 
 import rtn_tensor
 from benchmarks.machine import machine
+from rtn_tensor import ops
 from rtn_tensor.kernels import cpu
 from rtn_tensor.tables import table
 
+CALLS = 6  # of a peer in one turn, unless they take longer than TURN
+TURN = 0.15  # seconds
 CACHE_BYTES = 128 << 20  # more than the last-level cache of the machines this runs on
 SHAPES = "4096x4096,14336x4096,4096x14336,576x1536"
 TOKENS = "1,4,8,16,32,64,256,512"
+DTYPES = "bfloat16,float16,float32"
 
 
 def streaming_read(threads: int) -> float:
@@ -84,24 +91,34 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Callable[[Ten
     }
 
 
+def burst(layers: list, first: int, x: Tensor) -> list[float]:
+    """Seconds of each of a few calls on the layers from `first` on, after one that is not counted."""
+    seconds: list[float] = []
+    for i in range(CALLS):
+        started = time.perf_counter()
+        layers[(first + i) % len(layers)](x)
+        seconds.append(time.perf_counter() - started)
+        if i and sum(seconds) > TURN:
+            break
+    return seconds[1:]
+
+
 @torch.inference_mode()
-def measure(dtype: torch.dtype, n: int, k: int, tokens: list[int], repeats: int) -> list[dict]:
-    count = max(2, -(-CACHE_BYTES // (n * k // 2)))  # int4 weights are the smallest, and must not fit either
+def measure(dtype: torch.dtype, n: int, k: int, tokens: list[int], turns: int) -> list[dict]:
     layers: dict[str, list] = {}
     rows: list[dict] = []
     for name, make in contenders(dtype).items():
-        weights = (torch.randn(n, k, dtype=dtype) for _ in range(count if "4" in name else max(2, count // 4)))
-        layers[name] = [make(w) for w in weights]
+        bits = 4 if "int4" in name else 8 if "int8" in name else 8 * dtype.itemsize
+        count = max(2, -(-8 * CACHE_BYTES // (n * k * bits)))
+        layers[name] = [make(torch.randn(n, k, dtype=dtype)) for _ in range(count)]
     for m in tokens:
         x = torch.randn(m, k, dtype=dtype)
-        seconds: dict[str, list[float]] = {name: [] for name in layers}
-        for turn in range(repeats + 1):
+        seconds: dict[str, list[float]] = {name: [] for name in layers}  # one number a turn
+        for turn in range(turns + 1):
             for name, some in layers.items():
-                layer = some[turn % len(some)]
-                started = time.perf_counter()
-                layer(x)
+                median = statistics.median(burst(some, turn * CALLS, x))
                 if turn:
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(median)
         for name, own in seconds.items():
             ratio = statistics.median(d / s for d, s in zip(seconds["dense"], own, strict=True))
             rows.append(
@@ -110,26 +127,60 @@ def measure(dtype: torch.dtype, n: int, k: int, tokens: list[int], repeats: int)
     return rows
 
 
-def show(rows: list[dict]) -> None:
+@torch.inference_mode()
+def way_in(turns: int) -> dict[str, float]:
+    """Microseconds of `F.linear` on a bf16 x [1, 576] and weight [576, 576], one thread; and of each of its parts."""
+    w, x = torch.randn(576, 576, dtype=torch.bfloat16), torch.randn(1, 576, dtype=torch.bfloat16)
+    q = rtn_tensor.RTNQuantizedTensor.from_float(w, 4, 128)
+    planes = (q.qdata, q.scale, None, 4, 128)
+    y = torch.empty(1, 576, dtype=torch.bfloat16)
+    numbers = [1, 576, 576, 1, 4, 128, 1, 1, 576, 576, q.qdata.stride(0), 0, q.scale.stride(0), 0, 1]
+    packed = cpu._LINEAR.pack(x.data_ptr(), q.qdata.data_ptr(), q.scale.data_ptr(), 0, y.data_ptr(), 0, *numbers)
+    parts = {
+        "dense F.linear": lambda: F.linear(x, w),
+        "F.linear": lambda: F.linear(x, q),
+        "the op's one door": lambda: ops.linear(x, *planes),
+        "the kernel in Python": lambda: cpu.linear(x, *planes),
+        "the C function": lambda: cpu.library().rtn_linear(packed),
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        for _ in range(turns):
+            for name, call in parts.items():
+                started = time.perf_counter()
+                for _ in range(500):
+                    call()
+                seconds[name].append((time.perf_counter() - started) / 500)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: 1e6 * statistics.median(own) for name, own in seconds.items()}
+
+
+def show(rows: list[dict], read: float) -> None:
     tokens = sorted({r["M"] for r in rows})
     for key in dict.fromkeys((r["dtype"], r["N"], r["K"]) for r in rows):
         mine = [r for r in rows if (r["dtype"], r["N"], r["K"]) == key]
         by = {(r["kernel"], r["M"]): r for r in mine}
         lines = [
-            [name, *(f"{by[name, m]['over_dense']:.2f}" for m in tokens), f"{by[name, tokens[0]]['seconds'] * 1e3:.2f}"]
+            [name, *(f"{by[name, m]['over_dense']:.2f}" for m in tokens), f"{by[name, tokens[0]]['seconds'] * 1e3:.3f}"]
             for name in dict.fromkeys(r["kernel"] for r in mine)
         ]
         print(f"\n{key[0]}, weight [{key[1]}, {key[2]}]: times as fast as dense, by rows of x; and ms at M = {tokens[0]}")
         print(table(["kernel", *(f"M={m}" for m in tokens), "ms"], lines), flush=True)
+        if (fastest := by.get(("rtn int4 g128", 1))) is not None:
+            rate = key[1] * key[2] * (4 / 8 + getattr(torch, key[0]).itemsize / 128) / fastest["seconds"]
+            print(f"rtn int4 g128 at M = 1 reads {rate / 1e9:.1f} GB/s of weights, {rate / read:.0%} of the streaming read")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_linear", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shapes", default=SHAPES, metavar="NxK,...", help=f"weights (default: {SHAPES})")
     parser.add_argument("--tokens", default=TOKENS, metavar="M,...", help=f"rows of x (default: {TOKENS})")
-    parser.add_argument("--dtypes", default="bfloat16", metavar="DTYPE,...", help="of x and of the dense weight (default: bfloat16)")
+    parser.add_argument("--dtypes", default=DTYPES, metavar="DTYPE,...", help=f"of x and of the dense weight (default: {DTYPES})")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
-    parser.add_argument("--repeats", type=int, default=15, metavar="R", help="turns counted (default: 15)")
+    parser.add_argument("--turns", type=int, default=7, metavar="R", help="turns counted (default: 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -145,11 +196,14 @@ def main() -> None:
     for dtype in args.dtypes.split(","):
         for shape in args.shapes.split(","):
             n, k = map(int, shape.split("x"))
-            some = measure(getattr(torch, dtype), n, k, tokens, args.repeats)
-            show(some)
+            some = measure(getattr(torch, dtype), n, k, tokens, args.turns)
+            show(some, read)
             rows += some
+    door = way_in(args.turns)
+    print("\nThe way in, bf16 x [1, 576] and weight [576, 576], 1 thread, each part with all below it")
+    print(table(["", "us"], [[name, f"{us:.1f}"] for name, us in door.items()]))
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "repeats": args.repeats, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": about, "turns": args.turns, "way_in_us": door, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Every `torch.ops.rtn` op: schema, fake and autograd; nothing else registers ops.
 
 Each function here is the one door to its op. Where nothing traces and no gradient is asked for it calls the kernel straight away,
-which saves torch.library's Python layer (3 to 6 us a call); otherwise it goes through the dispatcher. K is passed where it cannot be
-read off an argument, because `qdata` is padded.
+which saves torch.library's Python layer (3 to 6 us a call); a linear on the CPU goes there in C++. Otherwise it goes through the
+dispatcher. K is passed where it cannot be read off an argument, because `qdata` is padded.
 """
 
 import functools
@@ -13,10 +13,11 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
 from rtn_tensor.formats import FORMATS, groups
-from rtn_tensor.kernels import choose, make_problem
+from rtn_tensor.kernels import choose, cpu, make_problem
 
 _library = torch.library.Library("rtn", "DEF")
 _ops = torch.ops.rtn
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 def _define(schema: str):
@@ -32,15 +33,21 @@ def _define(schema: str):
             with torch._C._DisableAutocast():  # else it redoes the fp32 products inside a kernel in its own dtype
                 return fn(*args)
 
-        def dispatched(*args):
-            y = run(*args)
-            # Autograd refuses an in-place change of an op's output that is a view, as that of a linear over a 3-D x is.
-            return torch.ops.aten._unsafe_view(y, y.shape) if isinstance(y, Tensor) and y._is_view() else y
-
-        _library.impl(name, dispatched, "CompositeExplicitAutograd")
+        _library.impl(name, dispatched(run), "CompositeExplicitAutograd")
         return run
 
     return register
+
+
+def dispatched(run):
+    """`run` as the dispatcher may call it."""
+
+    def call(*args):
+        y = run(*args)
+        # Autograd refuses an in-place change of an op's output that is a view, as that of a linear over a 3-D x is.
+        return torch.ops.aten._unsafe_view(y, y.shape) if isinstance(y, Tensor) and y._is_view() else y
+
+    return call
 
 
 def tracing(*tensors: Tensor) -> bool:
@@ -74,11 +81,22 @@ def _linear(x, qdata, scale, bias, bits, group_size):
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], qdata.shape[-2])
 
 
+# What csrc/torch_op.cpp, which takes rtn::linear on CPU tensors, does not run itself.
+_library.define("linear_any(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
+_library.impl("linear_any", dispatched(_linear), "CompositeExplicitAutograd")
+cpu.register()
+
+
 def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
     """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's dtype."""
     operands = (x, qdata, scale) if bias is None else (x, qdata, scale, bias)
     if tracing(*operands) or _wants_grad(*operands):
         return _ops.linear.default(x, qdata, scale, bias, bits, group_size)
+    if x.is_cpu:  # past autograd and torch.library, the whole call takes 3 us around the product; through Python it takes 9
+        try:
+            return _ops.linear.default.redispatch(_CPU, x, qdata, scale, bias, bits, group_size)
+        except RuntimeError:  # on its way through C++ an error of Python loses its type: meet it again below
+            pass
     return _linear(x, qdata, scale, bias, bits, group_size)
 
 

@@ -36,6 +36,20 @@ def library() -> Any:
     return lib
 
 
+def register() -> None:
+    """Gives torch's dispatcher the C++ function for `rtn::linear` on CPU tensors, where there is a library and torch can take it (2.10
+    upward can). It runs what this kernel can while it comes first in `KERNELS` and `RTN_KERNEL` is unset; see `direct`."""
+    if LIBRARY.exists() and library().rtn_register() == 0:
+        direct(True)
+
+
+def direct(on: bool) -> None:
+    """Whether the registered function runs products itself; where not, Python chooses the kernel of each. For tests, and for whoever puts
+    another CPU kernel before this one."""
+    if library() is not None:
+        library().rtn_direct(int(on))
+
+
 def isa() -> str | None:
     """The instruction set in use, None without the library."""
     lib = library()
