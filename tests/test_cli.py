@@ -168,7 +168,7 @@ def test_help_generate(capsys):
     assert_expected_inline(
         help_of(capsys, "generate"),
         """\
-usage: rtn-tensor generate [-h] [--json] [--max-new-tokens MAX_NEW_TOKENS] path prompt
+usage: rtn-tensor generate [-h] [--json] [--max-new-tokens MAX_NEW_TOKENS] [--compile] path prompt
 
 Continue a prompt, greedily.
 
@@ -181,6 +181,7 @@ options:
   --json                print JSON
   --max-new-tokens MAX_NEW_TOKENS
                         stop after this many (default: 64)
+  --compile             compile the decoding step first, which takes some minutes
 """,
     )
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from bounds import Planes, activations, assert_linear_close, random_planes
 from expecttest import assert_expected_inline
 
-from rtn_tensor import RTNQuantizedTensor, explain, kernels, reference
+from rtn_tensor import RTNQuantizedTensor, explain, kernels, ops, reference
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels import cpu
 
@@ -35,9 +35,9 @@ _spec.loader.exec_module(setup)
 
 DTYPES = list(cpu.DTYPES)
 GROUP_SIZES = [32, 64, 96, 128, -1]
-# Tokens below, at and above a tile of every instruction set; more than a block of them, and than a block of K.
+# Tokens below, at and above a tile of every instruction set, then more than a block of them and than a block of K.
 SHAPES = [*product((0, 1, 2, 3, 12, 13, 17, 24, 25, 200), (1, 5, 33, 100), (32, 100, 576, 1000))]
-LONG = [(25, 33, 2100), (200, 5, 2100)]
+LONG = [(25, 33, 2100), (600, 33, 2100)]
 
 each_bits = pytest.mark.parametrize("bits", FORMATS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -370,6 +370,86 @@ def test_set_isa_refuses_what_there_is_not():
     assert cpu.isa() == before
 
 
+# ------------------------------------------------------------------------------------------- from torch's dispatcher, without Python
+
+needs_library = pytest.mark.skipif(cpu.library() is None, reason="the C++ library was not built")
+
+
+@pytest.fixture
+def no_python(monkeypatch):
+    """Whatever would choose a kernel in Python fails."""
+
+    def fail(*args):
+        raise AssertionError("a kernel was chosen in Python")
+
+    monkeypatch.delenv("RTN_KERNEL", raising=False)
+    monkeypatch.setattr(ops, "make_problem", fail)
+
+
+@needs_library
+@pytest.mark.parametrize("call", [torch.ops.rtn.linear.default, ops.linear], ids=["dispatched", "eager"])
+@each_dtype
+def test_product_without_python(call, dtype, no_python):
+    w = random_planes(33, 100, group_size=32, dtype=dtype)
+    bias = torch.randn(33).to(dtype)
+    wide = activations(6, 116, dtype)
+    for x in (
+        wide[:, 8:108],
+        wide[:, :100].contiguous().view(2, 3, 100),
+        wide[0, :100],
+        wide[:0, :100],
+        wide[:5, :100].contiguous().view(5, 1, 1, 100),
+    ):
+        for b in (None, bias):
+            with torch.no_grad():
+                y = call(x, w.qdata, w.scale, b, 4, 32)
+            expected = cpu.linear(x.reshape(-1, 100), w.qdata, w.scale, b, 4, 32).view(*x.shape[:-1], 33)
+            assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), dtype)
+            assert torch.equal(y, expected)
+
+
+@needs_library
+def test_what_cpp_does_not_take_goes_through_python(monkeypatch):
+    monkeypatch.delenv("RTN_KERNEL", raising=False)
+    w, x = random_planes(33, 64, group_size=32), activations(6, 64, torch.float32)
+    planes = (w.qdata, w.scale, None, 4, 32)
+    expected = torch.ops.rtn.linear(x, *planes)
+    columns = x.t().contiguous().t()  # no row of it is dense
+    sliced = x.repeat(1, 2).view(2, 3, 128)[..., :64]
+    asked = []
+    monkeypatch.setattr(ops, "choose", lambda problem: asked.append(problem.M) or kernels.choose(problem))
+    with torch.no_grad():
+        assert torch.equal(torch.ops.rtn.linear(columns, *planes), expected)
+        assert torch.equal(ops.linear(columns, *planes), expected)
+        assert torch.equal(torch.ops.rtn.linear(sliced, *planes), expected.view(2, 3, 33))
+        assert len(asked) == 3
+        monkeypatch.setenv("RTN_KERNEL", "reference")
+        torch.ops.rtn.linear(x, *planes)
+        assert len(asked) == 4
+        monkeypatch.setenv("RTN_KERNEL", "nothing")
+        with pytest.raises(ValueError, match="RTN_KERNEL='nothing' names no kernel"):
+            ops.linear(x, *planes)
+        with pytest.raises(RuntimeError, match="RTN_KERNEL='nothing' names no kernel"):
+            torch.ops.rtn.linear(x, *planes)
+
+
+@needs_library
+def test_the_cpp_op_gives_its_tensors_back(monkeypatch):
+    """Each argument comes to it with a reference of its own."""
+    w, x, bias = random_planes(33, 64, group_size=32), activations(6, 64, torch.float32), torch.randn(33)
+    tensors = (x, w.qdata, w.scale, bias)
+
+    def uses():
+        return [torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in tensors]
+
+    before = uses()
+    for forced in ("", "reference"):
+        monkeypatch.setenv("RTN_KERNEL", forced) if forced else monkeypatch.delenv("RTN_KERNEL", raising=False)
+        y = [torch.ops.rtn.linear(*tensors, 4, 32) for _ in range(3)]
+        assert torch._C._storage_Use_Count(y[0].untyped_storage()._cdata) <= 2  # ours, and the asking
+        assert uses() == before
+
+
 # ------------------------------------------------------------------------------------------- threads and processes
 
 
@@ -524,12 +604,14 @@ def no_library(monkeypatch):
         cpu.library.cache_clear()
         kernels._choose.cache_clear()
 
+    cpu.direct(False)
     monkeypatch.setattr(cpu, "LIBRARY", Path("missing") / "librtn.so")
     monkeypatch.delenv("RTN_KERNEL", raising=False)
     forget()
     yield
     monkeypatch.undo()
     forget()
+    cpu.direct(True)
 
 
 def test_without_the_library(no_library):

@@ -9,7 +9,7 @@ from expecttest import assert_expected_inline
 
 from rtn_tensor import RTNQuantizedTensor, explain, kernels, ops, reference
 from rtn_tensor.formats import FORMATS, groups, pack
-from rtn_tensor.kernels import KERNELS, REFERENCE, Kernel, choose, dense, make_problem, why_not
+from rtn_tensor.kernels import KERNELS, REFERENCE, Kernel, choose, cpu, dense, make_problem, why_not
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,10 +57,12 @@ def use(monkeypatch):
     """Puts other kernels in the list; the choices made with them are forgotten."""
 
     def put(*others):
+        cpu.direct(False)
         monkeypatch.setattr(kernels, "KERNELS", list(others))
         kernels._choose.cache_clear()
 
     yield put
+    cpu.direct(True)
     kernels._choose.cache_clear()
 
 

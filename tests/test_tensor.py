@@ -16,6 +16,7 @@ from torch._C import DisableTorchFunctionSubclass
 import rtn_tensor.kernels
 from rtn_tensor import RTNQuantizedTensor, quantize_, reference, rtn_int4
 from rtn_tensor.formats import FORMATS, groups, pack
+from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import Kernel
 
 N, K = 5, 300  # K is no multiple of a chunk or a group
@@ -95,8 +96,10 @@ def calls(monkeypatch):
         "KERNELS",
         [Kernel(name="counting", why_not=lambda problem: None, rounds_weight=False, **{op: counted(op) for op in OPS})],
     )
+    cpu.direct(False)
     rtn_tensor.kernels._choose.cache_clear()
     yield made
+    cpu.direct(True)
     rtn_tensor.kernels._choose.cache_clear()
 
 

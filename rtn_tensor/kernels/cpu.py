@@ -36,11 +36,14 @@ def library() -> Any:
     return lib
 
 
-def register() -> None:
-    """Gives torch's dispatcher the C++ function for `rtn::linear` on CPU tensors, where there is a library and torch can take it (2.10
-    upward can). It runs what this kernel can while it comes first in `KERNELS` and `RTN_KERNEL` is unset; see `direct`."""
-    if LIBRARY.exists() and library().rtn_register() == 0:
-        direct(True)
+def register() -> bool:
+    """Gives torch's dispatcher the C++ function for `rtn::linear` on CPU tensors; whether there is a library, and a torch that takes it.
+
+    The function runs what this kernel can, as long as `RTN_KERNEL` is unset; see `direct`."""
+    if not LIBRARY.exists() or library().rtn_register():
+        return False
+    direct(True)
+    return True
 
 
 def direct(on: bool) -> None:

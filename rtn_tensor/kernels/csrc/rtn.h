@@ -48,7 +48,7 @@ int rtn_linear(const rtn_linear_args*);   // each returns 0, or -1 where memory 
 int rtn_quantize(const rtn_planes_args*);
 int rtn_dequantize(const rtn_planes_args*);
 int rtn_register(void);                   // gives torch's dispatcher rtn::linear on CPU tensors; 0, or -1 where this torch cannot take it
-void rtn_direct(int on);                  // whether what was registered runs rtn_linear, or hands every call to rtn::linear_any
+void rtn_direct(int on);                  // whether what was registered runs rtn_linear, or hands every call to rtn_python::linear
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

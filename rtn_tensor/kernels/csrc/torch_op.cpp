@@ -2,7 +2,7 @@
 // the same way through Python takes 13 us a call on warm caches and up to 60 where the weights of the layer before have emptied them.
 //
 // It speaks torch's stable C interface (torch/csrc/stable/c/shim.h, torch >= 2.10), whose functions are found by name in the process, so
-// that this library still needs no headers of torch and is loaded where there is none. What it does not take it hands to rtn::linear_any,
+// that this library still needs no headers of torch and is loaded where there is none. What it does not take it hands to rtn_python::linear,
 // the same op in Python.
 #include <dlfcn.h>
 #include <stdlib.h>
@@ -153,7 +153,7 @@ void linear(Value* stack, uint64_t, uint64_t) {
       else delete optional;
     }
     stack[0] = Value(y);
-  } else if (torch.call_dispatcher("rtn::linear_any", "", stack, VERSION)) {
+  } else if (torch.call_dispatcher("rtn_python::linear", "", stack, VERSION)) {
     throw std::runtime_error(torch.what ? torch.what() : "rtn::linear failed; the reason is printed above");
   }
 }
