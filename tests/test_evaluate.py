@@ -8,7 +8,7 @@ from tiny_llama import tiny_llama, tiny_tokenizer
 from torch import nn
 
 from rtn_tensor import quantize_, rtn_int4
-from rtn_tensor.evaluate import generate, perplexity
+from rtn_tensor.evaluate import decode, generate, perplexity
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +183,32 @@ def test_generate_checks_its_input(model, tokenizer):
         generate(model, tokenizer, "", 5)
     with pytest.raises(ValueError, match=r"^max_new_tokens=0; it must be at least 1$"):
         generate(model, tokenizer, "We", 0)
+
+
+# ------------------------------------------------------------------------------------------- decode
+
+
+def test_decode_is_greedy_over_a_static_cache():
+    model = tiny_llama()
+    quantize_(model, rtn_int4(group_size=32))
+    attention = model.config._attn_implementation
+    for n, new in ((5, 6), (70, 1), (3, 70)):
+        ids = tokens(n)[None]
+        assert torch.equal(torch.cat([ids, *decode(model, ids, new)], dim=1), greedy(model, ids, new))
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.slow
+def test_compiled_generate(tokenizer):
+    """The same text as without, and one graph for two prompts."""
+    model = tiny_llama()
+    quantize_(model, rtn_int4(group_size=32))
+    expected = [generate(model, tokenizer, prompt, 10) for prompt in ("We the people", "of the")]
+    torch._dynamo.reset()
+    got = [generate(model, tokenizer, prompt, 10, compile=True) for prompt in ("We the people", "of the")]
+    assert [(g.text, g.tokens) for g in got] == [(e.text, e.tokens) for e in expected]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    ends = tokenizer("We the people", return_tensors="pt")["input_ids"]
+    model.generation_config.eos_token_id = greedy(model, ends, 3)[0, -1].item()
+    stopped = generate(model, tokenizer, "We the people", 10, compile=True)
+    assert stopped.tokens == generate(model, tokenizer, "We the people", 10).tokens <= 3

@@ -4,7 +4,10 @@
 
 namespace rtn {
 namespace {
-bool available() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
+bool available() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
 int linear(const rtn_linear_args& a) { return Linear<Avx512>(a)(); }
 }  // namespace
 

@@ -3,8 +3,10 @@
 #include "planes.h"
 
 namespace rtn {
+extern const Isa avx512;
+
 namespace {
-bool available() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+bool available() { return __builtin_cpu_supports("avx512bf16") && avx512.available(); }
 
 int linear(const rtn_linear_args& a) {
   // fp16 and fp32 activations have more digits than bf16.

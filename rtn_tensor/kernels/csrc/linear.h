@@ -31,8 +31,9 @@ struct Linear {
   static constexpr int L = I::L, V = I::V, C = I::C, R = L * V;
   static constexpr int CHUNKS_AT_ONCE = L / 4;  // a transpose covers L dwords of each row
   // Where there are more tokens than one tile: K_BLOCK columns of a block of rows are decoded into L2 (64 KiB, as bf16), and used by
-  // M_BLOCK tokens. Measured at M = 256: half the M_BLOCK costs 5 %, twice the K_BLOCK 1 %, several blocks of rows at once 3 %.
+  // M_BLOCK tokens. At M = 512 half the M_BLOCK costs 3 %; at 256 half the K_BLOCK costs 2 %, and twice the K_BLOCK is no faster.
   static constexpr int64_t M_BLOCK = 44 * C, K_BLOCK = 1024;
+  static constexpr int64_t AHEAD = 128 << 10;  // bytes
   using F = typename I::F;
   using D = typename I::D;
   using W = typename I::W;
@@ -92,7 +93,7 @@ struct Linear {
 
   struct Rows {
     const uint8_t* q[R];
-    const uint8_t* next;  // what to prefetch: the block of rows four further on
+    const uint8_t* next;  // what to prefetch: two blocks of rows further on, but no more than fits L2
     int64_t n0, valid, expert;
   };
 
@@ -104,12 +105,13 @@ struct Linear {
     const uint8_t* base = a.qdata + expert * a.qdata_expert_stride;
     // Rows past the last repeat it; their sums are not stored.
     for (int j = 0; j < R; ++j) r.q[j] = base + (r.n0 + (j < r.valid ? j : r.valid - 1)) * a.qdata_stride;
-    r.next = base + (r.n0 + 2 * R) * a.qdata_stride;
+    const int64_t ahead = 2 * R * a.qdata_stride;
+    r.next = base + r.n0 * a.qdata_stride + (ahead < AHEAD ? ahead : AHEAD);
     return r;
   }
 
   // The scales of groups [first, first + count), in fp32: out[group - first][row], with room for a whole number of times L groups, and as
-  // much again. One by one they would take as long as a tenth of a product with one token.
+  // much again. Written one by one, across rows, they took a quarter of a product with one token.
   template <class T>
   void widen_scales(const Rows& r, int64_t first, int64_t count, float* out) const {
     const int64_t width = whole_groups(count);
@@ -144,8 +146,6 @@ struct Linear {
 
   void transpose(const Rows& r, int64_t chunk, D (&dwords)[V][L]) const {
     const int64_t left = (chunks - chunk) * 4;
-    // Rows one beside the other are too many streams for the hardware to follow, and share too few sets of L1: so a block of rows to come,
-    // one run of memory, is brought to L2 from end to end meanwhile. At M = 1 that doubles the speed; four blocks ahead, 1.4 times one.
     RTN_UNROLL for (int v = 0; v < V; ++v) I::transpose(r.q + v * L, chunk * 16, left < L ? int(left) : L, dwords[v]);
   }
 
@@ -214,6 +214,9 @@ struct Linear {
   template <int T, int BITS, bool DECODED, int S, int PAIR>
   static inline void one_pair(const D (&dwords)[V][L], int first, const W* decoded, const X* x, const uint8_t* next, F (&p)[T][V][S]) {
     constexpr int FIELDS = 16 / BITS, Q = PAIR / FIELDS, FIELD = PAIR % FIELDS;
+    // Rows one beside the other are too many streams for the hardware to follow, and share too few sets of L1: so a block of rows to come,
+    // one run of memory, is brought to L2 from end to end meanwhile, a little with every dword, as the arithmetic would otherwise wait for
+    // the lines in one go. At M = 1 it doubles the speed; one or four blocks ahead in the place of two cost 4 and 10 %.
     if constexpr (!DECODED && FIELD == 0) RTN_UNROLL for (int j = 0; j < 4 * R; j += 64) __builtin_prefetch(next + 4 * R * Q + j, 0, 2);
     W w[V];
     RTN_UNROLL for (int v = 0; v < V; ++v) {

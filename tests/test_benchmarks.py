@@ -1,0 +1,31 @@
+"""The benchmarks run, and say what they measured; how fast anything is, no test asserts."""
+
+import torch
+
+from benchmarks import cpu_linear, plot
+
+
+def test_linear_measures_every_peer_at_every_size(capsys):
+    rows = cpu_linear.measure(torch.bfloat16, 64, 128, [1, 3], turns=1)
+    names = ["dense", "rtn int4 g128", "rtn int4 g32", "rtn int8 g128", "aten int4 g128", "aten int8", "torchao int4 g128", "torchao int8"]
+    assert [(r["kernel"], r["M"]) for r in rows] == [(name, m) for m in (1, 3) for name in names]
+    assert all(r["seconds"] > 0 and r["over_dense"] > 0 for r in rows)
+    assert {r["over_dense"] for r in rows if r["kernel"] == "dense"} == {1.0}
+    cpu_linear.show(rows, read=1e9)
+    assert "of the streaming read" in capsys.readouterr().out
+
+
+def test_plot_has_a_line_for_every_kernel(tmp_path):
+    rows = [
+        {"dtype": "bfloat16", "N": n, "K": 64, "M": m, "kernel": kernel, "seconds": 1.0, "over_dense": ratio / m}
+        for n in (32, 64, 96)
+        for kernel, ratio in (("dense", 1.0), ("rtn int4 g128", 4.0))
+        for m in (1, 8)
+    ]
+    data = {"machine": {"cpu": "a processor", "threads": 2, "instruction_set": "generic", "torch": "2"}, "rows": rows}
+    for name in ("a.svg", "b.svg"):
+        plot.draw(data, tmp_path / name)
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn == (tmp_path / "b.svg").read_text()
+    for text in ("rtn int4 g128", "weight [96, 64]", "a processor, 2 threads, generic, torch 2"):
+        assert text in drawn
