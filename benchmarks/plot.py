@@ -38,7 +38,7 @@ def draw(data: dict, out: Path) -> None:
         axis.set_yticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=7)
+    axes.flat[0].legend(fontsize=7, loc="upper right")
     about = data["machine"]
     figure.suptitle(f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, torch {about['torch']}", fontsize=9)
     figure.tight_layout()

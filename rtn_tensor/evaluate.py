@@ -3,7 +3,8 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -89,7 +90,7 @@ def _compiled_next_token(device: str):
     return torch.compile(_next_token, fullgraph=True, options={"cpp_wrapper": True} if device == "cpu" else None)
 
 
-def decode(model, input_ids: Tensor, max_new_tokens: int, compile: bool = False) -> Iterator[Tensor]:
+def decode(model, input_ids: Tensor, max_new_tokens: int, compile: bool = False) -> Generator[Tensor]:
     """Greedy decoding, one token [1, 1] at a time, over a key-value cache of fixed size; `compile` makes one graph of a step.
 
     transformers' own `generate` does more, and on a CPU spends more time on it than on the model. Endless: it does not know the token that
@@ -106,7 +107,7 @@ def decode(model, input_ids: Tensor, max_new_tokens: int, compile: bool = False)
     device = input_ids.device.type
     step = _compiled_next_token(device) if compile else _next_token
     # Attention over a static cache as plain products fuses; the CPU's fused attention takes 0.2 ms a layer for one bf16 query.
-    attention = model.config._attn_implementation
+    plain, attention = compile and device == "cpu", model.config._attn_implementation
     length = input_ids.shape[1]
     room = -(-(length + max_new_tokens) // 64) * 64  # few sizes, so few compilations
     cache = StaticCache(config=model.config, max_cache_len=room)
@@ -116,14 +117,15 @@ def decode(model, input_ids: Tensor, max_new_tokens: int, compile: bool = False)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
     yield token
     try:
-        if compile and device == "cpu":
+        if plain:
             model.set_attn_implementation("eager")
         for at in range(length, length + max_new_tokens - 1):
             with torch.inference_mode():
                 token = step(model, token, torch.tensor([at], device=input_ids.device), cache)
             yield token
     finally:
-        model.set_attn_implementation(attention)
+        if plain:
+            model.set_attn_implementation(attention)
 
 
 @torch.inference_mode()
@@ -138,7 +140,7 @@ def generate(model, tokenizer, prompt: str, max_new_tokens: int, compile: bool =
         compile: run the loop of `decode`, compiled, in the place of transformers' own; the time to compile is not counted in `seconds`.
 
     Raises:
-        ValueError: an empty prompt, or max_new_tokens below 1.
+        ValueError: an empty prompt, max_new_tokens below 1, or `compile` for a model that asks for a repetition penalty.
     """
     if not prompt:
         raise ValueError("the prompt is empty; pass some text")
@@ -166,13 +168,17 @@ def generate(model, tokenizer, prompt: str, max_new_tokens: int, compile: bool =
 def _generate_compiled(model, tokenizer, ids: Tensor, max_new_tokens: int) -> Generation:
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    for _ in islice(decode(model, ids, max_new_tokens, compile=True), 2):
-        pass  # compiles
+    if model.generation_config.repetition_penalty not in (None, 1.0):
+        raise ValueError("the model's generation_config has a repetition_penalty, which compiled decoding does not apply; generate without")
+    with closing(decode(model, ids, max_new_tokens, compile=True)) as tokens:
+        for _ in islice(tokens, 2):
+            pass  # compiles
     new: list[int] = []
     started = time.perf_counter()
-    for token in decode(model, ids, max_new_tokens, compile=True):
-        new.append(int(token))
-        if new[-1] in ends:
-            break
+    with closing(decode(model, ids, max_new_tokens, compile=True)) as tokens:
+        for token in tokens:
+            new.append(int(token))
+            if new[-1] in ends:
+                break
     seconds = time.perf_counter() - started
     return Generation(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), seconds)

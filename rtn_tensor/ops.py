@@ -6,6 +6,7 @@ dispatcher. K is passed where it cannot be read off an argument, because `qdata`
 """
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -81,10 +82,21 @@ def _linear(x, qdata, scale, bias, bits, group_size):
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], qdata.shape[-2])
 
 
+_lost = threading.local()
+
+
+def _linear_from_cpp(*args):
+    try:
+        return dispatched(_linear)(*args)
+    except BaseException as error:  # C++ makes a RuntimeError of it, Ctrl-C included
+        _lost.error = error
+        raise
+
+
 # csrc/torch_op.cpp takes rtn::linear on CPU tensors; what it does not run itself it calls here. Of another namespace, as no graph has it.
 _python = torch.library.Library("rtn_python", "DEF")
 _python.define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
-_python.impl("linear", dispatched(_linear), "CompositeExplicitAutograd")
+_python.impl("linear", _linear_from_cpp, "CompositeExplicitAutograd")
 _cpu_linear = functools.partial(_ops.linear.default.redispatch, _CPU) if cpu.register() else None
 
 
@@ -96,8 +108,8 @@ def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: i
     if x.is_cpu and _cpu_linear:  # past autograd and torch.library, the call takes 3 us around the product; through Python it takes 9
         try:
             return _cpu_linear(x, qdata, scale, bias, bits, group_size)
-        except RuntimeError:  # on its way through C++ an error of Python loses its type: meet it again below
-            pass
+        except RuntimeError as error:
+            raise vars(_lost).pop("error", error) from None
     return _linear(x, qdata, scale, bias, bits, group_size)
 
 

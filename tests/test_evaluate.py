@@ -198,11 +198,19 @@ def test_decode_is_greedy_over_a_static_cache():
     assert model.config._attn_implementation == attention
 
 
+def test_compiled_generate_refuses_what_it_does_not_apply(tokenizer):
+    model = tiny_llama()
+    model.generation_config.repetition_penalty = 1.1
+    with pytest.raises(ValueError, match="repetition_penalty, which compiled decoding does not apply"):
+        generate(model, tokenizer, "We", 5, compile=True)
+
+
 @pytest.mark.slow
 def test_compiled_generate(tokenizer):
     """The same text as without, and one graph for two prompts."""
     model = tiny_llama()
     quantize_(model, rtn_int4(group_size=32))
+    attention = model.config._attn_implementation
     expected = [generate(model, tokenizer, prompt, 10) for prompt in ("We the people", "of the")]
     torch._dynamo.reset()
     got = [generate(model, tokenizer, prompt, 10, compile=True) for prompt in ("We the people", "of the")]
@@ -210,5 +218,6 @@ def test_compiled_generate(tokenizer):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     ends = tokenizer("We the people", return_tensors="pt")["input_ids"]
     model.generation_config.eos_token_id = greedy(model, ends, 3)[0, -1].item()
+    assert model.config._attn_implementation == attention
     stopped = generate(model, tokenizer, "We the people", 10, compile=True)
     assert stopped.tokens == generate(model, tokenizer, "We the people", 10).tokens <= 3

@@ -40,7 +40,10 @@ def register() -> bool:
     """Gives torch's dispatcher the C++ function for `rtn::linear` on CPU tensors; whether there is a library, and a torch that takes it.
 
     The function runs what this kernel can, as long as `RTN_KERNEL` is unset; see `direct`."""
-    if not LIBRARY.exists() or library().rtn_register():
+    try:
+        if not LIBRARY.exists() or library().rtn_register():
+            return False
+    except (OSError, AttributeError):  # of another machine, or an older build: an import is no place to fail, its use will
         return False
     direct(True)
     return True
@@ -80,7 +83,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, offs: Tensor | None, bits: int, group_size: int) -> Tensor:
-    x, scale = _dense_rows(x), _dense_rows(scale)
+    x, qdata, scale = _dense_rows(x), _dense_rows(qdata), _dense_rows(scale)
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     if offs is not None:

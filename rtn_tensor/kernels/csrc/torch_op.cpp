@@ -97,15 +97,19 @@ constexpr int64_t MOST_DIMS = 8;
 // Null where this is a call for the op in Python.
 Tensor product(const Value* stack) {
   View x, qdata, scale, bias;
-  if (!direct || getenv("RTN_KERNEL")) return nullptr;
+  const char* forced = getenv("RTN_KERNEL");
+  if (!direct || (forced && *forced)) return nullptr;
   if (!x.read(Tensor(stack[0])) || !qdata.read(Tensor(stack[1])) || !scale.read(Tensor(stack[2]))) return nullptr;
   const Value* optional = reinterpret_cast<const Value*>(stack[3]);
   if (x.dtype < 0 || scale.dtype < 0 || x.dim < 1 || x.dim > MOST_DIMS || qdata.dim != 2 || scale.dim != 2) return nullptr;
   if (!(x.contiguous() || (x.dim == 2 && x.dense_rows())) || !qdata.dense_rows() || !scale.dense_rows()) return nullptr;
   if (optional && (!bias.read(Tensor(*optional)) || bias.torch_dtype != x.torch_dtype || bias.dim != 1 || !bias.dense_rows())) return nullptr;
 
+  const int64_t n = qdata.sizes[0], k = x.sizes[x.dim - 1], bits = int64_t(stack[4]), group_size = int64_t(stack[5]);
+  if ((bits != 4 && bits != 8) || (group_size != -1 && (group_size <= 0 || group_size % 32))) return nullptr;
+  if (qdata.sizes[1] < (k * bits + 127) / 128 * 16 || scale.sizes[0] != n || (optional && bias.sizes[0] != n)) return nullptr;
+
   int64_t sizes[MOST_DIMS], strides[MOST_DIMS];
-  const int64_t n = qdata.sizes[0];
   sizes[x.dim - 1] = n;
   strides[x.dim - 1] = 1;
   int64_t m = 1;
@@ -114,7 +118,6 @@ Tensor product(const Value* stack) {
     strides[d] = strides[d + 1] * (sizes[d + 1] ? sizes[d + 1] : 1);
     m *= sizes[d];
   }
-  const int64_t k = x.sizes[x.dim - 1];
   uint32_t threads = 1;
   Tensor y;
   if (torch.get_num_threads(&threads) || torch.empty_strided(x.dim, sizes, strides, x.torch_dtype, torch.cpu(), 0, &y)) return nullptr;
@@ -127,8 +130,8 @@ Tensor product(const Value* stack) {
   a.n = n;
   a.k = k;
   a.experts = 1;
-  a.bits = int64_t(stack[4]);
-  a.group_size = int64_t(stack[5]);
+  a.bits = bits;
+  a.group_size = group_size;
   a.dtype = x.dtype;
   a.scale_dtype = scale.dtype;
   a.x_stride = x.dim == 2 ? x.strides[0] : k;
