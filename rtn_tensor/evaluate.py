@@ -93,13 +93,13 @@ def _compiled_next_token(device: str):
 def decode(model, input_ids: Tensor, max_new_tokens: int, compile: bool = False) -> Generator[Tensor]:
     """Greedy decoding, one token [1, 1] at a time, over a key-value cache of fixed size; `compile` makes one graph of a step.
 
-    transformers' own `generate` does more, and on a CPU spends more time on it than on the model. Endless: it does not know the token that
-    ends a text.
+    transformers' own `generate` does more, and on a CPU spends more time on it than on the model. This does not know the token that ends a
+    text; the caller stops.
 
     Args:
         model: a transformers causal language model.
         input_ids: the prompt, int64 [1, T].
-        max_new_tokens: how many the cache has room for.
+        max_new_tokens: how many come at most.
         compile: compile the step (first of all, which takes some minutes; a later call with a cache as large reuses it).
     """
     from transformers import StaticCache

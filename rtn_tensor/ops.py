@@ -85,9 +85,12 @@ def _linear(x, qdata, scale, bias, bits, group_size):
 _lost = threading.local()
 
 
+_linear_in_python = dispatched(_linear)
+
+
 def _linear_from_cpp(*args):
     try:
-        return dispatched(_linear)(*args)
+        return _linear_in_python(*args)
     except BaseException as error:  # C++ makes a RuntimeError of it, Ctrl-C included
         _lost.error = error
         raise

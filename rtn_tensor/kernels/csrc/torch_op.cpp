@@ -8,7 +8,6 @@
 #include <stdlib.h>
 
 #include <atomic>
-#include <new>
 #include <stdexcept>
 
 #include "rtn.h"
