@@ -37,7 +37,7 @@ DTYPES = list(cpu.DTYPES)
 GROUP_SIZES = [32, 64, 96, 128, -1]
 # Tokens below, at and above a tile of every instruction set, then more than a block of them and than a block of K.
 SHAPES = [*product((0, 1, 2, 3, 12, 13, 17, 24, 25, 200), (1, 5, 33, 100), (32, 100, 576, 1000))]
-LONG = [(25, 33, 2100), (600, 33, 2100)]
+LONG = [(25, 300, 2100), (600, 33, 2100)]  # several steps along K; blocks of rows that share them, and runs of tokens
 
 each_bits = pytest.mark.parametrize("bits", FORMATS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

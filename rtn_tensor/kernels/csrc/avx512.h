@@ -57,7 +57,7 @@ struct Avx512Base {
 };
 
 struct Avx512 : Avx512Base {
-  static constexpr int V = 2, C = 12;
+  static constexpr int V = 2, C = 12, MANY = 7;
   struct W {
     F even, odd;
   };
@@ -78,7 +78,7 @@ struct Avx512 : Avx512Base {
 
 #ifdef __AVX512BF16__
 struct Avx512Bf16 : Avx512Base {
-  static constexpr int V = 2, C = 12;
+  static constexpr int V = 2, C = 12, MANY = 7;
   using W = __m512i;
   using X = Bf16Pairs;
 
@@ -106,7 +106,7 @@ struct Avx512Bf16 : Avx512Base {
 
 // For 13 to 24 tokens: one vector of rows, so that all of them are one tile.
 struct Avx512Bf16Tall : Avx512Bf16 {
-  static constexpr int V = 1, C = 24;
+  static constexpr int V = 1, C = 24, MANY = 14;
 };
 #endif
 

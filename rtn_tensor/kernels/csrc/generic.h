@@ -6,7 +6,7 @@ namespace rtn {
 namespace {
 
 struct Generic {
-  static constexpr int L = 4, V = 2, C = 4;
+  static constexpr int L = 4, V = 2, C = 4, MANY = 4;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t D __attribute__((vector_size(16)));
   struct W {
@@ -28,11 +28,12 @@ struct Generic {
     return X(from);
   }
 
-  static void transpose(const uint8_t* const* rows, int64_t offset, int, D* out) {  // four dwords are one chunk, which is always whole
+  static void transpose(const uint8_t* const* rows, int64_t offset, int dwords, D* out) {
     for (int j = 0; j < 4; ++j) {
-      int32_t dwords[4];
-      memcpy(dwords, rows[j] + offset, 16);
-      for (int d = 0; d < 4; ++d) out[d][j] = dwords[d];
+      int32_t row[4] = {};
+      if (dwords == 4) memcpy(row, rows[j] + offset, 16);
+      else memcpy(row, rows[j] + offset, 4 * dwords);
+      for (int d = 0; d < 4; ++d) out[d][j] = row[d];
     }
   }
 

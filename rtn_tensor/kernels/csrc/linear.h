@@ -32,7 +32,7 @@ struct Linear {
   static constexpr int CHUNKS_AT_ONCE = L / 4;  // a transpose covers L dwords of each row
   // Where there are more tokens than one tile: K_BLOCK columns of a block of rows are decoded into L2 (64 KiB, as bf16), and used by
   // M_BLOCK tokens. At M = 512 half the M_BLOCK costs 3 %; at 256 half the K_BLOCK costs 2 %, and twice the K_BLOCK is no faster.
-  static constexpr int64_t M_BLOCK = 44 * C, K_BLOCK = 1024;
+  static constexpr int64_t M_BLOCK = 528, K_BLOCK = 1024;
   static constexpr int64_t AHEAD = 128 << 10;  // bytes
   using F = typename I::F;
   using D = typename I::D;
@@ -110,25 +110,44 @@ struct Linear {
     return r;
   }
 
-  // The scales of groups [first, first + count), in fp32: out[group - first][row], with room for a whole number of times L groups, and as
-  // much again. Written one by one, across rows, they took a quarter of a product with one token.
+  template <class T>
+  static float scale_in(uint32_t dword, int which) {
+    if (sizeof(T) == 4) return as_float(dword);
+    T scale;
+    const uint16_t bits = uint16_t(dword >> (16 * which));
+    memcpy(&scale, &bits, sizeof(bits));
+    return to_float(scale);
+  }
+
+  // The scales of groups [first, first + count), in fp32: out[group - first][row]. Written one by one, across rows, they took a quarter of
+  // a product with one token.
   template <class T>
   void widen_scales(const Rows& r, int64_t first, int64_t count, float* out) const {
-    const int64_t width = whole_groups(count);
-    float* rows = out + R * width;
+    constexpr int EACH = 4 / sizeof(T);  // scales a dword
     const uint8_t* at[R];
     const T* base = static_cast<const T*>(a.scale) + r.expert * a.scale_expert_stride + first;
-    for (int j = 0; j < R; ++j) {
-      const T* from = base + (r.n0 + (j < r.valid ? j : r.valid - 1)) * a.scale_stride;
-      float* to = rows + j * width;
-      for (int64_t g = 0; g < count; ++g) to[g] = to_float(from[g]);
-      at[j] = reinterpret_cast<const uint8_t*>(to);
-    }
-    for (int64_t g = 0; g < width; g += L) {
+    for (int j = 0; j < R; ++j) at[j] = reinterpret_cast<const uint8_t*>(base + (r.n0 + (j < r.valid ? j : r.valid - 1)) * a.scale_stride);
+    const int64_t whole = count / EACH;
+    for (int64_t d = 0; d < whole; d += L) {
+      const int dwords = whole - d < L ? int(whole - d) : L;
       for (int v = 0; v < V; ++v) {
         D columns[L];
-        I::transpose(at + v * L, g * 4, L, columns);
-        RTN_UNROLL for (int j = 0; j < L; ++j) memcpy(out + (g + j) * R + v * L, &columns[j], sizeof(D));
+        I::transpose(at + v * L, d * 4, dwords, columns);
+        for (int j = 0; j < dwords; ++j) {
+          uint32_t dword[L];
+          memcpy(dword, &columns[j], sizeof(dword));
+          for (int e = 0; e < EACH; ++e) {
+            float* to = out + ((d + j) * EACH + e) * R + v * L;
+            for (int l = 0; l < L; ++l) to[l] = scale_in<T>(dword[l], e);
+          }
+        }
+      }
+    }
+    if (whole * EACH < count) {  // the last of an odd number
+      for (int j = 0; j < R; ++j) {
+        T last;
+        memcpy(&last, at[j] + (count - 1) * sizeof(T), sizeof(T));
+        out[(count - 1) * R + j] = to_float(last);
       }
     }
   }
@@ -141,8 +160,7 @@ struct Linear {
     }
   }
 
-  static int64_t whole_groups(int64_t count) { return (count + L - 1) / L * L; }
-  static float* scales_for(int64_t count) { return static_cast<float*>(scratch(SCALES, 2 * R * whole_groups(count) * sizeof(float))); }
+  static float* scales_for(int64_t count) { return static_cast<float*>(scratch(SCALES, R * count * sizeof(float))); }
 
   void transpose(const Rows& r, int64_t chunk, D (&dwords)[V][L]) const {
     const int64_t left = (chunks - chunk) * 4;
@@ -156,9 +174,7 @@ struct Linear {
   }
 
   template <int BITS>
-  void decode_block(const Rows& r, int64_t begin, int64_t end, W* out) const {
-    // What is decoded next: the same rows further on, or the block of rows below.
-    const int64_t next = end < chunks ? end * 16 : R * a.qdata_stride;
+  void decode_block(const Rows& r, int64_t begin, int64_t end, int64_t next, W* out) const {
     constexpr int PAIRS = 4 * (16 / BITS) * V;
     D dwords[V][L];
     for (int64_t c = begin; c < end; ++c) {
@@ -181,7 +197,11 @@ struct Linear {
     constexpr int FIELDS = 16 / BITS, PAIRS = 4 * FIELDS;
     // With few tokens, more sums than tokens: one dot product takes several cycles, and the next may not wait for it.
     constexpr int S = T * V >= 8 ? 1 : T * V >= 4 ? 2 : 4;
+    // Sums of few enough tokens stay in registers, beside those of the group.
+    constexpr bool KEPT = DECODED && T <= I::MANY;
     D dwords[V][L];
+    F kept[T][V];
+    if (KEPT) RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) kept[t][v] = I::load(sums + t * R + v * L);
     x += begin * FIELDS * T;
     for (int64_t c = begin; c < end;) {
       const int64_t group = c / group_chunks;
@@ -200,10 +220,12 @@ struct Linear {
           F sum = p[t][v][0];
           RTN_UNROLL for (int s = 1; s < S; ++s) sum = I::add(sum, p[t][v][s]);
           float* to = sums + t * R + v * L;
-          I::store(to, I::fma(sum, scale, I::load(to)));
+          if (KEPT) kept[t][v] = I::fma(sum, scale, kept[t][v]);
+          else I::store(to, I::fma(sum, scale, I::load(to)));
         }
       }
     }
+    if (KEPT) RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) I::store(sums + t * R + v * L, kept[t][v]);
   }
 
   template <int T, int BITS, bool DECODED, int S, int... pair>
@@ -269,28 +291,33 @@ struct Linear {
     return true;
   }
 
-  // Tiles [first, last) of one expert.
+  // Tiles [first, last) of one expert, over blocks of rows [begin, end): a step along K of all of them, as the tokens' part of it stays in L2.
   template <int BITS>
-  bool many(int64_t first, int64_t last, int64_t row_block) {
+  bool many(int64_t first, int64_t last, int64_t begin, int64_t end) {
     constexpr int64_t STEP = K_BLOCK * BITS / 128;
     const int64_t row = tile_list[first].row, tokens = tile_list[last - 1].row + tile_list[last - 1].tokens - row;
-    const Rows r = rows_of(tile_list[first].expert, row_block);
     float* scales = scales_for(STEP / group_chunks + 2);
-    float* sums = static_cast<float*>(scratch(SUMS, tokens * R * sizeof(float)));
+    float* sums = static_cast<float*>(scratch(SUMS, (end - begin) * tokens * R * sizeof(float)));
     W* decoded = static_cast<W*>(scratch(WEIGHTS, STEP * 4 * (16 / BITS) * V * sizeof(W)));
     if (!scales || !sums || !decoded) return false;
-    memset(sums, 0, tokens * R * sizeof(float));
+    memset(sums, 0, (end - begin) * tokens * R * sizeof(float));
     for (int64_t c = 0; c < chunks; c += STEP) {
       const int64_t stop = c + STEP < chunks ? c + STEP : chunks, group = c / group_chunks;
-      decode_block<BITS>(r, c, stop, decoded);
-      widen_scales(r, group, (stop - 1) / group_chunks + 1 - group, scales);
-      for (int64_t t = first; t < last; ++t) {
-        const Tile& tile = tile_list[t];
-        const TileFn run = pick<BITS, true>(tile.tokens, make_ints<C>());
-        (this->*run)(r, decoded, scales, c, stop, packed + tile.row * x_pieces(), sums + (tile.row - row) * R);
+      for (int64_t b = begin; b < end; ++b) {
+        const Rows r = rows_of(tile_list[first].expert, b);
+        // What is decoded next: the rows below, or the first rows further on; at the last, the rows below again.
+        const int64_t below = R * a.qdata_stride;
+        decode_block<BITS>(r, c, stop, b + 1 < end ? below + c * 16 : stop < chunks ? stop * 16 - (b - begin) * below : below, decoded);
+        widen_scales(r, group, (stop - 1) / group_chunks + 1 - group, scales);
+        float* to = sums + (b - begin) * tokens * R;
+        for (int64_t t = first; t < last; ++t) {
+          const Tile& tile = tile_list[t];
+          const TileFn run = pick<BITS, true>(tile.tokens, make_ints<C>());
+          (this->*run)(r, decoded, scales, c, stop, packed + tile.row * x_pieces(), to + (tile.row - row) * R);
+        }
       }
     }
-    store(r, row, tokens, sums);
+    for (int64_t b = begin; b < end; ++b) store(rows_of(tile_list[first].expert, b), row, tokens, sums + (b - begin) * tokens * R);
     return true;
   }
 
@@ -304,9 +331,11 @@ struct Linear {
 
   template <int BITS>
   void run_blocks(const Run& run, int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      if (!(run.last - run.first == 1 ? few<BITS>(tile_list[run.first], b) : many<BITS>(run.first, run.last, b))) failed = true;
-    }
+    bool done = true;
+    if (run.last - run.first > 1) done = many<BITS>(run.first, run.last, begin, end);
+    else
+      for (int64_t b = begin; b < end; ++b) done &= few<BITS>(tile_list[run.first], b);
+    if (!done) failed = true;
   }
 
   static void run_turn(void* self, int64_t i) {
@@ -322,7 +351,7 @@ struct Linear {
     if (a.m == 0 || a.n == 0) return 0;
     const int64_t experts = a.offs ? a.experts : 1;
     // At most one tile and one run more than full ones would need, an expert.
-    const int64_t most = a.m / C + experts + a.m / M_BLOCK + 1;
+    const int64_t most = a.m / I::MANY + experts + a.m / M_BLOCK + 1;
     const int64_t x_bytes = (a.m * x_pieces() * int64_t(sizeof(X)) + 63) / 64 * 64;
     char* memory = static_cast<char*>(scratch(PACKED_X, x_bytes + (most + 1) * (sizeof(Tile) + sizeof(Run))));
     if (!memory) return -1;
@@ -335,7 +364,7 @@ struct Linear {
       const int64_t end = !a.offs ? a.m : a.offs[e] < a.m ? a.offs[e] : a.m;
       while (row < end) {
         const int64_t size = end - row < M_BLOCK ? end - row : M_BLOCK;
-        const int64_t count = (size + C - 1) / C, tokens = (size + count - 1) / count;
+        const int64_t width = size > C ? I::MANY : C, count = (size + width - 1) / width, tokens = (size + count - 1) / count;
         run_list[runs].first = tiles;
         for (int64_t done = 0; done < size; done += tokens) tile_list[tiles++] = {row + done, size - done < tokens ? size - done : tokens, e};
         run_list[runs++].last = tiles;

@@ -9,7 +9,7 @@ namespace rtn {
 namespace {
 
 struct NeonBf16 : Generic {
-  static constexpr int V = 2, C = 8;
+  static constexpr int V = 2, C = 8, MANY = 6;
   using W = bfloat16x8_t;
   using X = Bf16Pairs;
 
