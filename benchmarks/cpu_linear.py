@@ -31,7 +31,7 @@ from rtn_tensor.kernels import cpu
 from rtn_tensor.tables import table
 
 CALLS = 12  # of a peer in one turn, unless they take longer than TURN
-TURN = 0.1  # seconds
+TURN = 0.5  # seconds
 CACHE_BYTES = 128 << 20  # more than the last-level cache of the machines this runs on
 SHAPES = "4096x4096,14336x4096,4096x14336,576x1536"
 TOKENS = "1,4,8,16,32,64,256,512"

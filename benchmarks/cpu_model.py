@@ -1,18 +1,21 @@
-"""SmolLM2-135M end to end on the CPU: prefill of 512 tokens, eager, and greedy decoding at batch 1, by transformers and compiled.
+"""SmolLM2-135M end to end on the CPU: prefill of 512 tokens and greedy decoding at batch 1, eager (by transformers) and compiled.
 
     python -m benchmarks.cpu_model [--llama PYTHON] [--json FILE] [--threads 2] [--new-tokens 48] [--runs 5]
 
 Every linear layer is quantized, and the embedding, which is lm_head too. PYTHON is an interpreter that has `llama-cpp-python`, for
-llama.cpp's numbers from the same weights. Compiling takes some minutes a row. transformers' own loop is the eager one.
+llama.cpp's numbers from the same weights, in turn with ours. Compiling takes some minutes a row.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import subprocess
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,59 +26,99 @@ from transformers import AutoModelForCausalLM
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2, smollm2_gguf
 from rtn_tensor import quantize_, rtn_int4, rtn_int8
-from rtn_tensor.evaluate import decode
+from rtn_tensor.decode import Decoder
 from rtn_tensor.kernels import cpu
 from rtn_tensor.tables import table
 
-CONFIGS = {"bf16": None, "int8 g128": rtn_int8(group_size=128), "int4 g32": rtn_int4(group_size=32)}
+Run = Callable[[], float]  # tokens per second
+CONFIGS = {"bf16": (None, "BF16"), "int8 g128": (rtn_int8(group_size=128), "Q8_0"), "int4 g32": (rtn_int4(group_size=32), "Q4_0")}
 PROMPT = 512
 
 
-def decode_by_transformers(model, new_tokens: int) -> float:
-    """Tokens per second of `generate` with the cache that it takes by itself."""
+def decode_by_transformers(model, new_tokens: int) -> Run:
+    """`generate`, with the cache that it takes by itself."""
     ids = torch.arange(100, 132)[None]
-    started = time.perf_counter()
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
-    return (out.shape[1] - ids.shape[1]) / (time.perf_counter() - started)
+
+    def run() -> float:
+        started = time.perf_counter()
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False
+        )
+        return (out.shape[1] - ids.shape[1]) / (time.perf_counter() - started)
+
+    return run
 
 
-def decode_compiled(model, new_tokens: int) -> float:
-    """Tokens per second, from the median over the tokens after the first two."""
-    times = []
-    for _ in decode(model, torch.arange(100, 132)[None], new_tokens, compile=True):
-        times.append(time.perf_counter())
-    return 1 / statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
+def decode_compiled(model, new_tokens: int) -> Run:
+    """From the median over the tokens after the first two."""
+    ids = torch.arange(100, 132)[None]
+    decoder = Decoder(model, ids.shape[1] + new_tokens, compile=True)
+
+    def run() -> float:
+        times = [time.perf_counter() for _ in decoder(ids)]
+        return 1 / statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
+
+    return run
 
 
-def prefill(model, _: int) -> float:
-    """Tokens of a prompt per second."""
-    started = time.perf_counter()
-    model(torch.arange(100, 100 + PROMPT)[None], use_cache=False, logits_to_keep=1)
-    return PROMPT / (time.perf_counter() - started)
+def prefill(model, _: int, compiled: bool = False) -> Run:
+    ids = torch.arange(100, 100 + PROMPT)[None]
+    forward = torch.compile(model) if compiled else model
+
+    def run() -> float:
+        started = time.perf_counter()
+        forward(ids, use_cache=False, logits_to_keep=1)
+        return PROMPT / (time.perf_counter() - started)
+
+    return run
 
 
-MEASURES = {"prefill eager": prefill, "decode eager": decode_by_transformers, "decode compiled": decode_compiled}
+MEASURES = {
+    "prefill eager": prefill,
+    "prefill compiled": functools.partial(prefill, compiled=True),
+    "decode eager": decode_by_transformers,
+    "decode compiled": decode_compiled,
+}
+
+
+class LlamaCpp:
+    """llama.cpp in a process of its own, by an interpreter that has it."""
+
+    def __init__(self, python: str, threads: int, new_tokens: int):
+        script = str(Path(__file__).with_name("llama_cpp_model.py"))
+        command = [python, script, str(smollm2_gguf()), *map(str, (threads, PROMPT, new_tokens))]
+        self.said = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said)
+        self.version = self._line()
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            self.said.seek(0)
+            raise RuntimeError(f"llama.cpp's process ended:\n{self.said.read()[-2000:]}")
+        return line.strip()
+
+    def __call__(self, what: str) -> float:
+        """`what`: as "decode Q4_0"."""
+        print(what, file=self.process.stdin, flush=True)
+        return float(self._line())
 
 
 @torch.inference_mode()
-def measure(name: str, new_tokens: int, runs: int) -> dict:
+def measure(name: str, new_tokens: int, runs: int, llama: LlamaCpp | None) -> list[dict]:
+    """Medians over `runs`, ours and llama.cpp's in turn, after one of each."""
+    config, peer = CONFIGS[name]
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.bfloat16).eval()
-    if (config := CONFIGS[name]) is not None:
+    if config is not None:
         quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Linear | nn.Embedding))
-    row: dict = {"weights": name}
-    for what, run in MEASURES.items():
-        run(model, new_tokens)
-        row[what] = statistics.median(run(model, new_tokens) for _ in range(runs))
-    return row
-
-
-def llama_cpp(python: str, threads: int, new_tokens: int, runs: int) -> dict:
-    script = str(Path(__file__).with_name("llama_cpp_model.py"))
-    command = [python, script, str(smollm2_gguf()), *map(str, (threads, PROMPT, new_tokens, runs))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{python} could not measure llama.cpp:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    rows = []
+    for what, prepare in MEASURES.items():
+        ours = prepare(model, new_tokens)
+        peers = {"ours": ours} | ({"llama.cpp": lambda what=what: llama(f"{what.split()[0]} {peer}")} if llama else {})
+        turns = [{who: run() for who, run in peers.items()} for _ in range(runs + 1)][1:]
+        rows.append({"weights": name, "what": what, "peer": peer} | {who: statistics.median(t[who] for t in turns) for who in peers})
+        print("      " + ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
+    return rows
 
 
 def main() -> None:
@@ -91,18 +134,20 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     about = machine() | {"instruction_set": cpu.isa()}
     print(f"SmolLM2-135M, {about['cpu']}, {args.threads} threads, torch {about['torch']}, {about['instruction_set']}", flush=True)
-    llama = llama_cpp(args.llama, args.threads, args.new_tokens, args.runs) if args.llama else None
-    rows = []
-    for name in CONFIGS:
-        rows.append(measure(name, args.new_tokens, args.runs))
-        print("      " + ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
-    lines = [[r["weights"], *(f"{r[c]:.1f}" for c in MEASURES)] for r in rows]
-    for name, result in llama["results"].items() if llama else ():
-        lines.append([f"llama.cpp {name}", f"{result['prefill']:.1f}", f"{result['decode']:.1f}", ""])
+    llama = LlamaCpp(args.llama, args.threads, args.new_tokens) if args.llama else None
+    rows = [row for name in CONFIGS for row in measure(name, args.new_tokens, args.runs, llama)]
+    headers = ["weights", "what", "ours", *(["llama.cpp", "its weights", "ratio"] if llama else [])]
     print(f"\nTokens per second; prefill of {PROMPT} tokens, decoding after 32\n")
-    print(table(["weights", *MEASURES], lines))
+    lines = [[r["weights"], r["what"], f"{r['ours']:.1f}"] for r in rows]
+    if llama:
+        lines = [
+            [*line, f"{r['llama.cpp']:.1f}", r["peer"], f"{r['ours'] / r['llama.cpp']:.2f}"] for line, r in zip(lines, rows, strict=True)
+        ]
+    print(table(headers, lines))
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "runs": args.runs, "rows": rows, "llama_cpp": llama}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": about, "runs": args.runs, "llama_cpp": llama.version if llama else None, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

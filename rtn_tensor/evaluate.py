@@ -1,16 +1,15 @@
 """What a quantized causal language model still does: its perplexity, and what it writes."""
 
-import functools
 import math
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rtn_tensor.decode import Decoder
 
 ROWS = 256  # logits turned to fp32 at once: with a vocabulary of 150k that is 150 MB
 
@@ -78,56 +77,6 @@ class Generation:
         return self.tokens / self.seconds
 
 
-def _next_token(model, token: Tensor, position: Tensor, cache) -> Tensor:
-    """The most likely token [1, 1] after `token [1, 1]`, which stands at `position [1]`; the token's keys and values go into `cache`."""
-    out = model(token, position_ids=position[None], cache_position=position, past_key_values=cache, use_cache=True)
-    return out.logits[:, -1].argmax(-1, keepdim=True)
-
-
-@functools.cache
-def _compiled_next_token(device: str):
-    # A step is hundreds of small calls: on a CPU they take longer from Python than the layers do.
-    return torch.compile(_next_token, fullgraph=True, options={"cpp_wrapper": True} if device == "cpu" else None)
-
-
-def decode(model, input_ids: Tensor, max_new_tokens: int, compile: bool = False) -> Generator[Tensor]:
-    """Greedy decoding, one token [1, 1] at a time, over a key-value cache of fixed size; `compile` makes one graph of a step.
-
-    transformers' own `generate` does more, and on a CPU spends more time on it than on the model. This does not know the token that ends a
-    text; the caller stops.
-
-    Args:
-        model: a transformers causal language model.
-        input_ids: the prompt, int64 [1, T].
-        max_new_tokens: how many come at most.
-        compile: compile the step (first of all, which takes some minutes; a later call with a cache as large reuses it).
-    """
-    from transformers import StaticCache
-
-    device = input_ids.device.type
-    step = _compiled_next_token(device) if compile else _next_token
-    # Attention over a static cache as plain products fuses; the CPU's fused attention takes 0.2 ms a layer for one bf16 query.
-    plain, attention = compile and device == "cpu", model.config._attn_implementation
-    length = input_ids.shape[1]
-    room = -(-(length + max_new_tokens) // 64) * 64  # few sizes, so few compilations
-    cache = StaticCache(config=model.config, max_cache_len=room)
-    with torch.inference_mode():
-        positions = torch.arange(length, device=input_ids.device)
-        out = model(input_ids, cache_position=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-    yield token
-    try:
-        if plain:
-            model.set_attn_implementation("eager")
-        for at in range(length, length + max_new_tokens - 1):
-            with torch.inference_mode():
-                token = step(model, token, torch.tensor([at], device=input_ids.device), cache)
-            yield token
-    finally:
-        if plain:
-            model.set_attn_implementation(attention)
-
-
 @torch.inference_mode()
 def generate(model, tokenizer, prompt: str, max_new_tokens: int, compile: bool = False) -> Generation:
     """Greedy continuation of `prompt`, asked as the user's turn of a chat where the tokenizer has a chat template.
@@ -137,7 +86,7 @@ def generate(model, tokenizer, prompt: str, max_new_tokens: int, compile: bool =
         tokenizer: its tokenizer.
         prompt: text; not empty.
         max_new_tokens: at most this many, at least 1; the model may stop earlier.
-        compile: run the loop of `decode`, compiled, in the place of transformers' own; the time to compile is not counted in `seconds`.
+        compile: decode by a compiled `Decoder` in the place of transformers' own loop; the time to compile is not counted in `seconds`.
 
     Raises:
         ValueError: an empty prompt, max_new_tokens below 1, or `compile` for a model that asks for a repetition penalty.
@@ -170,15 +119,12 @@ def _generate_compiled(model, tokenizer, ids: Tensor, max_new_tokens: int) -> Ge
     ends = set(ends if isinstance(ends, list) else [ends])
     if model.generation_config.repetition_penalty not in (None, 1.0):
         raise ValueError("the model's generation_config has a repetition_penalty, which compiled decoding does not apply; generate without")
-    with closing(decode(model, ids, max_new_tokens, compile=True)) as tokens:
-        for _ in islice(tokens, 2):
-            pass  # compiles
+    decoder = Decoder(model, ids.shape[1] + max_new_tokens, compile=True)
     new: list[int] = []
     started = time.perf_counter()
-    with closing(decode(model, ids, max_new_tokens, compile=True)) as tokens:
-        for token in tokens:
-            new.append(int(token))
-            if new[-1] in ends:
-                break
+    for token in decoder(ids):
+        new.append(int(token))
+        if new[-1] in ends:
+            break
     seconds = time.perf_counter() - started
     return Generation(tokenizer.decode(new, skip_special_tokens=True).strip(), len(new), seconds)

@@ -1,0 +1,93 @@
+import pytest
+import torch
+from tiny_llama import tiny_llama
+
+from rtn_tensor import quantize_, rtn_int4
+from rtn_tensor.decode import Decoder
+from rtn_tensor.kernels import cpu
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_llama()
+    quantize_(model, rtn_int4(group_size=32))
+    return model
+
+
+def tokens(n):
+    return torch.randint(0, 320, (1, n), generator=torch.Generator().manual_seed(n))
+
+
+def greedy(model, ids, n):
+    for _ in range(n):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def check(model, decoder, prompt):
+    written = list(decoder(prompt))
+    assert len(written) == decoder.room - prompt.shape[1]
+    assert torch.equal(torch.cat([prompt, *written], dim=1), greedy(model, prompt, len(written)))
+
+
+def test_greedy_for_prompts_of_any_length(model):
+    decoder = Decoder(model, 24)
+    for n in (5, 23, 1, 12):
+        check(model, decoder, tokens(n))
+
+
+def test_two_at_a_time(model):
+    """Each decoder has a cache of its own; of one decoder, the later prompt takes the cache over."""
+    a, b = Decoder(model, 20)(tokens(4)), Decoder(model, 20)(tokens(7))
+    both = [torch.cat(t) for t in zip(a, b, strict=False)]
+    expected = [greedy(model, tokens(n), 13)[:, n:] for n in (4, 7)]
+    assert torch.equal(torch.cat(both, dim=1), torch.cat(expected))
+
+
+@pytest.mark.parametrize(
+    "prompt", [tokens(24), tokens(30), tokens(5)[:, :0], tokens(5)[0], tokens(6).view(2, 3)], ids=lambda t: str(t.shape)
+)
+def test_prompts_that_do_not_fit(model, prompt):
+    with pytest.raises(ValueError, match=r"input_ids has shape \[.*\]; pass \[1, T\] with 1 <= T < 24, the decoder's room"):
+        Decoder(model, 24)(prompt)
+
+
+@pytest.mark.slow
+def test_compiled(model, monkeypatch):
+    """The same tokens, by our kernel, through weights that are not copied."""
+    attention = model.config._attn_implementation
+    decoder = Decoder(model, 40, compile=True)
+    assert model.config._attn_implementation == attention
+    for n in (9, 39, 1):
+        check(model, decoder, tokens(n))
+    calls = []
+    linear = cpu.KERNEL.linear
+    cpu.direct(False)
+    monkeypatch.setitem(vars(cpu.KERNEL), "linear", lambda *args: calls.append(args[1]) or linear(*args))
+    list(decoder(tokens(38)))
+    cpu.direct(True)
+    weights = {w.qdata.data_ptr() for w in model.parameters() if hasattr(w, "qdata")}
+    assert len(calls) == 2 * len(weights) == 2 * 15
+    assert {q.data_ptr() for q in calls} == weights
+
+
+@pytest.mark.slow
+def test_compiled_with_sliding_attention():
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+        initializer_range=0.5,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    quantize_(model, rtn_int4(group_size=32))
+    check(model, Decoder(model, 30), tokens(3))
+    check(model, Decoder(model, 30, compile=True), tokens(3))
