@@ -11,6 +11,21 @@ namespace {
 
 constexpr uint32_t INF_BITS = 0x7F800000;
 
+// The compiler's own vectors of eight: field i of the eight words of a chunk is eight neighbours.
+typedef float Float8 __attribute__((vector_size(32)));
+typedef uint32_t Uint8 __attribute__((vector_size(32)));
+typedef uint16_t Short8 __attribute__((vector_size(16)));
+
+inline void load(const float* from, Float8& x) { memcpy(&x, from, sizeof(x)); }
+inline void load(const bf16* from, Float8& x) {
+  Short8 bits;
+  memcpy(&bits, from, sizeof(bits));
+  x = Float8(__builtin_convertvector(bits, Uint8) << 16);
+}
+inline void load(const fp16* from, Float8& x) {
+  for (int j = 0; j < 8; ++j) x[j] = to_float(from[j]);
+}
+
 template <class T>
 struct Limits;  // the smallest normal number, the step between subnormals, the largest finite number
 template <>
@@ -40,14 +55,21 @@ template <int BITS>
 struct Chunk {
   static constexpr int K = 128 / BITS;
 
-  // Element 8 * i + t of `q` is field i of word t.
-  static void pack(const int8_t* q, uint8_t* bytes) {
-    for (int half = 0; half < 2; ++half) {
-      for (int t = 0; t < 8; ++t) {
-        if constexpr (BITS == 8) bytes[2 * t + half] = uint8_t(q[8 * half + t]);
-        else bytes[2 * t + half] = uint8_t((q[16 * half + t] & 15) | uint8_t(q[16 * half + 8 + t]) << 4);
-      }
+  // clamp(rint(w / s)) of a whole chunk. Added to 1.5 * 2^23, a small number is rounded to the integer that its low bits then hold.
+  template <class T>
+  static void quantize(const T* w, float s, uint8_t* bytes) {
+    constexpr float QMIN = -(1 << (BITS - 1)), QMAX = (1 << (BITS - 1)) - 1;
+    Uint8 words = {};
+    for (int i = 0; i < 16 / BITS; ++i) {
+      Float8 r;
+      load(w + 8 * i, r);
+      r /= s;
+      r = r < QMAX ? r : QMAX - Float8{};
+      r = r > QMIN ? r : QMIN - Float8{};
+      words |= (Uint8(r + 0x1.8p23f) & ((1u << BITS) - 1)) << (BITS * i);
     }
+    const Short8 packed = __builtin_convertvector(words, Short8);
+    memcpy(bytes, &packed, sizeof(packed));
   }
 
   static void unpack(const uint8_t* bytes, int8_t* q) {
@@ -74,25 +96,27 @@ inline int32_t ordered(float x) {
 template <class T, class S, int BITS>
 float group_scale(const T* w, int64_t size, bool signed_scale, S* scale) {
   constexpr float QMIN = -(1 << (BITS - 1)), QMAX = (1 << (BITS - 1)) - 1;
-  int32_t low = 0, high = 0, magnitude = 0;
+  int32_t magnitude = 0;
   for (int64_t k = 0; k < size; ++k) {
-    const float x = to_float(w[k]);
-    const int32_t key = ordered(x), absolute = int32_t(as_bits(x) & 0x7FFFFFFF);
-    low = key < low ? key : low;
-    high = key > high ? key : high;
+    const int32_t absolute = int32_t(as_bits(to_float(w[k])) & 0x7FFFFFFF);
     magnitude = absolute > magnitude ? absolute : magnitude;
   }
-  float exact;
+  float exact = as_float(uint32_t(magnitude));
   if (uint32_t(magnitude) >= INF_BITS) {
     exact = NAN;
   } else if (magnitude == 0) {
     exact = 1.0f;
   } else if (signed_scale) {
+    int32_t low = 0;
+    for (int64_t k = 0; k < size; ++k) {
+      const int32_t key = ordered(to_float(w[k]));
+      low = key < low ? key : low;
+    }
     // `ordered` undoes itself. Of a tie, the negative element.
-    const float minimum = as_float(uint32_t(low ^ ((low >> 31) & 0x7FFFFFFF))), maximum = as_float(uint32_t(high));
-    exact = (-minimum >= maximum ? minimum : maximum) / QMIN;
+    const float minimum = as_float(uint32_t(low ^ ((low >> 31) & 0x7FFFFFFF)));
+    exact = (-minimum == exact ? minimum : exact) / QMIN;
   } else {
-    exact = as_float(uint32_t(magnitude)) / (QMAX + 0.5f);
+    exact /= QMAX + 0.5f;
   }
   if (exact == 0.0f) exact = Limits<float>::ulp;  // the reference's sign, too
   *scale = round_scale<S>(exact);
@@ -101,7 +125,6 @@ float group_scale(const T* w, int64_t size, bool signed_scale, S* scale) {
 
 template <class T, class S, int BITS>
 void quantize_row(const rtn_planes_args& a, int64_t row) {
-  constexpr float QMIN = -(1 << (BITS - 1)), QMAX = (1 << (BITS - 1)) - 1;
   constexpr int K = Chunk<BITS>::K;
   const T* w = static_cast<const T*>(a.w) + row * a.w_stride;
   uint8_t* bytes = a.qdata + row * a.qdata_stride;
@@ -112,19 +135,15 @@ void quantize_row(const rtn_planes_args& a, int64_t row) {
     const int64_t end = begin + group < a.k ? begin + group : a.k;
     const float s = group_scale<T, S, BITS>(w + begin, end - begin, a.signed_scale, scale++);
     for (int64_t k = begin; k < end; k += K, bytes += 16) {
-      const int64_t size = end - k < K ? end - k : K;
-      float x[K] = {};
-      int8_t q[K];
-      if (size == K) for (int j = 0; j < K; ++j) x[j] = to_float(w[k + j]);
-      else for (int j = 0; j < size; ++j) x[j] = to_float(w[k + j]);
-      for (int j = 0; j < K; ++j) {
-        float r = rintf(x[j] / s);
-        r = r < QMAX ? r : QMAX;
-        r = r > QMIN ? r : QMIN;
-        q[j] = int8_t(r);
+      if (s != s) {
+        memset(bytes, 0, 16);
+      } else if (end - k >= K) {
+        Chunk<BITS>::quantize(w + k, s, bytes);
+      } else {
+        T some[K] = {};
+        memcpy(some, w + k, (end - k) * sizeof(T));
+        Chunk<BITS>::quantize(some, s, bytes);
       }
-      if (s != s) memset(q, 0, sizeof(q));
-      Chunk<BITS>::pack(q, bytes);
     }
   }
 }
