@@ -1,10 +1,22 @@
 """Calibration-free round-to-nearest int4 and int8 weight-only quantization for PyTorch."""
 
-from rtn_tensor import quiet  # noqa: F401, I001  (first: torchao speaks when it is imported)
-from rtn_tensor import checkpoint  # noqa: F401  (lets transformers read our files)
+from rtn_tensor import quiet  # noqa: F401  (first: torchao speaks when it is imported)
+from rtn_tensor.checkpoint import load, save
 from rtn_tensor.config import RTNConfig, rtn, rtn_int4, rtn_int8
 from rtn_tensor.kernels import explain
 from rtn_tensor.quantize import dequantize_, quantize_, report
 from rtn_tensor.tensor import RTNQuantizedTensor
 
-__all__ = ["RTNConfig", "RTNQuantizedTensor", "dequantize_", "explain", "quantize_", "report", "rtn", "rtn_int4", "rtn_int8"]
+__all__ = [
+    "RTNConfig",
+    "RTNQuantizedTensor",
+    "dequantize_",
+    "explain",
+    "load",
+    "quantize_",
+    "report",
+    "rtn",
+    "rtn_int4",
+    "rtn_int8",
+    "save",
+]

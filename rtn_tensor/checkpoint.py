@@ -1,132 +1,280 @@
-"""Quantized models on disk: a transformers folder whose safetensors hold torchao's flattened names (`a.b._weight_qdata`,
-`a.b._weight_scale`) and, as JSON metadata, each tensor's format. transformers itself reads it back where `rtn_tensor` is imported.
+"""Checkpoints: `load` streams one into a model tensor by tensor, quantizing on the way; `save` writes one.
+
+On disk a quantized weight `a.b.weight` is its two planes, `a.b._weight_qdata` and `a.b._weight_scale`, and a line of JSON in the file's
+metadata, as torchao flattens a tensor subclass; so transformers and torchao read what `save` writes.
 """
 
+import json
+import math
 import os
 import shutil
-from collections import OrderedDict
-from importlib.util import find_spec
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
+from rtn_tensor import pretrained
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.quantize import FilterFn, plan, quantize_
+from rtn_tensor.sources import sources
+from rtn_tensor.streaming import Piece, check, pieces_by_name, stream
 from rtn_tensor.tensor import RTNQuantizedTensor
-
-# torchao's reader and writer accept the classes in these two, and offer no function to add one. They need numpy, as safetensors and
-# transformers do, but torch does not.
-if find_spec("numpy") is not None:
-    from torchao.prototype.safetensors import safetensors_utils
-
-    safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(RTNQuantizedTensor.__name__)
-    safetensors_utils.ALLOWED_CLASSES[RTNQuantizedTensor.__name__] = RTNQuantizedTensor
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 
-
-def _quantization_config(model: nn.Module) -> Any:
-    """The `TorchAoConfig` that describes the quantized `model`, or None for a float one."""
-    from transformers import TorchAoConfig
-
-    configs: OrderedDict[str, Any] = OrderedDict()
-    floats: list[str] = []
-    for fqn, w in model.named_parameters(remove_duplicate=False):
-        # torchao names a module for its "weight", and any other parameter by its own name.
-        key = fqn.removesuffix(".weight")
-        if isinstance(w, RTNQuantizedTensor):
-            configs[key] = RTNConfig(w.bits, w.group_size, w.scale_method)
-        elif isinstance(model.get_submodule(fqn.rpartition(".")[0]), nn.Linear | nn.Embedding) and w.dim() > 1:
-            floats.append(key)
-    if not configs:
-        return None
-    distinct = set(configs.values())
-    quant_type = distinct.pop() if len(distinct) == 1 else FqnToConfig(configs)
-    embedding = isinstance(model.get_input_embeddings().weight, RTNQuantizedTensor)  # type: ignore[operator]
-    return TorchAoConfig(quant_type, modules_to_not_convert=floats, include_input_output_embeddings=embedding)
+# ------------------------------------------------------------------------------------------- load
 
 
-def _is_untied(model: Any) -> bool:
-    """Whether just one of the input embedding and the output layer is quantized, or they are, but apart."""
-    ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    return len(ends) == 2 and ends[0] is not ends[1] and any(isinstance(w, RTNQuantizedTensor) for w in ends)
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(fqn, module, name, tensor) of all that a state_dict holds, shared ones at each of their places."""
+    for prefix, module in model.named_modules():
+        for name, t in (*module._parameters.items(), *module._buffers.items()):
+            if t is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, module, name, t
 
 
-def _set(settings: list[tuple[Any, str, Any]]) -> None:
-    """Sets attributes, or removes those whose value is None: transformers asks whether they are there."""
-    for owner, name, value in settings:
-        if value is not None:
-            setattr(owner, name, value)
-        elif name in vars(owner):
-            delattr(owner, name)
+def _empty(t: Tensor, config: RTNConfig | None, device: torch.device) -> Tensor:
+    if config is None:
+        return torch.empty(t.shape, dtype=t.dtype, device=device)
+    format = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
+    return RTNQuantizedTensor.empty(*t.shape, **format, dtype=t.dtype, device=device)
 
 
-def save_pretrained(model: Any, path: str | os.PathLike) -> None:
-    """Writes a transformers `model`, quantized or not, as a folder that `load_pretrained` and transformers read back bit for bit.
+def load(
+    path: str | os.PathLike,
+    config: AOBaseConfig | None = None,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    device: torch.device | str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    filter_fn: FilterFn | None = None,
+    rename: Mapping[str, str] | None = None,
+    fuse: Mapping[str, Sequence[str]] | None = None,
+    progress: bool | None = None,
+) -> Any:
+    """A model with its weights from a checkpoint, quantized as they are read: the float model is never in memory.
 
-    It is written under a temporary name beside `path` and renamed at the end, so a folder named `path` is always whole.
+    Above the finished model it takes at most 64 MiB. Nothing of `model` changes before all has been read and checked. Without a config,
+    tensors that have their dtype already are not copied on a CPU, but stay maps of the files.
+
+    Args:
+        path: a transformers folder; or a folder or file of safetensors, of `pytorch_model*.bin`, or of what torch.save wrote. A GGUF file
+            is read by transformers, which holds the float model meanwhile.
+        config: as for `quantize_`; None for a checkpoint that is quantized already, or to stay float.
+        model: the module to fill, best on the meta device, or a function that makes one (its parameters are then made on meta, its buffers
+            are not). By default it is built from the folder's config.json by transformers, and comes in eval mode.
+        device: where the weights go; by default where the model's are, or the CPU.
+        dtype: of a model built from config.json; by default as that says. A given model has its own.
+        filter_fn: as for `quantize_`. By default every nn.Linear but a transformers model's output layer, as in transformers.
+        rename: regular expressions and what to put in their place in the checkpoint's names, in this order (`re.sub`).
+        fuse: modules that stand for several of the checkpoint's, by the last part of their names: their rows follow one another, as in
+            {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}.
+        progress: whether to show a bar and a summary; by default where stderr is a terminal.
 
     Raises:
-        FileExistsError: there is something at `path`.
+        FileNotFoundError: no checkpoint at `path`, or a part of it is missing.
+        ValueError: a file is truncated or corrupt; a tensor is missing, has no place, another shape, an unknown dtype, a NaN or inf; a
+            weight cannot be quantized as `config` says. The message names the file and the tensor.
     """
-    from transformers.integrations.torchao import TorchAoDeserialize
-    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
-
-    class Quantizer(TorchAoHfQuantizer):
-        def get_state_dict_and_metadata(self, model: Any) -> tuple[dict, dict]:
-            # torchao would write a tensor once for every place that shares it.
-            tensors, metadata = super().get_state_dict_and_metadata(model)
-            names: dict[int, str] = {}
-            for fqn, w in model.named_parameters(remove_duplicate=False):
-                if names.setdefault(id(w), fqn) != fqn and isinstance(w, RTNQuantizedTensor):
-                    module, _, name = fqn.rpartition(".")
-                    for plane in w.tensor_data_names:
-                        del tensors[f"{module}._{name}_{plane}"]
-            return tensors, metadata
-
     path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists; choose another name, or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    quantization_config = _quantization_config(model)
-    quantizer = None if quantization_config is None else Quantizer(quantization_config, pre_quantized=True)
-    settings: list[tuple[Any, str, Any]] = []
-    if quantizer is not None or RTNConfig.__name__ in str(getattr(model.config, "quantization_config", "")):  # ours, and dequantized since
-        settings += [(model, "hf_quantizer", quantizer), (model.config, "quantization_config", quantization_config)]
-    # Of a model that was read quantized, transformers remembers how, and refuses to write it: it cannot go back that way.
-    if conversions := getattr(model, "_weight_conversions", None):
-        kept = [c for c in conversions if not any(isinstance(op, TorchAoDeserialize) for op in getattr(c, "operations", ()))]
-        settings.append((model, "_weight_conversions", kept))
-    if _is_untied(model):  # else whoever reads it ties them anew
-        settings.append((model.config, "tie_word_embeddings", False))
-    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in settings]
-    try:
-        _set(settings)
-        model.save_pretrained(partial)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _set(before)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, config, device, dtype, filter_fn)
+    if model is None:
+        model = empty_model(path, dtype)
+    elif not isinstance(model, nn.Module):
+        with pretrained.parameters_on_meta():
+            model = model()
+    assert isinstance(model, nn.Module)
+    found = sources(path, pretrained.renaming(model)) if pretrained.is_pretrained(model) else sources(path)
+    places = list(_places(model))
+    state = {fqn: t for fqn, _, _, t in places}
+    if rename or fuse or not pretrained.is_pretrained(model):
+        pieces = pieces_by_name(found, rename or {}, fuse or {})
+    else:
+        at = pretrained.renamed(model, {name: source.shape for name, source in found.items()})
+        pieces = [Piece(source, *at[name]) for name, source in found.items()]
+    pieces = check(pieces, state, pretrained.ignored(model))
+    if left := [fqn for fqn, t in model.named_buffers() if t.is_meta and fqn not in state]:
+        raise ValueError(f"{left[0]} was made on meta and is not in the checkpoint; give, as model, a function that makes it")
+    if config is not None and any(p.source.quantized for p in pieces):
+        raise ValueError(f"{path} is quantized already; load it without a config, or give the float checkpoint")
+    configs = {t.fqn: t.config for t in plan(model, config, _filter(model, config, filter_fn))} if config is not None else {}
+
+    fqns: dict[int, list[str]] = defaultdict(list)
+    for fqn, t in state.items():
+        fqns[id(t)].append(fqn)
+    # For each tensor of the model, by what it is to be. One that is shared, and quantized at some of its places only, becomes two.
+    new: dict[int, dict[RTNConfig | None, Tensor]] = defaultdict(dict)
+    copied: list[Piece] = []
+    for piece in pieces:
+        old = state[piece.target]
+        to = torch.device(device or ("cpu" if old.is_meta else old.device))
+        if config is None and not piece.index and (piece.source.quantized or piece.source.dtype == old.dtype):
+            new[id(old)][None] = piece.source.map().to(to)
+            continue
+        copied.append(piece)
+        for c in {configs.get(fqn): None for fqn in fqns[id(old)]}:
+            if c not in new[id(old)]:
+                new[id(old)][c] = _empty(old, c, to)
+    destinations = {p.target: list(new[id(state[p.target])].values()) for p in copied}
+    total = sum(math.prod(p.source.shape) * p.source.dtype.itemsize * len(destinations[p.target]) for p in copied)
+    with _bar(path.name, total, progress) as meter:
+        stream(copied, destinations, meter)
+
+    parameters: dict[int, Tensor] = {}
+    for fqn, module, name, old in places:
+        t = new[id(old)][configs.get(fqn)]
+        if name in module._buffers:
+            module._buffers[name] = t
+        else:
+            if id(t) not in parameters:
+                floats = [other for other in fqns[id(old)] if other not in configs]
+                parameters[id(t)] = _parameter(t, old, fqn, floats if config is not None else [])
+            module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
+    if device is not None:
+        model.to(device)  # the buffers that are not in the checkpoint
+    if pretrained.is_pretrained(model):
+        pretrained.describe(model)
+    return model
 
 
-def load_pretrained(path: str | os.PathLike) -> Any:
-    """The transformers model, quantized or not, in the folder `path`, of its own class and dtype, in eval mode.
+def _parameter(t: Tensor, old: Tensor, fqn: str, floats: list[str]) -> nn.Parameter:
+    """`t` as a parameter in the place of `old`, with what was hung on that; `floats`: where it stays float."""
+    quantized = isinstance(t, RTNQuantizedTensor)
+    new: Any = nn.Parameter(t, requires_grad=old.requires_grad and not quantized)
+    vars(new).update(vars(old))
+    if quantized:
+        new.fqn = fqn  # for the errors of a later slice or product
+        if floats:
+            new.untied_from = floats
+    return new
+
+
+def _filter(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> FilterFn | None:
+    return filter_fn if filter_fn or isinstance(config, FqnToConfig) else pretrained.but_the_output(model)
+
+
+def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> Any:
+    """The model of a transformers folder, in eval mode, its parameters on meta; by default of the dtype that config.json names, or else the
+    checkpoint has.
 
     Raises:
-        FileNotFoundError: `path` is not a transformers folder.
-        ValueError: a file of it is truncated or corrupt.
+        FileNotFoundError: `path` is not such a folder.
+        ValueError: its class is not one of transformers'.
     """
-    import transformers
-    from safetensors import SafetensorError
-
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} is not a model folder: it has no config.json")
-    config = transformers.AutoConfig.from_pretrained(path)
-    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    if dtype is None:
+        about = json.loads((path / "config.json").read_text())
+        dtype = getattr(torch, str(about.get("dtype") or about.get("torch_dtype")), None)
+    if dtype is None:
+        dtype = next((source.dtype for source in sources(path).values() if source.dtype.is_floating_point), torch.float32)
+    return pretrained.build(path, dtype)
+
+
+@contextmanager
+def _bar(what: str, total: int, show: bool | None) -> Iterator[Callable[[int], Any]]:
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if show is None else not show) as bar:
+        yield bar.update
+    if not bar.disable:
+        seconds = time.perf_counter() - started
+        tqdm.write(f"{what}: {total / 1e6:,.0f} MB in {seconds:.1f} s, {total / 1e6 / seconds:,.0f} MB/s", file=sys.stderr)
+
+
+def _load_gguf(path: Path, config: AOBaseConfig | None, device: Any, dtype: torch.dtype | None, filter_fn: FilterFn | None) -> Any:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype or torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    ).eval()
+    if config is not None:
+        quantize_(model, config, _filter(model, config, filter_fn), device)
+        pretrained.describe(model)
+    return model if device is None else model.to(device)
+
+
+# ------------------------------------------------------------------------------------------- save
+
+
+def _flat(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a state_dict with quantized ones as their planes, each once, and the metadata that says so."""
+    tensors: dict[str, Tensor] = {}
+    metadata = {"format": "pt"}
+    seen: dict[int, str] = {}
+    for fqn, _, _, t in _places(model):
+        if seen.setdefault(id(t), fqn) != fqn:
+            continue
+        if isinstance(t, RTNQuantizedTensor):
+            about = {name: getattr(t, name) for name in t.tensor_attribute_names}
+            metadata[fqn] = json.dumps({"_type": type(t).__name__, "_data": about, "_tensor_data_names": t.tensor_data_names})
+            module, _, name = fqn.rpartition(".")
+            tensors |= {f"{module}._{name}_{plane}": getattr(t, plane).contiguous() for plane in t.tensor_data_names}
+        else:
+            metadata[fqn] = json.dumps({"_type": "Tensor"})
+            tensors[fqn] = t.detach().contiguous()
+    return tensors, metadata | {"tensor_names": json.dumps(list(seen.values()))}
+
+
+def _write(model: nn.Module, folder: Path, max_shard_size: str | int) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    tensors, metadata = _flat(model)
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file, names in shards.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def save(model: Any, path: str | os.PathLike, max_shard_size: str | int = "5GB", force: bool = False) -> None:
+    """Writes `model`, quantized or not, as a folder of safetensors that `load` reads back bit for bit; a transformers model with its
+    config, so that transformers reads it, too.
+
+    It is written under a temporary name beside `path` and renamed at the end, so a folder named `path` is always whole.
+
+    Args:
+        model: any module.
+        path: the folder to make.
+        max_shard_size: bytes, or as "5GB", from which on a file is split.
+        force: replace what is at `path`, once the new folder is whole.
+
+    Raises:
+        FileExistsError: there is something at `path`, and not `force`.
+        OSError: it could not be written (a full disk, say); nothing stays behind.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists; choose another name, or remove it first")
+    from safetensors import SafetensorError
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "replaced"))
     try:
-        return model_class.from_pretrained(path, dtype="auto").eval()
+        if pretrained.is_pretrained(model):
+            with pretrained.described(model):
+                model.save_pretrained(partial, max_shard_size=max_shard_size)
+        else:
+            partial.mkdir()
+            _write(model, partial, max_shard_size)
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
     except SafetensorError as error:
-        raise ValueError(f"{path}: a safetensors file cannot be read ({error}); copy or download it again") from error
+        raise OSError(f"{path} could not be written ({error}); nothing was left there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

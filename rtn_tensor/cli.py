@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from rtn_tensor.checkpoint import WEIGHT_FILES, load_pretrained, save_pretrained
+from rtn_tensor.checkpoint import WEIGHT_FILES, empty_model, load, save
 from rtn_tensor.config import SCALE_METHODS, rtn
 from rtn_tensor.evaluate import generate, perplexity
 from rtn_tensor.formats import FORMATS
 from rtn_tensor.kernels import explain
-from rtn_tensor.quantize import quantize_, report
+from rtn_tensor.pretrained import but_the_output, ends
+from rtn_tensor.quantize import report
 from rtn_tensor.tensor import FLOAT_DTYPES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
@@ -36,7 +37,7 @@ def _progress(unit: str) -> Any:
 
 def _load(path: str) -> Any:
     _say(f"Loading {path}")
-    return load_pretrained(path)
+    return load(path)
 
 
 def _tokenizer(path: str) -> Any:
@@ -74,7 +75,6 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def _selects(model: Any, skip: list[str], embedding: bool) -> Any:
     """A filter_fn: linears, but those `skip` names; lm_head and the input embedding only where `embedding` says so."""
-    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     for pattern in skip:
         if not any(fnmatch(name, pattern) for name in linears):
@@ -82,25 +82,29 @@ def _selects(model: Any, skip: list[str], embedding: bool) -> Any:
                 f"--skip {pattern} matches no layer; names look like {min(linears, default='(none)')!r}, and * matches any text"
             )
 
+    otherwise = but_the_output(model)
+
     def selects(module: nn.Module, name: str) -> bool:
         if any(fnmatch(name, pattern) for pattern in skip):
             return False
-        return embedding if any(module is end for end in ends) else isinstance(module, nn.Linear)
+        return (embedding and any(module is end for end in ends(model))) or otherwise(module, name)
 
     return selects
 
 
 def _quantize(args: argparse.Namespace) -> tuple[Any, str]:
     config = rtn(args.bits, args.group_size, args.scale_method)
-    destination = Path(args.dst)
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists; choose another name, or remove it first")
-    model = _load(args.src)
+    source, destination = Path(args.src), Path(args.dst)
+    if destination.exists() and not args.force:
+        raise FileExistsError(f"{destination} exists; choose another name, or replace it with --force")
+    model = empty_model(source)
     if hasattr(model.config, "quantization_config"):
-        raise ValueError(f"{args.src} is already quantized; give the float model")
-    result = quantize_(model, config, _selects(model, args.skip, args.embedding), progress=_progress("weight"))
+        raise ValueError(f"{source} is already quantized; give the float model")
+    _say(f"Loading {source}")
+    load(source, config, model, filter_fn=_selects(model, args.skip, args.embedding))
     _say(f"Writing {destination}")
-    save_pretrained(model, destination)
+    save(model, destination, force=args.force)
+    result = report(model)
     for file in sorted(Path(args.src).iterdir()):  # the tokenizer, and whatever else came with the model
         if file.is_file() and not (destination / file.name).exists() and not any(fnmatch(file.name, p) for p in WEIGHT_FILES):
             shutil.copy2(file, destination)
@@ -158,13 +162,14 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("quantize", _quantize, "Quantize a transformers folder into another.")
     sub.add_argument("src", help="folder of the model, with its config.json")
-    sub.add_argument("dst", help="folder to write; must not exist")
+    sub.add_argument("dst", help="folder to write; must not exist, but with --force")
     add_format(sub)
     sub.add_argument("--scale-method", choices=SCALE_METHODS, default="absmax", help="how a group's scale is found")
     sub.add_argument(
         "--skip", metavar="PATTERN", action="append", default=[], help="layers to keep float, as in 'model.layers.0.*'; may repeat"
     )
     sub.add_argument("--embedding", action="store_true", help="quantize the embedding and lm_head too")
+    sub.add_argument("--force", action="store_true", help="replace dst, once the new folder is whole")
 
     sub = command("inspect", _inspect, "List every weight of a model: shape, bits, bytes.")
     sub.add_argument("path", help="folder of the model, quantized or not")

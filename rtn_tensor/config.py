@@ -29,7 +29,7 @@ class RTNConfig(AOBaseConfig):
     """Calibration-free round-to-nearest weight-only quantization.
 
     Works wherever torchao takes a config: `rtn_tensor.quantize_`, `torchao.quantization.quantize_`, values of `FqnToConfig`,
-    `config_to_dict` and `config_from_dict`.
+    `config_to_dict` and `config_from_dict`. It is made as an `RTNInt4WeightConfig` or an `RTNInt8WeightConfig`, whichever has its bits.
 
     Args:
         bits: 4 or 8.
@@ -52,6 +52,23 @@ class RTNConfig(AOBaseConfig):
 
     def __post_init__(self) -> None:
         check_format(self.bits, self.group_size, self.scale_method)
+        # transformers reads off the name of the class how large the weights are, and whether adapters over them can be trained.
+        object.__setattr__(self, "__class__", CONFIGS[self.bits])
+
+
+@dataclass(frozen=True)
+class RTNInt4WeightConfig(RTNConfig):
+    """An `RTNConfig` of 4 bits."""
+
+
+@dataclass(frozen=True)
+class RTNInt8WeightConfig(RTNConfig):
+    """An `RTNConfig` of 8 bits."""
+
+    bits: int = 8
+
+
+CONFIGS = {4: RTNInt4WeightConfig, 8: RTNInt8WeightConfig}
 
 
 def rtn(bits: int = 4, group_size: int = 128, scale_method: str = "absmax") -> RTNConfig:

@@ -16,6 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 16
+VERSION = 1  # of all this; files carry it
+
+
+def check_version(version: int) -> None:
+    """Raises ValueError for planes of a later version of the format than this library reads."""
+    if version > VERSION:
+        raise ValueError(f"the weight is of version {version} of the format, and this rtn-tensor reads up to {VERSION}; upgrade rtn-tensor")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
-from rtn_tensor.config import RTNConfig
+from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.tables import table
 from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
 
@@ -28,7 +28,7 @@ def is_linear(module: nn.Module, fqn: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     module: nn.Module
     parameter_name: str
     fqn: str
@@ -48,14 +48,14 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, A
                 yield f"{prefix}.{name}" if prefix else name, module, name, parameter
 
 
-def _targets(model: nn.Module, config: RTNConfig, filter_fn: FilterFn) -> Iterator[_Target]:
+def _targets(model: nn.Module, config: RTNConfig, filter_fn: FilterFn) -> Iterator[Target]:
     for prefix, module in model.named_modules():
         # A filter that goes by name alone also selects containers and activations, which have no weight.
         if filter_fn(module, prefix) and isinstance(getattr(module, "weight", None), Tensor):
-            yield _Target(module, "weight", f"{prefix}.weight" if prefix else "weight", config)
+            yield Target(module, "weight", f"{prefix}.weight" if prefix else "weight", config)
 
 
-def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[_Target]:
+def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
     """torchao's precedence, the first match winning: parameter name, module name, "re:" on the parameter, "re:" on the module,
     "_default" on linears."""
     table = config.fqn_to_config
@@ -83,7 +83,7 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[_Target]:
 
     for fqn, module, name, parameter in _named_parameters(model):
         if (found := lookup(fqn.removesuffix(name).removesuffix("."), module, name, fqn, parameter)) is not None:
-            yield _Target(module, name, fqn, found, by_name=True)
+            yield Target(module, name, fqn, found, by_name=True)
     if misspelt:
         raise ValueError(
             f"FqnToConfig names {', '.join(sorted(misspelt))}, which is no parameter and no linear or embedding of the model; "
@@ -91,7 +91,7 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[_Target]:
         )
 
 
-def _why_unfit(target: _Target) -> str | None:
+def _why_unfit(target: Target) -> str | None:
     """None where the weight can be quantized, else why it cannot, and what to do."""
     w = target.parameter
     if not isinstance(target.config, RTNConfig):
@@ -112,9 +112,9 @@ def _why_unfit(target: _Target) -> str | None:
     return None
 
 
-def _check(targets: list[_Target]) -> None:
+def _check(targets: list[Target]) -> None:
     problems: dict[str, list[str]] = defaultdict(list)
-    configs: dict[int, _Target] = {}
+    configs: dict[int, Target] = {}
     for t in targets:
         if why := _why_unfit(t):
             problems[why].append(t.fqn)
@@ -130,7 +130,7 @@ def _check(targets: list[_Target]) -> None:
 # ------------------------------------------------------------------------------------------- quantize and back
 
 
-def _quantized(target: _Target) -> Any:
+def _quantized(target: Target) -> Any:
     w, config = target.parameter, target.config
     assert w is not None
     q = RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
@@ -138,6 +138,20 @@ def _quantized(target: _Target) -> Any:
     for name, value in vars(w).items():
         setattr(new, name, value)
     return new
+
+
+def plan(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> list[Target]:
+    """The weights that `quantize_` would quantize, checked; it says what it raises."""
+    if isinstance(config, FqnToConfig):
+        if filter_fn is not None:
+            raise ValueError("FqnToConfig says itself which weights to quantize; leave filter_fn out")
+        targets = list(_fqn_targets(model, config))
+    elif isinstance(config, RTNConfig):
+        targets = list(_targets(model, config, filter_fn or is_linear))
+    else:
+        raise TypeError(f"config is a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...) or FqnToConfig with those")
+    _check(targets)
+    return targets
 
 
 def quantize_(
@@ -169,15 +183,7 @@ def quantize_(
         ValueError: a weight is unfit (the error names each): already quantized, of another dtype, NaN or inf inside, not a matrix, or
             not of an nn.Linear or nn.Embedding; or `filter_fn` is given with `FqnToConfig`.
     """
-    if isinstance(config, FqnToConfig):
-        if filter_fn is not None:
-            raise ValueError("FqnToConfig says itself which weights to quantize; leave filter_fn out")
-        targets = list(_fqn_targets(model, config))
-    elif isinstance(config, RTNConfig):
-        targets = list(_targets(model, config, filter_fn or is_linear))
-    else:
-        raise TypeError(f"config is a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...) or FqnToConfig with those")
-    _check(targets)
+    targets = plan(model, config, filter_fn)
     if not targets:
         warnings.warn("quantize_ selected no weight: the model is unchanged; check filter_fn or the names in the config", stacklevel=2)
 
@@ -205,9 +211,14 @@ def quantize_(
 
 
 @register_quantize_module_handler(RTNConfig)
+@register_quantize_module_handler(RTNInt4WeightConfig)
+@register_quantize_module_handler(RTNInt8WeightConfig)
 def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: str = "weight") -> nn.Module:
     """What torchao's own `quantize_`, and so transformers, calls for each module; the keyword lets FqnToConfig name parameters."""
-    target = _Target(module, parameter_name, f"{type(module).__name__}.{parameter_name}", config, by_name=True)
+    # PEFT, to merge an adapter, puts a tensor in the place of the weight, which is then no parameter.
+    if isinstance(w := vars(module).get(parameter_name), Tensor):
+        setattr(module, parameter_name, nn.Parameter(w.detach()))
+    target = Target(module, parameter_name, f"{type(module).__name__}.{parameter_name}", config, by_name=True)
     _check([target])
     setattr(module, parameter_name, _quantized(target))
     return module

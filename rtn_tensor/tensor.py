@@ -13,7 +13,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from rtn_tensor import ops
 from rtn_tensor.config import check_format
-from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.formats import FORMATS, VERSION, check_version, groups
 from rtn_tensor.reference import round_scale
 
 aten = torch.ops.aten
@@ -30,6 +30,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         bits, group_size, scale_method: as in `RTNConfig`.
         in_features: K.
         transposed: whether the tensor's last two dims stand swapped, as after `t()`; the planes never move.
+        version: of what the planes mean; a later one than this library's is refused.
 
     The tensor has the shape and dtype of the weight it stands for, never requires a gradient (asking for one is ignored), passes
     gradients to its inputs, and gives views that alias it. Rows (and leading dims) slice anywhere; columns at multiples of
@@ -37,7 +38,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
     """
 
     tensor_data_names = ["qdata", "scale"]
-    tensor_attribute_names = ["bits", "group_size", "scale_method", "in_features", "transposed"]
+    tensor_attribute_names = ["bits", "group_size", "scale_method", "in_features", "transposed", "version"]
 
     qdata: Tensor
     scale: Tensor
@@ -46,17 +47,19 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
     scale_method: str
     in_features: int
     transposed: bool
+    version: int = VERSION
     _shares_scale = False  # true of some columns of rows that have one scale: to write it would change the other columns
 
     @staticmethod
-    def __new__(cls, qdata, scale, bits, group_size, scale_method, in_features, transposed=False):
+    def __new__(cls, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION):
+        check_version(version)
         shape = [*qdata.shape[:-1], in_features]
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         if transposed:
             shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
         return torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=scale.dtype, device=qdata.device)  # type: ignore[attr-defined]
 
-    def __init__(self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False):
+    def __init__(self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION):
         self.qdata = qdata
         self.scale = scale
         self.bits = int(bits)  # a compiler may hold these two as symbols
@@ -64,6 +67,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         self.scale_method = scale_method
         self.in_features = in_features
         self.transposed = transposed
+        self.version = version
 
     @classmethod
     def from_float(
@@ -619,7 +623,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     a, b = args
     if not (isinstance(a, RTNQuantizedTensor) and isinstance(b, RTNQuantizedTensor)):
-        raise _error(a, "equal compares a quantized tensor only with another; call .dequantize() first", TypeError)
+        return False  # transformers asks it of a tied pair of which one is quantized
     return a.shape == b.shape and _format(a) == _format(b) and a.qdata.equal(b.qdata) and a.scale.equal(b.scale)
 
 

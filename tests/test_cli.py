@@ -9,8 +9,7 @@ from expecttest import assert_expected_inline
 from safetensors import safe_open
 from tiny_llama import TEXT, tiny_llama, tiny_tokenizer
 
-from rtn_tensor import quantize_, report, rtn_int4
-from rtn_tensor.checkpoint import load_pretrained
+from rtn_tensor import load, quantize_, report, rtn_int4
 from rtn_tensor.cli import main
 from rtn_tensor.evaluate import generate, perplexity
 from rtn_tensor.kernels import cpu
@@ -98,13 +97,14 @@ def test_help_quantize(capsys):
         """\
 usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
                            [--scale-method {absmax,signed}] [--skip PATTERN] [--embedding]
+                           [--force]
                            src dst
 
 Quantize a transformers folder into another.
 
 positional arguments:
   src                   folder of the model, with its config.json
-  dst                   folder to write; must not exist
+  dst                   folder to write; must not exist, but with --force
 
 options:
   -h, --help            show this help message and exit
@@ -117,6 +117,7 @@ options:
                         how a group's scale is found (default: absmax)
   --skip PATTERN        layers to keep float, as in 'model.layers.0.*'; may repeat
   --embedding           quantize the embedding and lm_head too
+  --force               replace dst, once the new folder is whole
 """,
     )
 
@@ -247,7 +248,7 @@ lm_head.weight                          320 x 96  float                    0    
 total                                              9.67              357,312      215,872
 """,
     )
-    model = load_pretrained(destination)
+    model = load(destination)
     assert set(formats(model).values()) == {(8, 64)}
     assert model.model.layers[0].mlp.up_proj.weight.scale_method == "signed"
     assert sorted(path.name for path in destination.iterdir()) == sorted(
@@ -260,7 +261,7 @@ def test_quantize_defaults(run, source, tmp_path):
     status, out, _ = run("quantize", source, tmp_path / "out", "--json")
     assert status == 0
     as_dict = json.loads(out)
-    expected = load_pretrained(source)
+    expected = load(source)
     selected = [name for name, module in expected.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
     assert as_dict == quantize_(expected, rtn_int4(), lambda module, fqn: fqn in selected).to_dict()
     assert as_dict["bytes_after"] < as_dict["bytes_before"]
@@ -270,25 +271,35 @@ def test_quantize_skips(run, source, tmp_path):
     skip = ["--skip", "model.layers.0.*", "--skip", "*.k_proj"]
     assert run("quantize", source, tmp_path / "out", *skip)[0] == 0
     kept = ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    assert list(formats(load_pretrained(tmp_path / "out"))) == [f"model.layers.1.{name}.weight" for name in kept]
+    assert list(formats(load(tmp_path / "out"))) == [f"model.layers.1.{name}.weight" for name in kept]
 
 
 def test_quantize_embedding(run, source, tmp_path):
     assert run("quantize", source, tmp_path / "out", "--embedding", "--group-size", 32)[0] == 0
-    model = load_pretrained(tmp_path / "out")
+    model = load(tmp_path / "out")
     assert len(formats(model)) == 16
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert "lm_head._weight_qdata" not in file.keys()
 
 
+def test_quantize_replaces_by_force(run, source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("")
+    assert run("quantize", source, out, "--force", "--bits", 8)[0] == 0
+    assert set(formats(load(out)).values()) == {(8, 128)}
+    assert not (out / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_inspect(run, quantized):
     status, out, err = run("inspect", quantized)
     assert (status, err) == (0, f"Loading {quantized}\n")
-    assert out == f"{report(load_pretrained(quantized))}\n"
+    assert out == f"{report(load(quantized))}\n"
     status, out, _ = run("inspect", quantized, "--json")
     assert status == 0
-    assert json.loads(out) == report(load_pretrained(quantized)).to_dict()
+    assert json.loads(out) == report(load(quantized)).to_dict()
 
 
 def test_inspect_a_float_model(run, source):
@@ -302,7 +313,7 @@ def test_inspect_a_float_model(run, source):
 
 def test_perplexity(run, quantized):
     text = quantized.parent / "text.txt"
-    model, ids = load_pretrained(quantized), torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    model, ids = load(quantized), torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
     status, out, err = run("perplexity", quantized, "--text", text)
     assert (status, out, err) == (0, f"{perplexity(model, ids):.3f}\n", f"Loading {quantized}\n")
     status, out, _ = run("perplexity", quantized, "--text", text, "--window", 16, "--stride", 8, "--max-tokens", 30, "--json")
@@ -311,7 +322,7 @@ def test_perplexity(run, quantized):
 
 
 def test_generate(run, quantized):
-    expected = generate(load_pretrained(quantized), tiny_tokenizer(), "We the people", 6)
+    expected = generate(load(quantized), tiny_tokenizer(), "We the people", 6)
     status, out, err = run("generate", quantized, "We the people", "--max-new-tokens", 6)
     assert (status, out, err) == (0, f"{expected.text}\n", f"Loading {quantized}\n")
     status, out, _ = run("generate", quantized, "We the people", "--max-new-tokens", 6, "--json")
@@ -342,7 +353,7 @@ def test_explain(run, monkeypatch):
     ("command", "message"),
     [
         (["quantize", "{missing}", "{new}"], "{missing} is not a model folder: it has no config.json"),
-        (["quantize", "{source}", "{source}"], "{source} exists; choose another name, or remove it first"),
+        (["quantize", "{source}", "{source}"], "{source} exists; choose another name, or replace it with --force"),
         (["quantize", "{quantized}", "{new}"], "{quantized} is already quantized; give the float model"),
         (
             ["quantize", "{source}", "{new}", "--group-size", "48"],
@@ -354,8 +365,8 @@ def test_explain(run, monkeypatch):
         ),
         (
             ["quantize", "{nan}", "{new}"],
-            "cannot quantize, and nothing was changed: model.layers.1.mlp.up_proj.weight holds NaN or inf; "
-            "repair the checkpoint, or leave the weight out",
+            "{nan}/model.safetensors: model.layers.1.mlp.up_proj.weight holds NaN or inf; "
+            "the checkpoint is damaged, copy or download it again",
         ),
         (["inspect", "{empty}"], "{empty} is not a model folder: it has no config.json"),
         (
@@ -406,7 +417,7 @@ def test_truncated_file(run, quantized, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes()[: 5000 if file.suffix == ".safetensors" else None])
     status, out, err = run("inspect", folder)
     assert (status, out) == (1, "")
-    assert err.startswith(f"Loading {folder}\nrtn-tensor: error: {folder}: a safetensors file cannot be read (")
+    assert err.startswith(f"Loading {folder}\nrtn-tensor: error: {folder / 'model.safetensors'} is truncated or corrupt (")
     assert err.endswith("; copy or download it again\n")
     assert err.count("\n") == 2
 

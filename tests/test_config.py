@@ -1,12 +1,17 @@
 import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 from expecttest import assert_expected_inline
+from torch import nn
 from torchao.core.config import config_from_dict, config_to_dict
+from torchao.quantization import quantize_ as torchao_quantize_
 
-from rtn_tensor import RTNConfig, rtn, rtn_int4, rtn_int8
+from rtn_tensor import RTNConfig, RTNQuantizedTensor, rtn, rtn_int4, rtn_int8
+from rtn_tensor.config import CONFIGS, RTNInt4WeightConfig, RTNInt8WeightConfig
+from rtn_tensor.formats import FORMATS
 
 
 def test_defaults():
@@ -20,10 +25,33 @@ def test_defaults():
 def test_is_a_value():
     config = rtn_int4(64)
     assert len({config, rtn_int4(64), rtn_int4(32), rtn_int8(64), rtn_int4(64, "signed")}) == 4
-    assert copy.deepcopy(config) == config
+    for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config
+        assert hash(again) == hash(config)
+        assert type(again) is type(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.bits = 8
-    assert_expected_inline(repr(config), """RTNConfig(bits=4, group_size=64, scale_method='absmax', version=1)""")
+    assert_expected_inline(repr(config), """RTNInt4WeightConfig(bits=4, group_size=64, scale_method='absmax', version=1)""")
+    assert eval(repr(config)) == config
+
+
+def test_its_class_has_its_bits():
+    """transformers reads them off the class's name, torchao finds what quantizes a module by the exact class."""
+    assert set(CONFIGS) == set(FORMATS)
+    for bits, kind in CONFIGS.items():
+        assert kind.__name__ == f"RTNInt{bits}WeightConfig"
+        configs = [rtn(bits), RTNConfig(bits), kind(), kind(bits)]
+        for other in CONFIGS.values():
+            configs += [other(bits), dataclasses.replace(other(), bits=bits)]
+        assert {type(config) for config in configs} == {kind}
+        assert set(configs) == {rtn(bits)}
+        linear = nn.Linear(64, 8)
+        torchao_quantize_(linear, rtn(bits, 32))
+        assert isinstance(linear.weight, RTNQuantizedTensor)
+        assert linear.weight.bits == bits
+    assert issubclass(RTNInt4WeightConfig, RTNConfig)
+    assert issubclass(RTNInt8WeightConfig, RTNConfig)
+    assert rtn_int4() != rtn_int8()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -39,8 +67,15 @@ def test_dict_is_pinned():
     """Checkpoints hold this dict: a changed key is a file that no longer loads."""
     assert_expected_inline(
         json.dumps(config_to_dict(rtn_int8(32, "signed"))),
-        """{"_type": "RTNConfig", "_version": 1, "_data": {"bits": 8, "group_size": 32, "scale_method": "signed"}}""",
+        """{"_type": "RTNInt8WeightConfig", "_version": 1, "_data": {"bits": 8, "group_size": 32, "scale_method": "signed"}}""",
     )
+
+
+@pytest.mark.parametrize("name", ["RTNConfig", "RTNInt4WeightConfig", "RTNInt8WeightConfig"])
+def test_old_dicts_are_read(name):
+    """Those written before the classes had bits say RTNConfig; and the bits go by what the data say."""
+    data = {"_type": name, "_version": 1, "_data": {"bits": 8, "group_size": 32, "scale_method": "signed"}}
+    assert config_from_dict(data) == rtn_int8(32, "signed")
 
 
 @pytest.mark.parametrize("bits", [0, 3, 5, 16, True, 4.0, "4", None])

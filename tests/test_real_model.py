@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct and the State of the Union speeches, as `make demo` measures them."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,8 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.real_model import TEXT, ModelUnavailable, smollm2, state_of_the_union
-from rtn_tensor import RTNQuantizedTensor, quantize_, rtn_int4, rtn_int8
-from rtn_tensor.checkpoint import load_pretrained
+from rtn_tensor import RTNQuantizedTensor, load, quantize_, rtn_int4, rtn_int8
 from rtn_tensor.cli import main
 from rtn_tensor.evaluate import generate, perplexity
 
@@ -44,7 +45,7 @@ def tokens(tokenizer):
     return torch.tensor(tokenizer(state_of_the_union()[:82_000])["input_ids"][:8192])
 
 
-def load(folder, dtype=torch.bfloat16):
+def float_model(folder, dtype=torch.bfloat16):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
@@ -65,7 +66,7 @@ def fake_quantize_(model, bits, group_size):
 
 
 def test_int8_perplexity(folder, tokens):
-    model = load(folder)
+    model = float_model(folder)
     assert tokens.numel() == 8192
     before = perplexity(model, tokens, 1024, 1024)
     quantize_(model, rtn_int8(group_size=128), is_layer)
@@ -80,7 +81,7 @@ def test_int4_perplexity_is_that_of_fake_quantization(folder, tokens, group_size
     """With the kernel that rounds the weight, as fake quantization does, nothing differs. One that does not is compared with fake
     quantization in fp32 arithmetic: in bf16 that is off by up to 0.2 % itself over so few tokens."""
     tokens = tokens[:2048]
-    fake, model = load(folder), load(folder)
+    fake, model = float_model(folder), float_model(folder)
     float_value = perplexity(model, tokens, 1024, 1024)
     fake_quantize_(fake, 4, group_size)
     quantize_(model, rtn_int4(group_size=group_size), is_layer)
@@ -98,7 +99,7 @@ def test_int4_perplexity_is_that_of_fake_quantization(folder, tokens, group_size
 
 def test_fp32_perplexity_is_that_of_fake_quantization(folder, tokens):
     tokens = tokens[:1024]
-    fake, model = load(folder, torch.float32), load(folder, torch.float32)
+    fake, model = float_model(folder, torch.float32), float_model(folder, torch.float32)
     fake_quantize_(fake, 4, 64)
     quantize_(model, rtn_int4(group_size=64), is_layer)
     assert perplexity(model, tokens) == pytest.approx(perplexity(fake, tokens), rel=1e-5)
@@ -130,7 +131,7 @@ def compiled_forward(model):
 
 
 def test_compiled_model_generates_the_same(folder, prompt):
-    model = load(folder, torch.float32)
+    model = float_model(folder, torch.float32)
     quantize_(model, rtn_int4(group_size=32), is_layer)
     assert decode(compiled_forward(model), prompt)[0].tolist() == decode(model.forward, prompt)[0].tolist()
 
@@ -142,7 +143,7 @@ def rms(x):
 def test_compiled_bf16_model_generates_the_same(folder, prompt):
     """Compiled code rounds fused results once, eager code after every op, so their logits differ by some of bf16's rounding (with
     `torch._inductor.config.emulate_precision_casts` they are equal bit for bit): tokens are the same until two logits are that close."""
-    model = load(folder)
+    model = float_model(folder)
     quantize_(model, rtn_int4(group_size=32), is_layer)
     eager_ids, eager = decode(model.forward, prompt)
     compiled_ids, compiled = decode(compiled_forward(model), prompt)
@@ -172,7 +173,7 @@ def test_command_line(folder, tokenizer, tmp_path, capsys):
     assert main(["inspect", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == report
 
-    model = load(folder)
+    model = float_model(folder)
     quantize_(model, rtn_int4(group_size=32), is_layer)
     assert main(["generate", str(out), "Why is the sky blue?", "--max-new-tokens", "16"]) == 0
     text = capsys.readouterr().out
@@ -184,13 +185,37 @@ def test_command_line(folder, tokenizer, tmp_path, capsys):
     ids = torch.tensor(tokenizer(state_of_the_union()[:10_000])["input_ids"][:512])
     assert json.loads(capsys.readouterr().out)["perplexity"] == perplexity(model, ids, 256, 256)
 
-    loaded = load_pretrained(out)
+    loaded = load(out)
     for name, w in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), w), name
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_load_and_generate_in_less_memory_than_the_float_model(folder, prompt):
+    """269 MB in bf16; 200 MB beyond what the process has before are allowed, and 116 of them are the model."""
+    program = f"""
+import resource
+from pathlib import Path
+import torch, transformers, rtn_tensor
+transformers.utils.logging.disable_progress_bar()
+from transformers.models.llama import modeling_llama
+torch.ones(512, 512).bfloat16() @ torch.ones(512, 512).bfloat16()  # the thread pools
+used = 1024 * int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_DATA, (used + 200_000_000,) * 2)
+model = rtn_tensor.load({str(folder)!r}, rtn_tensor.rtn_int4(group_size=32))
+ids = torch.tensor({prompt.tolist()})
+print(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=2).tolist())
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = float_model(folder)
+    quantize_(model, rtn_int4(group_size=32), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head")
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=2)
+    assert json.loads(done.stdout) == expected.tolist()
+
+
 def test_state_dict(folder, prompt, tmp_path):
-    model = load(folder)
+    model = float_model(folder)
     quantize_(model, rtn_int8(group_size=128), is_layer)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     with torch.device("meta"):

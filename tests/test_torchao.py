@@ -153,7 +153,7 @@ def test_flatten_names_every_plane_and_attribute():
     w = RTNQuantizedTensor.from_float(torch.randn(2, 6, 100), 8, 64, "signed", torch.bfloat16).mT
     planes, attributes = w.__tensor_flatten__()
     assert planes == ["qdata", "scale"]
-    assert attributes == {"bits": 8, "group_size": 64, "scale_method": "signed", "in_features": 100, "transposed": True}
+    assert attributes == {"bits": 8, "group_size": 64, "scale_method": "signed", "in_features": 100, "transposed": True, "version": 1}
     back = RTNQuantizedTensor.__tensor_unflatten__({p: getattr(w, p) for p in planes}, attributes, w.shape, w.stride())
     assert (back.shape, back.stride(), back.dtype) == (w.shape, w.stride(), w.dtype)
     assert torch.equal(back, w)

@@ -1,0 +1,261 @@
+"""transformers folders: the empty model that one describes, where each of its tensors goes, and how a quantized model is written as one."""
+
+import re
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torchao.quantization import FqnToConfig
+
+from rtn_tensor.config import RTNConfig
+from rtn_tensor.quantize import FilterFn, is_linear
+from rtn_tensor.tensor import RTNQuantizedTensor
+
+# torchao's reader and writer accept the classes in these two, and offer no function to add one. They need numpy, as safetensors and
+# transformers do, but torch does not.
+if find_spec("numpy") is not None:
+    from torchao.prototype.safetensors import safetensors_utils
+
+    safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(RTNQuantizedTensor.__name__)
+    safetensors_utils.ALLOWED_CLASSES[RTNQuantizedTensor.__name__] = RTNQuantizedTensor
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether `model` is transformers'."""
+    transformers = sys.modules.get("transformers")  # where it was not imported, no model is its own
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+# ------------------------------------------------------------------------------------------- the empty model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made here have their parameters on meta; their buffers, which a checkpoint need not hold, are real."""
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:  # torch's annotation forgets the parameter
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def build(path: Path, dtype: torch.dtype) -> nn.Module:
+    """The model that `path`/config.json describes, of its own class, with its parameters on meta.
+
+    Raises:
+        ValueError: its class is not one of transformers'.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    name = (config.architectures or ["none"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError(f"{path}: transformers has no class {name}, which config.json names; give the model to fill")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with parameters_on_meta():
+            model = kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    # fp16 is too narrow for some layers (T5's `wo`).
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, parameter in model.named_parameters():
+            if re.search(pattern.replace(".", r"\.").replace("*", ".*"), name):
+                parameter.data = parameter.data.to(kept)
+    model.config.dtype = dtype
+    model.name_or_path = str(path)
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
+def ends(model: Any) -> list[nn.Module]:
+    """The input embedding and the output layer of a transformers model, as far as it has them; a vision model has neither."""
+    try:
+        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:
+        modules = [model.get_output_embeddings()]
+    return [module for module in modules if module is not None]
+
+
+def but_the_output(model: nn.Module) -> FilterFn:
+    """transformers' choice of weights: every linear but the output layer, and but what it keeps in fp32."""
+    outer = ends(model) if is_pretrained(model) else []
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+    def selects(module: nn.Module, fqn: str) -> bool:
+        return is_linear(module, fqn) and not any(module is end for end in outer) and kept.isdisjoint(fqn.split("."))
+
+    return selects
+
+
+def ignored(model: nn.Module) -> Sequence[str]:
+    """Patterns of names that a checkpoint of such a model may hold in vain."""
+    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    # Buffers that older checkpoints hold, and newer models compute (transformers' from_pretrained has the same two).
+    held = {"position_ids": r"(^|\.)position_ids$", "rotary_emb.inv_freq": r"rotary_emb\.inv_freq"}
+    names = [name for name, _ in model.named_buffers()]
+    return sorted(patterns | {pattern for end, pattern in held.items() if any(name.endswith(end) for name in names)})
+
+
+def renaming(model: Any) -> Callable[[str], str]:
+    """By transformers' own table, the model's name of what a checkpoint may have under an old one; layers that it fuses keep theirs."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    renamings: list[Any] = [entry for entry in get_model_conversion_mapping(model) if not isinstance(entry, WeightConverter)]
+    return lambda name: rename_source_key(name, renamings, [])[0]
+
+
+def renamed(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int | slice, ...]]]:
+    """Where each tensor of a checkpoint goes, by transformers' own table of old names and of layers that it fuses: its name in the model,
+    and the index of its part of that.
+
+    Raises:
+        ValueError: transformers would compute with a tensor, not only place it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    places: dict[str, tuple[str, tuple[int | slice, ...]]] = {}
+    fused: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(shapes, key=dot_natural_key):
+        new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if new not in state and name in state:
+            new, pattern = name, None
+        if pattern is None:
+            places[name] = new, ()
+        else:
+            fused[new][pattern].append(name)
+    for new, parts in fused.items():
+        some = next(iter(parts))
+        operations: list[Any] = by_pattern[some].operations
+        kinds = [type(op) for op in operations]
+        experts, rows = MergeModulelist in kinds, Concatenate in kinds
+        along = {MergeModulelist: 0, Concatenate: 1 if experts else 0}
+        if any(kind not in along or op.dim != along[kind] for kind, op in zip(kinds, operations, strict=True)):
+            raise ValueError(
+                f"{parts[some][0]}: transformers computes {new} from it ({', '.join(kind.__name__ for kind in kinds)}), and load only "
+                "places tensors; use from_pretrained(quantization_config=TorchAoConfig(config))"
+            )
+        start = 0
+        for pattern in by_pattern[some].source_patterns:
+            for i, name in enumerate(parts[pattern]):
+                stop = start + shapes[name][0]
+                places[name] = new, (*((i,) if experts else ()), *((slice(start, stop),) if rows else ()))
+            start = stop
+    return places
+
+
+# ------------------------------------------------------------------------------------------- what transformers is told
+
+
+@cache
+def _quantizer_class() -> type:
+    from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    class RTNHfQuantizer(TorchAoHfQuantizer):
+        @property
+        def is_trainable(self) -> bool:  # adapters over it are; transformers' own goes by the name of the config, and says no of int4
+            return True
+
+        def get_state_dict_and_metadata(self, model: Any) -> tuple[dict, dict]:
+            # torchao would write a tensor once for every place that shares it.
+            tensors, metadata = super().get_state_dict_and_metadata(model)
+            names: dict[int, str] = {}
+            for fqn, w in model.named_parameters(remove_duplicate=False):
+                if names.setdefault(id(w), fqn) != fqn and isinstance(w, RTNQuantizedTensor):
+                    module, _, name = fqn.rpartition(".")
+                    for plane in w.tensor_data_names:
+                        del tensors[f"{module}._{name}_{plane}"]
+            return tensors, metadata
+
+    return RTNHfQuantizer
+
+
+def _quantization_config(model: nn.Module) -> Any:
+    """The `TorchAoConfig` that describes the quantized `model`, or None for a float one."""
+    from transformers import TorchAoConfig
+
+    configs: OrderedDict[str, Any] = OrderedDict()
+    floats: list[str] = []
+    for fqn, w in model.named_parameters(remove_duplicate=False):
+        # torchao names a module for its "weight", and any other parameter by its own name.
+        key = fqn.removesuffix(".weight")
+        if isinstance(w, RTNQuantizedTensor):
+            configs[key] = RTNConfig(w.bits, w.group_size, w.scale_method)
+        elif isinstance(model.get_submodule(fqn.rpartition(".")[0]), nn.Linear | nn.Embedding) and w.dim() > 1:
+            floats.append(key)
+    if not configs:
+        return None
+    distinct = set(configs.values())
+    quant_type = distinct.pop() if len(distinct) == 1 else FqnToConfig(configs)
+    embedding = any(isinstance(getattr(end, "weight", None), RTNQuantizedTensor) for end in ends(model)[:1])
+    return TorchAoConfig(quant_type, modules_to_not_convert=floats, include_input_output_embeddings=embedding)
+
+
+def _description(model: Any) -> list[tuple[Any, str, Any]]:
+    """The attributes (owner, name, value) by which transformers knows how `model` is quantized; None: to be removed."""
+    from transformers.integrations.torchao import TorchAoDeserialize
+
+    quantization_config = _quantization_config(model)
+    quantizer = None if quantization_config is None else _quantizer_class()(quantization_config, pre_quantized=True)
+    settings: list[tuple[Any, str, Any]] = []
+    ours = re.search("RTN(Int[48]Weight)?Config", str(getattr(model.config, "quantization_config", "")))
+    if quantizer is not None or ours:  # which it may have been, and dequantized since
+        settings += [(model, "hf_quantizer", quantizer), (model.config, "quantization_config", quantization_config)]
+    # Of a model that was read quantized, transformers remembers how, and refuses to write it: it cannot go back that way.
+    if conversions := getattr(model, "_weight_conversions", None):
+        kept = [c for c in conversions if not any(isinstance(op, TorchAoDeserialize) for op in getattr(c, "operations", ()))]
+        settings.append((model, "_weight_conversions", kept))
+    weights = [end.weight for end in ends(model) if hasattr(end, "weight")]
+    if len(weights) == 2 and any(isinstance(w, RTNQuantizedTensor) for w in weights):
+        settings.append((model.config, "tie_word_embeddings", weights[0] is weights[1]))  # else whoever reads it ties them anew
+    return settings
+
+
+def _set(settings: list[tuple[Any, str, Any]]) -> None:
+    """Sets attributes, or removes those whose value is None: transformers asks whether they are there."""
+    for owner, name, value in settings:
+        if value is not None:
+            setattr(owner, name, value)
+        elif name in vars(owner):
+            delattr(owner, name)
+
+
+def describe(model: Any) -> None:
+    """Tells transformers how `model` is quantized, so that its own `save_pretrained` and `Trainer` take it."""
+    _set(_description(model))
+
+
+@contextmanager
+def described(model: Any) -> Iterator[None]:
+    """`describe`, undone at the end."""
+    settings = _description(model)
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in settings]
+    try:
+        _set(settings)
+        yield
+    finally:
+        _set(before)

@@ -1,0 +1,481 @@
+"""`load`: streams a checkpoint into a model and quantizes on the way."""
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_llama
+from torch import nn
+from torchao.quantization import FqnToConfig
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from rtn_tensor import RTNQuantizedTensor, checkpoint, load, quantize_, report, rtn, rtn_int4, rtn_int8, save
+
+IDS = torch.tensor([[5, 77, 130, 9, 201, 64]])
+
+
+def make_mlp(dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(50, 96), nn.Linear(96, 160), nn.BatchNorm1d(160), nn.Linear(160, 33, bias=False)).to(dtype)
+
+
+def on_meta():
+    with torch.device("meta"):
+        return make_mlp()
+
+
+def but_the_output(module, fqn):
+    return isinstance(module, nn.Linear) and fqn != "lm_head"
+
+
+def assert_same(got, expected):
+    a, b = got.state_dict(), expected.state_dict()
+    assert list(a) == list(b)
+    for name in a:
+        assert (type(a[name]), a[name].dtype) == (type(b[name]), b[name].dtype), name
+        assert torch.equal(a[name], b[name]), name
+    for (name, p), (_, q) in zip(got.named_parameters(), expected.named_parameters(), strict=True):
+        assert p.requires_grad == q.requires_grad, name
+
+
+# ------------------------------------------------------------------------------------------- transformers folders
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_same_as_quantizing_afterwards(tmp_path, dtype, bits, tied):
+    model = tiny_llama(tied, dtype)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, rtn(bits, 64))
+    quantize_(model, rtn(bits, 64), but_the_output)
+    assert type(loaded) is LlamaForCausalLM
+    assert not loaded.training
+    assert loaded.config.dtype == dtype
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert_same(loaded, model)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert loaded.model.layers[0].mlp.up_proj.weight.fqn == "model.layers.0.mlp.up_proj.weight"
+    assert str(report(loaded)) == str(report(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtype(tmp_path, dtype):
+    tiny_llama(dtype=torch.float16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    quantize_(model, rtn_int4(32), but_the_output)
+    assert_same(load(tmp_path, rtn_int4(32), dtype=dtype), model)
+
+
+def test_without_a_config(tmp_path):
+    model = tiny_llama(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert_same(load(tmp_path), model)
+    assert_same(load(tmp_path, dtype=torch.float32), model.float())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_which_weights(tmp_path, tied):
+    model = tiny_llama(tied)
+    model.save_pretrained(tmp_path)
+    config = FqnToConfig({"re:.*q_proj": rtn_int8(32), "re:.*mlp.*": rtn_int4(-1, "signed"), "model.embed_tokens": rtn_int4(64)})
+    filtered = load(tmp_path, rtn_int4(32), filter_fn=lambda module, fqn: "down_proj" in fqn)
+    assert [row.name for row in report(filtered).rows if row.bits] == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+    mixed = load(tmp_path, config)
+    expected = tiny_llama(tied)
+    quantize_(expected, config)
+    assert_same(mixed, expected)
+    assert str(report(mixed)) == str(report(expected))
+
+
+def test_shards_and_other_files(tmp_path):
+    model = tiny_llama()
+    expected = tiny_llama()
+    quantize_(expected, rtn_int4(32), but_the_output)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    assert_same(load(tmp_path / "shards", rtn_int4(32)), expected)
+    (tmp_path / "bin").mkdir()
+    model.config.save_pretrained(tmp_path / "bin")
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    assert_same(load(tmp_path / "bin", rtn_int4(32)), expected)
+
+
+def test_a_loaded_model_saves_and_loads(tmp_path):
+    tiny_llama(tied=True, dtype=torch.bfloat16).save_pretrained(tmp_path / "float")
+    model = load(tmp_path / "float", rtn_int4(32))
+    model.save_pretrained(tmp_path / "theirs")  # transformers' own
+    save(model, tmp_path / "ours")
+    for name in ("theirs", "ours"):
+        assert_same(load(tmp_path / name), model)
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / name), model)
+
+
+def test_what_is_loaded_maps_the_file_and_does_not_change_it(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "float")
+    save(load(tmp_path / "float", rtn_int4(32)), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    before = file.read_bytes()
+    model = load(tmp_path / "model")
+    w = model.model.layers[0].mlp.up_proj.weight
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    for plane in (w.qdata, w.scale, model.model.norm.weight):
+        assert any(start <= plane.data_ptr() < stop for start, stop in spans)
+    w.copy_(torch.randn(w.shape))
+    model.model.norm.weight.data.fill_(3)
+    assert file.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------- any module
+
+
+def test_modules_and_functions_that_make_them(tmp_path):
+    expected = make_mlp()
+    save_file(expected.state_dict(), tmp_path / "model.safetensors")
+    torch.save({"state_dict": expected.state_dict(), "epoch": 3}, tmp_path / "model.pt")
+    quantize_(expected, rtn_int8(64))
+    given = make_mlp()
+    for path, model in (
+        (tmp_path, on_meta()),
+        (tmp_path / "model.safetensors", make_mlp),
+        (tmp_path / "model.pt", on_meta),
+        (tmp_path, given),
+    ):
+        assert_same(load(path, rtn_int8(64), model), expected)
+    assert isinstance(given[1].weight, RTNQuantizedTensor)
+
+
+def test_buffers_that_no_file_holds(tmp_path):
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+            self.register_buffer("frequencies", torch.arange(4.0), persistent=False)
+
+    save_file(Rotary().state_dict(), tmp_path / "model.safetensors")
+    assert torch.equal(load(tmp_path, rtn_int4(32), Rotary).frequencies, torch.arange(4.0))
+    with torch.device("meta"):
+        model = Rotary()
+    with pytest.raises(ValueError, match="^frequencies was made on meta and is not in the checkpoint; give, as model, a function"):
+        load(tmp_path, rtn_int4(32), model)
+
+
+class Fused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.ModuleDict({"qkv_proj": nn.Linear(64, 160), "out_proj": nn.Linear(96, 64)})
+        self.mlp = nn.ModuleDict({"gate_up_proj": nn.Linear(64, 256, bias=False)})
+
+
+def test_rename_and_fuse(tmp_path):
+    rows = {"attn.q_proj": 96, "attn.k_proj": 32, "attn.v_proj": 32, "mlp.gate_proj": 128, "mlp.up_proj": 128}
+    tensors = {f"h.{name}.weight": torch.randn(n, 64) for name, n in rows.items()}
+    tensors |= {f"h.{name}.bias": torch.randn(n) for name, n in rows.items() if "attn" in name}
+    tensors |= {"h.attn.out_proj.weight": torch.randn(64, 96), "h.attn.out_proj.bias": torch.randn(64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    fuse = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    model = load(tmp_path, rtn_int4(32), Fused, rename={r"^h\.": "", "attn": "attention"}, fuse=fuse)
+    qkv, parts = model.attention["qkv_proj"], [f"h.attn.{p}_proj" for p in "qkv"]
+    assert torch.equal(qkv.weight, RTNQuantizedTensor.from_float(torch.cat([tensors[f"{p}.weight"] for p in parts]), 4, 32))
+    assert torch.equal(qkv.bias, torch.cat([tensors[f"{p}.bias"] for p in parts]))
+    gate_up = torch.cat([tensors["h.mlp.gate_proj.weight"], tensors["h.mlp.up_proj.weight"]])
+    assert torch.equal(model.mlp["gate_up_proj"].weight, RTNQuantizedTensor.from_float(gate_up, 4, 32))
+    del tensors["h.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="mlp.gate_proj.weight is to be fused with mlp.up_proj.weight, which the checkpoint lacks"):
+        load(tmp_path, rtn_int4(32), Fused, rename={r"^h\.": "", "attn": "attention"}, fuse=fuse)
+
+
+def test_in_chunks(tmp_path, monkeypatch):
+    """Rows of a matrix, and of each expert's, a few at a time; every row once."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.randn(3, 65, 100))
+            self.embedding = nn.Embedding(70, 100)
+            self.temperature = nn.Parameter(torch.tensor(2.0))
+
+    expected = Experts()
+    save_file(expected.state_dict(), tmp_path / "model.safetensors")
+    torch.save(expected.state_dict(), tmp_path / "model.pt")
+    config = FqnToConfig({"down_proj": rtn_int4(32), "embedding": rtn_int8(32)})
+    quantize_(expected, config)
+    for chunk in (1, 3000, 1 << 20):
+        monkeypatch.setattr("rtn_tensor.streaming.CHUNK", chunk)
+        assert_same(load(tmp_path / "model.safetensors", config, Experts), expected)
+        assert_same(load(tmp_path / "model.pt", config, Experts), expected)
+
+
+def test_a_shared_weight_that_is_quantized_at_one_place(tmp_path):
+    def make():
+        model = nn.ModuleDict({"embedding": nn.Embedding(40, 64), "head": nn.Linear(64, 40, bias=False)})
+        model["head"].weight = model["embedding"].weight
+        return model
+
+    model = make()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = load(tmp_path / "model.pt", rtn_int4(32), make)
+    quantize_(model, rtn_int4(32))
+    assert_same(loaded, model)
+    assert str(report(loaded)) == str(report(model))
+
+
+def test_quantized_files_of_any_module(tmp_path):
+    model = make_mlp()
+    quantize_(model, FqnToConfig({"1": rtn_int4(32, "signed"), "0": rtn_int8(-1)}))
+    save(model, tmp_path / "folder")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    save(model, tmp_path / "shards", max_shard_size=5000)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for name in ("folder", "model.pt", "shards"):
+        assert_same(load(tmp_path / name, model=on_meta()), model)
+        assert_same(load(tmp_path / name, model=make_mlp), model)
+    alone = nn.Linear(64, 8, bias=False)
+    quantize_(alone, rtn_int4(32))
+    save(alone, tmp_path / "alone")
+    assert_same(load(tmp_path / "alone", model=lambda: nn.Linear(64, 8, bias=False)), alone)
+
+
+def test_transposed_weights_come_back_transposed(tmp_path):
+    model = nn.Module()
+    model.w = nn.Parameter(RTNQuantizedTensor.from_float(torch.randn(2, 40, 64), 4, 32).mT, requires_grad=False)
+    save(model, tmp_path / "model")
+    empty = nn.Module()
+    empty.w = nn.Parameter(torch.empty(2, 64, 40, device="meta"))
+    assert torch.equal(load(tmp_path / "model", model=empty).w, model.w)
+
+
+# ------------------------------------------------------------------------------------------- failures
+
+
+def broken(tensors, **changes):
+    return {name: t for name, t in (tensors | changes).items() if t is not None}
+
+
+WRONG = {
+    "missing": {"1.weight": None},
+    "shape": {"1.weight": torch.zeros(160, 95, dtype=torch.bfloat16)},
+    "unexpected": {"9.weight": torch.zeros(3)},
+    "nan": {"1.weight": torch.zeros(160, 96, dtype=torch.bfloat16).index_fill(0, torch.tensor([159]), torch.nan)},
+    "inf in a float weight": {"0.weight": torch.full((50, 96), torch.inf, dtype=torch.bfloat16)},
+    "int": {"1.weight": torch.zeros(160, 96, dtype=torch.int8)},
+    "fp8": {"3.weight": torch.zeros(33, 160, dtype=torch.float8_e4m3fn)},
+}
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    tensors = make_mlp().state_dict()
+    file = tmp_path / "model.safetensors"
+    messages = []
+    for name, change in WRONG.items():
+        save_file(broken(tensors, **change), file)
+        model = make_mlp()
+        before = dict(model.named_parameters())
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  (the messages are pinned below)
+            load(tmp_path, rtn_int4(32), model)
+        messages.append(f"{name}: {caught.value}".replace(str(tmp_path), "FOLDER"))
+        assert all(p is before[fqn] for fqn, p in model.named_parameters())  # as it was
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+missing: the checkpoint does not fit the model, and nothing was loaded:
+  the checkpoint lacks 1.weight [160, 96]
+shape: the checkpoint does not fit the model, and nothing was loaded:
+  model.safetensors: 1.weight has shape [160, 95], the model's 1.weight [160, 96]
+unexpected: the checkpoint does not fit the model, and nothing was loaded:
+  model.safetensors: 9.weight has no place in the model
+nan: FOLDER/model.safetensors: 1.weight holds NaN or inf; the checkpoint is damaged, copy or download it again
+inf in a float weight: FOLDER/model.safetensors: 0.weight holds NaN or inf; the checkpoint is damaged, copy or download it again
+int: FOLDER/model.safetensors: 1.weight is torch.int8; load takes torch.float32, torch.bfloat16, torch.float16
+fp8: FOLDER/model.safetensors: 3.weight is torch.float8_e4m3fn; load takes torch.float32, torch.bfloat16, torch.float16""",
+    )
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    for content in (b"", whole[:4], whole[:300], whole[:-1], b"x" * 100):
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match="is truncated or corrupt .*; copy or download it again") as caught:
+            load(tmp_path / "model", rtn_int4())
+        assert str(caught.value).startswith(str(shard))
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {shard.name}, which model.safetensors.index.json names"):
+        load(tmp_path / "model", rtn_int4())
+    (tmp_path / "bad.pt").write_bytes(whole)
+    with pytest.raises(ValueError, match="bad.pt cannot be read .*; give a state_dict that torch.save wrote"):
+        load(tmp_path / "bad.pt", model=on_meta())
+    for path, why in ((tmp_path, "is not a model folder"), (tmp_path / "none", "holds no checkpoint")):
+        with pytest.raises(FileNotFoundError, match=why):
+            load(path, rtn_int4(), on_meta() if "none" in str(path) else None)
+
+
+def test_a_file_cut_while_it_is_read(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    save_file(make_mlp().state_dict(), file)
+    stream = checkpoint.stream
+
+    def cut_first(*args):
+        file.write_bytes(file.read_bytes()[:-1000])
+        stream(*args)
+
+    monkeypatch.setattr(checkpoint, "stream", cut_first)
+    with pytest.raises(ValueError, match="ends early; the file is truncated, copy or download it again"):
+        load(tmp_path, rtn_int4(32), on_meta())
+
+
+def test_already_quantized(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "float")
+    save(load(tmp_path / "float", rtn_int4(32)), tmp_path / "model")
+    with pytest.raises(ValueError, match="is quantized already; load it without a config, or give the float checkpoint"):
+        load(tmp_path / "model", rtn_int8())
+
+
+def test_a_later_version_is_refused(tmp_path):
+    model = make_mlp()
+    quantize_(model, rtn_int4(32))
+    save(model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    content = file.read_bytes()
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    assert json.loads(metadata["1.weight"])["_data"]["version"] == 1
+    metadata["1.weight"] = metadata["1.weight"].replace('"version": 1', '"version": 2')
+    save_file(tensors, file, metadata)
+    why = "the weight is of version 2 of the format, and this rtn-tensor reads up to 1; upgrade rtn-tensor"
+    with pytest.raises(ValueError, match=f"model.safetensors: 1.weight: {why}"):
+        load(tmp_path / "model", model=on_meta())
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """Files of 100 kB and no more: the file system's own error, and what stood there before."""
+    make = "import rtn_tensor, resource, signal, torch; from torch import nn; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    program = f"""
+{make}
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+small, large = nn.Linear(64, 64), nn.Linear(512, 512)
+rtn_tensor.save(small, {str(tmp_path / "model")!r})
+for _ in range(2):
+    try:
+        rtn_tensor.save(large, {str(tmp_path / "model")!r}, force=True)
+    except OSError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("could not be written") == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert load(tmp_path / "model", model=nn.Linear(64, 64)).weight.shape == (64, 64)
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+# Blocks of 2048 x 4096, and an embedding of a quarter of the whole, which is read in chunks.
+MEASURE = """
+import resource, sys, threading
+from pathlib import Path
+import torch
+from torch import nn
+import rtn_tensor, safetensors, numpy, tqdm
+from rtn_tensor import load, rtn_int4, report
+
+def anonymous():
+    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+def make():
+    layers = nn.ModuleList([nn.Linear(4096, 2048, bias=False) for _ in range(LAYERS)])
+    return nn.ModuleDict({"embedding": nn.Embedding(ROWS, 4096), "layers": layers}).bfloat16()
+
+with torch.device("meta"):
+    model = make()
+torch.ones(512, 512).bfloat16() @ torch.ones(512, 512).bfloat16()  # the thread pools
+load(WARM, rtn_int4(), nn.Linear(64, 64, bias=False).bfloat16())
+LIMIT
+before, peak, stop = anonymous(), 0, threading.Event()
+def watch():
+    global peak
+    while not stop.wait(0.001):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+load(FILE, rtn_int4(), model, filter_fn=lambda module, fqn: True)
+stop.set(); watcher.join()
+size = report(model).bytes_after
+print(size, peak - before)
+x = torch.randint(ROWS, (2, 3))
+print(float(sum(layer(model["embedding"](x)).float().abs().sum() for layer in model["layers"])) > 0)
+"""
+
+
+def synthetic(path, layers, rows):
+    """bf16 weights, written a tensor at a time: the test must not hold them either."""
+    names = {"embedding.weight": (rows, 4096)} | {f"layers.{i}.weight": (2048, 4096) for i in range(layers)}
+    header, at = {}, 0
+    for name, shape in names.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    block = torch.randn(2048, 4096).bfloat16().view(torch.uint8).numpy().tobytes()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in names.values():
+            left = 2 * math.prod(shape)
+            while left:
+                file.write(block[: min(left, len(block))])
+                left -= min(left, len(block))
+    return at
+
+
+def run_measure(tmp_path, layers, rows, limit=""):
+    size = synthetic(tmp_path / "big.safetensors", layers, rows)
+    save_file({"weight": torch.randn(64, 64).bfloat16()}, tmp_path / "warm.safetensors")
+    program = MEASURE
+    for name, value in {"ROWS": rows, "LAYERS": layers, "WARM": repr(str(tmp_path / "warm.safetensors")), "LIMIT": limit}.items():
+        program = program.replace(name, str(value))
+    program = program.replace("FILE", repr(str(tmp_path / "big.safetensors")))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    numbers, works = done.stdout.splitlines()
+    assert works == "True"
+    return size, *map(int, numbers.split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
+def test_peak_memory(tmp_path):
+    """Beside the finished model, 64 MiB, though the embedding alone is 128."""
+    _, finished, extra = run_measure(tmp_path, layers=12, rows=16384)
+    assert finished < extra + (8 << 20)  # what was watched is what was loaded
+    assert extra - finished < 64 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
+def test_peak_memory_of_2_gigabytes(tmp_path):
+    size, finished, extra = run_measure(tmp_path, layers=96, rows=65536)
+    assert size >= 2 << 30
+    assert finished < extra + (8 << 20)
+    assert extra - finished < 64 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_under_a_limit_smaller_than_the_float_model(tmp_path):
+    """What the process has before, the finished model and 64 MiB: an allocation beyond them fails."""
+    limit = """
+used = 1024 * int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_DATA, (used + (152 << 20), used + (152 << 20)))
+"""
+    size, finished, _ = run_measure(tmp_path, layers=12, rows=16384, limit=limit)
+    assert finished < 88 << 20
+    assert size > 2 * (152 << 20)
