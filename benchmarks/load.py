@@ -81,9 +81,8 @@ def anonymous() -> int:
 
 def measure(way: str, folder: str) -> dict[str, float]:
     """Seconds, and bytes of anonymous memory: at the highest, and at the end, above those at the start."""
-    import safetensors  # noqa: F401
-    import tqdm  # noqa: F401
     import transformers
+    from transformers import LlamaForCausalLM, TorchAoConfig  # noqa: F401  (imports what every way needs)
 
     transformers.utils.logging.disable_progress_bar()
     torch.ones(512, 512).bfloat16() @ torch.ones(512, 512).bfloat16()

@@ -3,11 +3,12 @@
 import functools
 import json
 import math
+import mmap
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +21,15 @@ DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8, "I8": torch.int8},
     **{"I16": torch.int16, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64},
 }  # as safetensors calls them
+READ_AHEAD = 128 << 10  # bytes; of one request Linux drops what is beyond the device's own read-ahead, at least this
 
 
 @dataclass(frozen=True)
 class Source:
     """A tensor of a checkpoint, which stays on disk.
 
-    `map` gives it as a private map of the file. `offset` is where its bytes begin; None where they cannot be read by themselves (of a
-    quantized tensor, and in a file of torch.save's).
+    `view` gives it to be read only, and so of no weight where a process's own memory is limited; `map` as a private copy, of which only the
+    pages that are written to take memory. `read_soon` has the system bring a part of `view` into its cache meanwhile.
     """
 
     file: Path
@@ -35,34 +37,36 @@ class Source:
     shape: tuple[int, ...]
     dtype: torch.dtype
     map: Callable[[], Tensor]
-    offset: int | None = None
-
-    @property
-    def quantized(self) -> bool:
-        return self.offset is None and isinstance(self.map(), RTNQuantizedTensor)
+    view: Callable[[], Tensor]
+    read_soon: Callable[[Tensor], None] = lambda part: None
+    quantized: bool = False
 
     def error(self, why: str) -> ValueError:
         return ValueError(f"{self.file}: {self.name} {why}")
 
-    def read(self, index: tuple[int, ...], rows: slice, buffer: Tensor) -> Tensor:
-        """`self[index][rows]`, read into `buffer`, bytes, if it can be."""
-        if self.offset is None:
-            part = self.map()[index][rows] if self.shape else self.map()
-            if part.is_contiguous():
-                part.view(-1).view(torch.uint8)[::4096].sum()  # has its pages read here, in this thread
-            return part
-        shape = [len(range(*rows.indices(self.shape[len(index)]))), *self.shape[len(index) + 1 :]] if self.shape else []
-        start = sum(i * math.prod(self.shape[d + 1 :]) for d, i in enumerate(index)) + (rows.start * math.prod(shape[1:]) if shape else 0)
-        part = buffer[: math.prod(shape) * self.dtype.itemsize]
-        into: Any = memoryview(part.numpy())  # type: ignore[arg-type]
-        at = self.offset + start * self.dtype.itemsize
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(at)
-            while len(into):
-                if not (count := file.readinto(into)):
-                    raise self.error("ends early; the file is truncated, copy or download it again")
-                into = into[count:]
-        return part.view(self.dtype).view(shape)
+
+class _ReadOnly:
+    """A file, mapped to be read only."""
+
+    def __init__(self, file: Path):
+        with open(file, "rb") as opened:
+            self.memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        self.address = self._tensor(torch.uint8, len(self.memory), 0).data_ptr()
+
+    def _tensor(self, dtype: torch.dtype, count: int, at: int) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it must not be written to
+            return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=at)
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], at: int) -> Tensor:
+        count = math.prod(shape)
+        return self._tensor(dtype, count, at).view(shape) if count else torch.empty(shape, dtype=dtype)
+
+    def read_soon(self, part: Tensor) -> None:
+        if hasattr(mmap, "MADV_WILLNEED"):
+            start = part.data_ptr() - self.address
+            for at in range(start - start % mmap.PAGESIZE, start + part.nbytes, READ_AHEAD):
+                self.memory.madvise(mmap.MADV_WILLNEED, at, min(READ_AHEAD, start + part.nbytes - at))
 
 
 def _files(path: Path) -> list[Path]:
@@ -101,13 +105,23 @@ def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
             except ValueError as error:
                 raise ValueError(f"{file}: {name}: {error}") from None
             formats[name] = about["_data"]
-    mapped = functools.cache(lambda: safe_open(file, "pt"))
+    private, read_only = functools.cache(lambda: safe_open(file, "pt")), functools.cache(lambda: _ReadOnly(file))
     tensors = []
     for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if (dtype := DTYPES.get(about["dtype"])) is None:
             raise ValueError(f"{file}: {name} is {about['dtype']}, which this torch has no dtype for")
-        at = 8 + size + about["data_offsets"][0]
-        tensors.append(Source(file, name, tuple(about["shape"]), dtype, lambda name=name: mapped().get_tensor(name), at))
+        shape, at = tuple(about["shape"]), 8 + size + about["data_offsets"][0]
+        tensors.append(
+            Source(
+                file,
+                name,
+                shape,
+                dtype,
+                map=lambda name=name: private().get_tensor(name),
+                view=lambda dtype=dtype, shape=shape, at=at: read_only().tensor(dtype, shape, at),
+                read_soon=lambda part: read_only().read_soon(part),
+            )
+        )
     return tensors, formats
 
 
@@ -115,7 +129,11 @@ def _quantized(qdata: Source, scale: Source, fqn: str, attributes: dict) -> Sour
     shape = [*qdata.shape[:-1], attributes["in_features"]]
     if attributes["transposed"]:
         shape[-2:] = shape[:-3:-1]
-    return Source(qdata.file, fqn, tuple(shape), scale.dtype, lambda: RTNQuantizedTensor(qdata.map(), scale.map(), **attributes))
+
+    def map() -> Tensor:
+        return RTNQuantizedTensor(qdata.map(), scale.map(), **attributes)
+
+    return Source(qdata.file, fqn, tuple(shape), scale.dtype, map, map, quantized=True)
 
 
 def _torch_file(file: Path) -> list[Source]:
@@ -125,7 +143,11 @@ def _torch_file(file: Path) -> list[Source]:
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}); give a state_dict that torch.save wrote") from error
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    return [Source(file, name, tuple(t.shape), t.dtype, t.detach) for name, t in state.items() if isinstance(t, Tensor)]
+    return [
+        Source(file, name, tuple(t.shape), t.dtype, t.detach, t.detach, quantized=isinstance(t, RTNQuantizedTensor))
+        for name, t in state.items()
+        if isinstance(t, Tensor)
+    ]
 
 
 def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[str, Source]:

@@ -4,9 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -104,19 +102,17 @@ def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[st
 # ------------------------------------------------------------------------------------------- streaming
 
 
-def _chunks(piece: Piece, to: Tensor) -> Iterator[tuple[tuple[int, ...], slice, Tensor]]:
-    """The rows of a source, CHUNK bytes at a time: the index of their matrix, which of its rows, and where they go."""
-    shape = piece.source.shape
-    to = to[piece.index] if piece.index else to
-    if not shape:
-        yield (), slice(0, 1), to
-        return
-    for index in product(*map(range, shape[:-2])):
-        matrix = to[index] if index else to
-        rows = max(1, CHUNK // max(1, math.prod(shape[len(index) + 1 :]) * piece.source.dtype.itemsize))
-        for start in range(0, shape[len(index)], rows):
-            stop = min(start + rows, shape[len(index)])
-            yield index, slice(start, stop), matrix[start:stop]
+def _chunks(source: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of `source`, CHUNK bytes at a time, and where they go."""
+    if source.dim() > 2:
+        for part, place in zip(source, to, strict=True):
+            yield from _chunks(part, place)
+    elif source.dim() == 0:
+        yield source, to
+    else:
+        rows = max(1, CHUNK // max(1, source[:1].nbytes))
+        for start in range(0, source.shape[0], rows):
+            yield source[start : start + rows], to[start : start + rows]
 
 
 def _copy(piece: Piece, source: Tensor, to: Tensor) -> None:
@@ -137,22 +133,15 @@ def _copy(piece: Piece, source: Tensor, to: Tensor) -> None:
 @torch.no_grad()
 def stream(pieces: list[Piece], destinations: Mapping[str, list[Tensor]], meter: Callable[[int], Any]) -> None:
     """Fills `destinations`, by target, from the files."""
-
-    work = ((p, *chunk) for p in pieces for to in destinations[p.target] for chunk in _chunks(p, to))
-    row_bytes = (math.prod(p.source.shape[-1:]) * p.source.dtype.itemsize for p in pieces)
-    size = max(CHUNK, *row_bytes, 0)
-    buffers = cycle([torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)])
-    following: tuple[Piece, Future[Tensor], Tensor] | None = None
-    with ThreadPoolExecutor(1) as reader:  # one chunk is read while another is quantized
-        for piece, index, rows, place in work:
-            coming = piece, reader.submit(piece.source.read, index, rows, next(buffers)), place
-            if following:
-                _take(*following, meter)
-            following = coming
-        if following:
-            _take(*following, meter)
-
-
-def _take(piece: Piece, rows: Future[Tensor], to: Tensor, meter: Callable[[int], Any]) -> None:
-    _copy(piece, rows.result(), to)
-    meter(rows.result().nbytes)
+    work = [
+        (piece, *chunk)
+        for piece in pieces
+        for to in destinations[piece.target]
+        for chunk in _chunks(piece.source.view(), to[piece.index] if piece.index else to)
+    ]
+    for i, (piece, rows, place) in enumerate(work):
+        # The disk reads on while this chunk is quantized. A thread of ours that read would take a core from the quantizing.
+        for coming, its_rows, _ in work[i + 1 : i + 2]:
+            coming.source.read_soon(its_rows)
+        _copy(piece, rows, place)
+        meter(rows.nbytes)

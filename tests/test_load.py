@@ -16,7 +16,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from rtn_tensor import RTNQuantizedTensor, checkpoint, load, quantize_, report, rtn, rtn_int4, rtn_int8, save
+from rtn_tensor import RTNQuantizedTensor, load, quantize_, report, rtn, rtn_int4, rtn_int8, save
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 64]])
 
@@ -318,20 +318,6 @@ def test_files_that_cannot_be_read(tmp_path):
     for path, why in ((tmp_path, "is not a model folder"), (tmp_path / "none", "holds no checkpoint")):
         with pytest.raises(FileNotFoundError, match=why):
             load(path, rtn_int4(), on_meta() if "none" in str(path) else None)
-
-
-def test_a_file_cut_while_it_is_read(tmp_path, monkeypatch):
-    file = tmp_path / "model.safetensors"
-    save_file(make_mlp().state_dict(), file)
-    stream = checkpoint.stream
-
-    def cut_first(*args):
-        file.write_bytes(file.read_bytes()[:-1000])
-        stream(*args)
-
-    monkeypatch.setattr(checkpoint, "stream", cut_first)
-    with pytest.raises(ValueError, match="ends early; the file is truncated, copy or download it again"):
-        load(tmp_path, rtn_int4(32), on_meta())
 
 
 def test_already_quantized(tmp_path):
