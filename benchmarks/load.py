@@ -186,9 +186,9 @@ def main() -> None:
     for row in rows:
         possible = min(throughput["quantize"], throughput["disk read" if row["way"].endswith("disk") else "cached read"])
         speed = size / row["seconds"]
-        memory = [f"{row[key] / 1e6:,.0f}" for key in ("weights", "finished", "peak")]
+        memory = [f"{row[key] / 1e6:,.0f}" for key in ("finished", "peak")]
         lines.append([row["way"], f"{row['seconds']:.2f}", f"{speed / 1e9:.2f}", f"{speed / possible:.0%}", *memory])
-    print(table(["way", "seconds", "GB/s", "of what is possible", "weights MB", "memory MB after", "at most"], lines))
+    print(table(["way", "seconds", "GB/s", "of read or quantize", "memory MB after", "at most"], lines))
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "runs": args.runs, "bytes": size, "rows": rows}, indent=1) + "\n")
 

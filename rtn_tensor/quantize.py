@@ -151,6 +151,8 @@ def plan(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> 
     else:
         raise TypeError(f"config is a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...) or FqnToConfig with those")
     _check(targets)
+    if not targets:  # at the line that called `quantize_` or `load`
+        warnings.warn("no weight is selected, and so none quantized; check filter_fn or the names in the config", stacklevel=3)
     return targets
 
 
@@ -184,9 +186,6 @@ def quantize_(
             not of an nn.Linear or nn.Embedding; or `filter_fn` is given with `FqnToConfig`.
     """
     targets = plan(model, config, filter_fn)
-    if not targets:
-        warnings.warn("quantize_ selected no weight: the model is unchanged; check filter_fn or the names in the config", stacklevel=2)
-
     places: dict[int, list[str]] = defaultdict(list)
     for fqn, _, _, parameter in _named_parameters(model):
         places[id(parameter)].append(fqn)

@@ -37,7 +37,10 @@ def _renamed(name: str, rename: Mapping[str, str]) -> str:
 def pieces_by_name(found: Mapping[str, Source], rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]) -> list[Piece]:
     """Where `rename` and `fuse` say that each source goes."""
     pieces = []
-    named = {_renamed(name, rename): source for name, source in found.items()}
+    named: dict[str, Source] = {}
+    for source in found.values():
+        if (other := named.setdefault(name := _renamed(source.name, rename), source)) is not source:
+            raise source.error(f"is renamed to {name}, and so is {other.name}; mend the rename map")
     part_of = {part: (whole, parts) for whole, parts in fuse.items() for part in parts}
     for name, source in named.items():
         path = name.split(".")

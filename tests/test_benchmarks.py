@@ -1,8 +1,9 @@
 """The benchmarks run, and say what they measured; how fast anything is, no test asserts."""
 
 import torch
+from tiny_llama import tiny_llama
 
-from benchmarks import cpu_linear, plot
+from benchmarks import cpu_linear, load, plot
 
 
 def test_linear_measures_every_peer_at_every_size(capsys):
@@ -29,3 +30,15 @@ def test_plot_has_a_line_for_every_kernel(tmp_path):
     assert drawn == (tmp_path / "b.svg").read_text()
     for text in ("rtn int4 g128", "weight [96, 64]", "a processor, 2 threads, generic, torch 2"):
         assert text in drawn
+
+
+def test_load_measures_every_way(tmp_path):
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    weights = {}
+    for way in load.WAYS:
+        result = load.measure(way, str(tmp_path))
+        assert result["seconds"] > 0
+        assert result["peak"] >= 0
+        weights[way] = result["weights"]
+    assert weights["rtn_tensor.load int4"] == weights["transformers, rtn_int4"] < weights["rtn_tensor.load int8"]
+    assert load.sequential_read(tmp_path) > 0

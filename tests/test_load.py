@@ -95,6 +95,13 @@ def test_which_weights(tmp_path, tied):
     assert str(report(mixed)) == str(report(expected))
 
 
+def test_no_weight_is_selected(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="no weight is selected") as caught:
+        load(tmp_path, rtn_int4(), filter_fn=lambda module, fqn: False)
+    assert caught[0].filename == __file__
+
+
 def test_shards_and_other_files(tmp_path):
     model = tiny_llama()
     expected = tiny_llama()
@@ -188,6 +195,8 @@ def test_rename_and_fuse(tmp_path):
     assert torch.equal(qkv.bias, torch.cat([tensors[f"{p}.bias"] for p in parts]))
     gate_up = torch.cat([tensors["h.mlp.gate_proj.weight"], tensors["h.mlp.up_proj.weight"]])
     assert torch.equal(model.mlp["gate_up_proj"].weight, RTNQuantizedTensor.from_float(gate_up, 4, 32))
+    with pytest.raises(ValueError, match="out_proj.bias is renamed to bias, and so is h.attn.k_proj.bias; mend the rename map"):
+        load(tmp_path, rtn_int4(32), Fused, rename={r"^.*\.": ""})
     del tensors["h.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="mlp.gate_proj.weight is to be fused with mlp.up_proj.weight, which the checkpoint lacks"):

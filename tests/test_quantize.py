@@ -138,7 +138,7 @@ def test_filter_fn_by_name_may_match_what_has_no_weight():
 def test_default_leaves_the_output_of_attention():
     """nn.MultiheadAttention reads the weight of its out_proj past the module; torchao leaves it out too."""
     model = nn.MultiheadAttention(64, 2)
-    with pytest.warns(UserWarning, match="selected no weight"):
+    with pytest.warns(UserWarning, match="no weight is selected"):
         quantize_(model, rtn_int4())
     assert formats(model) == {}
 
@@ -169,12 +169,12 @@ def test_expert_parameters_by_name():
 
 def test_nothing_selected_warns():
     model = Model()
-    with pytest.warns(UserWarning, match="selected no weight") as caught:
+    with pytest.warns(UserWarning, match="no weight is selected") as caught:
         quantize_(model, rtn_int4(), lambda module, fqn: False)
     assert caught[0].filename == __file__
     assert_expected_inline(
         str(caught[0].message),
-        """quantize_ selected no weight: the model is unchanged; check filter_fn or the names in the config""",
+        """no weight is selected, and so none quantized; check filter_fn or the names in the config""",
     )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.real_model import TEXT, ModelUnavailable, smollm2, state_of_the_union
+from benchmarks.real_model import TEXT, ModelUnavailable, smollm2, smollm2_gguf, state_of_the_union
 from rtn_tensor import RTNQuantizedTensor, load, quantize_, rtn_int4, rtn_int8
 from rtn_tensor.cli import main
 from rtn_tensor.evaluate import generate, perplexity
@@ -188,6 +188,14 @@ def test_command_line(folder, tokenizer, tmp_path, capsys):
     loaded = load(out)
     for name, w in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), w), name
+
+
+def test_load_gguf(folder):
+    """The folder was made of that file."""
+    loaded, expected = load(smollm2_gguf(), rtn_int8()), load(folder, rtn_int8())
+    assert isinstance(loaded.model.layers[0].mlp.up_proj.weight, RTNQuantizedTensor)
+    for (name, a), (_, b) in zip(loaded.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
