@@ -24,7 +24,7 @@ from torchao.quantization import FqnToConfig
 from rtn_tensor import pretrained
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.quantize import FilterFn, plan, quantize_
-from rtn_tensor.sources import sources
+from rtn_tensor.sources import plane_names, sources
 from rtn_tensor.streaming import Piece, check, pieces_by_name, stream
 from rtn_tensor.tensor import RTNQuantizedTensor
 
@@ -219,8 +219,7 @@ def _flat(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if isinstance(t, RTNQuantizedTensor):
             about = {name: getattr(t, name) for name in t.tensor_attribute_names}
             metadata[fqn] = json.dumps({"_type": type(t).__name__, "_data": about, "_tensor_data_names": t.tensor_data_names})
-            module, _, name = fqn.rpartition(".")
-            tensors |= {f"{module}._{name}_{plane}": getattr(t, plane).contiguous() for plane in t.tensor_data_names}
+            tensors |= {name: getattr(t, plane).contiguous() for name, plane in zip(plane_names(fqn), t.tensor_data_names, strict=True)}
         else:
             metadata[fqn] = json.dumps({"_type": "Tensor"})
             tensors[fqn] = t.detach().contiguous()
@@ -277,4 +276,6 @@ def save(model: Any, path: str | os.PathLike, max_shard_size: str | int = "5GB",
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}); nothing was left there") from error
     finally:
+        if replaced.exists() and not path.exists():  # between the two renames
+            replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)

@@ -82,12 +82,12 @@ def _selects(model: Any, skip: list[str], embedding: bool) -> Any:
                 f"--skip {pattern} matches no layer; names look like {min(linears, default='(none)')!r}, and * matches any text"
             )
 
-    otherwise = but_the_output(model)
+    outer, otherwise = ends(model), but_the_output(model)
 
     def selects(module: nn.Module, name: str) -> bool:
         if any(fnmatch(name, pattern) for pattern in skip):
             return False
-        return (embedding and any(module is end for end in ends(model))) or otherwise(module, name)
+        return (embedding and module in outer) or otherwise(module, name)
 
     return selects
 

@@ -17,6 +17,7 @@ from torchao.quantization import FqnToConfig
 
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.quantize import FilterFn, is_linear
+from rtn_tensor.sources import plane_names
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 # torchao's reader and writer accept the classes in these two, and offer no function to add one. They need numpy, as safetensors and
@@ -85,22 +86,22 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def ends(model: Any) -> list[nn.Module]:
-    """The input embedding and the output layer of a transformers model, as far as it has them; a vision model has neither."""
+def ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embedding and the output layer of a transformers model; a vision model has neither."""
     try:
-        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+        first = model.get_input_embeddings()
     except NotImplementedError:
-        modules = [model.get_output_embeddings()]
-    return [module for module in modules if module is not None]
+        first = None
+    return first, model.get_output_embeddings()
 
 
 def but_the_output(model: nn.Module) -> FilterFn:
     """transformers' choice of weights: every linear but the output layer, and but what it keeps in fp32."""
-    outer = ends(model) if is_pretrained(model) else []
+    outer = ends(model) if is_pretrained(model) else ()
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
 
     def selects(module: nn.Module, fqn: str) -> bool:
-        return is_linear(module, fqn) and not any(module is end for end in outer) and kept.isdisjoint(fqn.split("."))
+        return is_linear(module, fqn) and module not in outer and kept.isdisjoint(fqn.split("."))
 
     return selects
 
@@ -114,12 +115,21 @@ def ignored(model: nn.Module) -> Sequence[str]:
     return sorted(patterns | {pattern for end, pattern in held.items() if any(name.endswith(end) for name in names)})
 
 
-def renaming(model: Any) -> Callable[[str], str]:
-    """By transformers' own table, the model's name of what a checkpoint may have under an old one; layers that it fuses keep theirs."""
+def _table(model: Any) -> tuple[list[Any], list[Any]]:
+    """transformers' own of old names in checkpoints, and of layers that it fuses."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import WeightConverter
 
-    renamings: list[Any] = [entry for entry in get_model_conversion_mapping(model) if not isinstance(entry, WeightConverter)]
+    table = get_model_conversion_mapping(model)
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    return [entry for entry in table if not isinstance(entry, WeightConverter)], converters
+
+
+def renaming(model: Any) -> Callable[[str], str]:
+    """The model's name of what a checkpoint may have under an old one, by transformers' table; layers that it fuses keep theirs."""
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, _ = _table(model)
     return lambda name: rename_source_key(name, renamings, [])[0]
 
 
@@ -130,12 +140,9 @@ def renamed(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tupl
     Raises:
         ValueError: transformers would compute with a tensor, not only place it.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import Concatenate, MergeModulelist, dot_natural_key, rename_source_key
 
-    mapping = get_model_conversion_mapping(model)
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings: list[Any] = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    renamings, converters = _table(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
     places: dict[str, tuple[str, tuple[int | slice, ...]]] = {}
@@ -186,9 +193,8 @@ def _quantizer_class() -> type:
             names: dict[int, str] = {}
             for fqn, w in model.named_parameters(remove_duplicate=False):
                 if names.setdefault(id(w), fqn) != fqn and isinstance(w, RTNQuantizedTensor):
-                    module, _, name = fqn.rpartition(".")
-                    for plane in w.tensor_data_names:
-                        del tensors[f"{module}._{name}_{plane}"]
+                    for plane in plane_names(fqn):
+                        del tensors[plane]
             return tensors, metadata
 
     return RTNHfQuantizer
@@ -211,7 +217,7 @@ def _quantization_config(model: nn.Module) -> Any:
         return None
     distinct = set(configs.values())
     quant_type = distinct.pop() if len(distinct) == 1 else FqnToConfig(configs)
-    embedding = any(isinstance(getattr(end, "weight", None), RTNQuantizedTensor) for end in ends(model)[:1])
+    embedding = isinstance(getattr(ends(model)[0], "weight", None), RTNQuantizedTensor)
     return TorchAoConfig(quant_type, modules_to_not_convert=floats, include_input_output_embeddings=embedding)
 
 
@@ -229,9 +235,9 @@ def _description(model: Any) -> list[tuple[Any, str, Any]]:
     if conversions := getattr(model, "_weight_conversions", None):
         kept = [c for c in conversions if not any(isinstance(op, TorchAoDeserialize) for op in getattr(c, "operations", ()))]
         settings.append((model, "_weight_conversions", kept))
-    weights = [end.weight for end in ends(model) if hasattr(end, "weight")]
-    if len(weights) == 2 and any(isinstance(w, RTNQuantizedTensor) for w in weights):
-        settings.append((model.config, "tie_word_embeddings", weights[0] is weights[1]))  # else whoever reads it ties them anew
+    first, last = (getattr(end, "weight", None) for end in ends(model))
+    if first is not None and last is not None and any(isinstance(w, RTNQuantizedTensor) for w in (first, last)):
+        settings.append((model.config, "tie_word_embeddings", first is last))  # else whoever reads it ties them anew
     return settings
 
 

@@ -91,6 +91,11 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
         )
 
 
+def is_finite(t: Tensor) -> bool:
+    """Whether `t` holds no NaN or inf, in one pass and no copy."""
+    return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
+
+
 def _why_unfit(target: Target) -> str | None:
     """None where the weight can be quantized, else why it cannot, and what to do."""
     w = target.parameter
@@ -107,7 +112,7 @@ def _why_unfit(target: Target) -> str | None:
     if not target.by_name and not isinstance(target.module, nn.Linear | nn.Embedding):
         kind = type(target.module).__name__
         return f"belongs to a {kind}; a filter can select only nn.Linear and nn.Embedding weights. Leave it out, or name it in FqnToConfig"
-    if w.numel() and not w.is_meta and not torch.stack(w.detach().aminmax()).isfinite().all():
+    if not w.is_meta and not is_finite(w.detach()):
         return "holds NaN or inf; repair the checkpoint, or leave the weight out"
     return None
 

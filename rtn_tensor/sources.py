@@ -69,6 +69,12 @@ class _ReadOnly:
                 self.memory.madvise(mmap.MADV_WILLNEED, at, min(READ_AHEAD, start + part.nbytes - at))
 
 
+def plane_names(fqn: str) -> list[str]:
+    """What the planes of the quantized weight `fqn` are called in a file, as by torchao."""
+    module, _, name = fqn.rpartition(".")
+    return [f"{module}._{name}_{plane}" for plane in RTNQuantizedTensor.tensor_data_names]
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -169,8 +175,7 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
     # transformers writes a tensor under the name that its model once had for it, and in the metadata as it has now.
     names = {new(name): name for name in found} if formats else {}
     for fqn, attributes in formats.items():
-        module, _, name = fqn.rpartition(".")
-        qdata, scale = (found.pop(names.get(f"{module}._{name}_{plane}", ""), None) for plane in RTNQuantizedTensor.tensor_data_names)
+        qdata, scale = (found.pop(names.get(plane, ""), None) for plane in plane_names(fqn))
         if qdata and scale:
             found[fqn] = _quantized(qdata, scale, fqn, attributes)
         elif source := qdata or scale:

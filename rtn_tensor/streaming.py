@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rtn_tensor.kernels import cpu
+from rtn_tensor.quantize import is_finite
 from rtn_tensor.sources import Source
 from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
 
@@ -132,7 +133,7 @@ def _copy(piece: Piece, source: Tensor, to: Tensor) -> None:
     to.copy_(rows)
     # Where a group held a NaN or inf, its scale is NaN.
     seen = to.scale if isinstance(to, RTNQuantizedTensor) else rows
-    if seen.numel() and not torch.stack(seen.aminmax()).isfinite().all():
+    if not is_finite(seen):
         raise piece.source.error("holds NaN or inf; the checkpoint is damaged, copy or download it again")
 
 

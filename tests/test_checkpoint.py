@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +269,23 @@ def test_existing_destination_is_untouched(tmp_path):
     assert str(caught.value) == f"{tmp_path / 'model'} exists; choose another name, or remove it first"
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["precious"]
+
+
+def test_what_is_replaced_comes_back_where_the_rename_fails(tmp_path, monkeypatch):
+    save(tiny_llama(), tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError("no more")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no more"):
+        save(tiny_llama(seed=1), tmp_path / "model", force=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_missing_parents_are_made(tmp_path):

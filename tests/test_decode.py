@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_llama import tiny_llama
+from tiny_llama import greedy, tiny_llama
 
 from rtn_tensor import quantize_, rtn_int4
 from rtn_tensor.decode import Decoder
@@ -16,13 +16,6 @@ def model():
 
 def tokens(n):
     return torch.randint(0, 320, (1, n), generator=torch.Generator().manual_seed(n))
-
-
-def greedy(model, ids, n):
-    for _ in range(n):
-        with torch.no_grad():
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    return ids
 
 
 def check(model, decoder, prompt):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from tiny_llama import tiny_llama, tiny_tokenizer
+from tiny_llama import greedy, tiny_llama, tiny_tokenizer
 from torch import nn
 
 from rtn_tensor import quantize_, rtn_int4
@@ -138,13 +138,6 @@ got 0 tokens and window=1024; both must be at least 2, as a token is scored give
 
 
 # ------------------------------------------------------------------------------------------- generate
-
-
-def greedy(model, ids, n):
-    for _ in range(n):
-        with torch.no_grad():
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    return ids
 
 
 def test_generate_is_greedy(model, tokenizer):
