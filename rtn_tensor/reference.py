@@ -40,7 +40,8 @@ def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dty
         exact = torch.where(-low >= high, low, high) / fmt.qmin
     else:
         # The formula's number, and it cannot overflow: 2 max|w| / (2^b - 1) = max|w| / (2^(b-1) - 1/2).
-        exact = torch.maximum(-low, high) / (fmt.qmax + 0.5)
+        # By a tensor: torch's CUDA division by a number multiplies with its inverse.
+        exact = torch.maximum(-low, high) / torch.full((), fmt.qmax + 0.5, device=w.device)
     # A weight that is tiny even for fp32 must not lose its group in the division.
     lost = (exact == 0) & ((low != 0) | (high != 0))
     exact = torch.where(lost, torch.finfo(torch.float32).tiny * torch.finfo(torch.float32).eps, exact)

@@ -94,7 +94,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(
         rtn_tensor.kernels,
         "KERNELS",
-        [Kernel(name="counting", why_not=lambda problem: None, rounds_weight=False, **{op: counted(op) for op in OPS})],
+        [Kernel(name="counting", why_not=lambda problem: None, rounds_weight=lambda problem: False, **{op: counted(op) for op in OPS})],
     )
     cpu.direct(False)
     rtn_tensor.kernels._choose.cache_clear()

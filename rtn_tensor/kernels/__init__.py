@@ -13,14 +13,14 @@ from torch import Tensor
 
 from rtn_tensor import reference
 from rtn_tensor.config import check_format
-from rtn_tensor.kernels import cpu, dense
-from rtn_tensor.kernels.problem import Kernel, Problem
+from rtn_tensor.kernels import cpu, dense, triton
+from rtn_tensor.kernels.problem import Kernel, Problem, bucket, capability, make_problem
 from rtn_tensor.tables import table
 
 REFERENCE = Kernel(
     name="reference",
     why_not=lambda problem: None,
-    rounds_weight=False,
+    rounds_weight=lambda problem: False,
     linear=reference.linear,
     linear_dx=reference.linear_dx,
     grouped=reference.grouped,
@@ -30,7 +30,7 @@ REFERENCE = Kernel(
     dequantize=reference.dequantize,
 )
 
-KERNELS = [cpu.KERNEL, dense.KERNEL, REFERENCE]
+KERNELS = [cpu.KERNEL, triton.KERNEL, dense.KERNEL, REFERENCE]
 
 
 def why_not(kernel: Kernel, problem: Problem) -> str | None:
@@ -60,37 +60,6 @@ def choose(problem: Problem) -> Kernel:
         ValueError: `RTN_KERNEL` names no kernel, or one that cannot run `problem`.
     """
     return _choose(problem, os.environ.get("RTN_KERNEL"))
-
-
-def _bucket(m: int) -> int:
-    return 1 << (m - 1).bit_length() if m else 0
-
-
-@lru_cache
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def make_problem(op: str, dtype: torch.dtype, m: int, k: int, qdata: Tensor, scale: Tensor, bits: int, group_size: int) -> Problem:
-    """The `Problem` of running `op` over `m` rows with the weight in these planes. M is rounded up to a power of two, so that few
-    choices are ever made."""
-    # Called for every eager product: `size` costs a third of `shape`, `is_cpu` a third of `device`.
-    dims = qdata.dim()
-    address = 0 if qdata.is_meta else qdata.data_ptr() | scale.data_ptr()
-    return Problem(
-        op,
-        "cpu" if qdata.is_cpu else qdata.device.type,
-        _capability(qdata.device.index) if qdata.is_cuda else None,
-        dtype,
-        scale.dtype,
-        bits,
-        group_size,
-        _bucket(m),
-        qdata.size(-2) if dims > 1 else 1,
-        k,
-        qdata.size(0) if dims > 2 else None,
-        (address & -address & 15) or 16,
-    )
 
 
 @dataclass(frozen=True)
@@ -153,8 +122,8 @@ def explain(
         check_format(bits, group_size, "absmax")
         if min(m, N, K) < 0:
             raise ValueError(f"M={m}, N={N}, K={K}: sizes cannot be negative")
-        capability = _capability(device.index) if device.type == "cuda" else None
-        problem = Problem(op, device.type, capability, dtype, dtype, bits, group_size, _bucket(m), N, K)
+        compute = capability(device.index) if device.type == "cuda" else None
+        problem = Problem(op, device.type, compute, dtype, dtype, bits, group_size, bucket(m), N, K)
     chosen = choose(problem)
     preferred = "forced by RTN_KERNEL" if os.environ.get("RTN_KERNEL") == chosen.name else "preferred"
     reasons = {}

@@ -192,7 +192,7 @@ def why_not(problem: Problem) -> str | None:
 KERNEL = Kernel(
     name="cpu",
     why_not=why_not,
-    rounds_weight=False,
+    rounds_weight=lambda problem: False,
     linear=linear,
     grouped=grouped,
     embedding=embedding,

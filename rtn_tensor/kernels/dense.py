@@ -5,13 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.kernels import cpu
-from rtn_tensor.kernels.problem import Kernel, Problem
+from rtn_tensor.kernels import cpu, triton
+from rtn_tensor.kernels.problem import Kernel, Problem, make_problem
 
 
 def _weight(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
-    dequantize = cpu.dequantize if qdata.is_cpu and cpu.library() is not None else reference.dequantize
-    return dequantize(qdata, scale, bits, group_size, k, dtype)
+    problem = make_problem("dequantize", dtype, qdata.shape[0], k, qdata, scale, bits, group_size)
+    for kernel in (cpu.KERNEL, triton.KERNEL):
+        if kernel.why_not(problem) is None:
+            return kernel.dequantize(qdata, scale, bits, group_size, k, dtype)
+    return reference.dequantize(qdata, scale, bits, group_size, k, dtype)
 
 
 def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -26,4 +29,4 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-KERNEL = Kernel(name="dense", why_not=why_not, rounds_weight=True, linear=linear, linear_dx=linear_dx)
+KERNEL = Kernel(name="dense", why_not=why_not, rounds_weight=lambda problem: True, linear=linear, linear_dx=linear_dx)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,39 @@ class Problem(NamedTuple):
     N: int
     K: int
     experts: int | None = None
-    alignment: int = 16  # bytes that the planes' addresses are multiples of, at most 16
+    alignment: int = 16  # bytes that the address of qdata (for "quantize", of the float weight) is a multiple of, at most 16
+
+
+def bucket(m: int) -> int:
+    """`m` rounded up to a power of two."""
+    return 1 << (m - 1).bit_length() if m else 0
+
+
+@lru_cache
+def capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def make_problem(op: str, dtype: torch.dtype, m: int, k: int, qdata: Tensor, scale: Tensor, bits: int, group_size: int) -> Problem:
+    """The `Problem` of running `op` over `m` rows with the weight in these planes. M is rounded up to a power of two, so that few
+    choices are ever made."""
+    # Called for every eager product: `size` costs a third of `shape`, `is_cpu` a third of `device`.
+    dims = qdata.dim()
+    address = 0 if qdata.is_meta else qdata.data_ptr()
+    return Problem(
+        op,
+        "cpu" if qdata.is_cpu else qdata.device.type,
+        capability(qdata.device.index) if qdata.is_cuda else None,
+        dtype,
+        scale.dtype,
+        bits,
+        group_size,
+        bucket(m),
+        qdata.size(-2) if dims > 1 else 1,
+        k,
+        qdata.size(0) if dims > 2 else None,
+        (address & -address & 15) or 16,
+    )
 
 
 _LACKING: Any = None
@@ -36,13 +69,13 @@ class Kernel:
     Attributes:
         name: unique; what `RTN_KERNEL` and `explain` call it.
         why_not: given a `Problem`, None where the kernel can run it, else one sentence that says why it cannot.
-        rounds_weight: whether q * S is rounded to the activation dtype before the product (as a dequantized weight would be);
-            otherwise integer weights stay exact and fp32 partial sums are scaled.
+        rounds_weight: given a `Problem`, whether q * S is rounded to the activation dtype before the product (as a dequantized weight
+            would be); otherwise integer weights stay exact and fp32 partial sums are scaled.
     """
 
     name: str
     why_not: Callable[[Problem], str | None]
-    rounds_weight: bool
+    rounds_weight: Callable[[Problem], bool]
     linear: Callable[..., Tensor] = _LACKING
     linear_dx: Callable[..., Tensor] = _LACKING
     grouped: Callable[..., Tensor] = _LACKING

@@ -1,0 +1,149 @@
+"""`grouped` (y = x @ w'^T of each expert over its own rows) and `grouped_dx` (dx = dy @ w') on packed weights.
+
+Which expert a block of rows belongs to is found from `offs` in every program, so nothing is sorted, padded or launched before.
+"""
+
+import triton
+import triton.language as tl
+
+from rtn_tensor.kernels.triton.words import product, product_dx
+
+
+@triton.jit
+def block_of(block, offs_ptr, M, E, BM: tl.constexpr, EXPERTS: tl.constexpr):
+    """Number of a block of at most BM rows -> (expert, its first row, the end of the expert's rows). Each expert's rows make blocks of
+    their own; rows past the last end are those of expert E; numbers past the last block give E + 1 or more. EXPERTS: a power of two > E."""
+    e = tl.arange(0, EXPERTS)
+    ends = tl.where(e < E, tl.load(offs_ptr + e, mask=e < E, other=0), M)
+    starts = tl.where(e > 0, tl.load(offs_ptr + e - 1, mask=(e > 0) & (e <= E), other=0), 0)
+    starts = tl.where(e <= E, starts, M)
+    blocks = (ends - starts + BM - 1) // BM
+    until = tl.cumsum(blocks)
+    expert = tl.sum((until <= block).to(tl.int32))
+    mine = e == expert
+    start = tl.sum(tl.where(mine, starts + (block - until + blocks) * BM, 0))
+    return expert, start, tl.sum(tl.where(mine, ends, 0))
+
+
+@triton.jit(do_not_specialize=["M", "E", "sx", "swe", "sw", "sse", "ss"])
+def grouped_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    offs_ptr,
+    expert_ptr,
+    pair_ptr,
+    router_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    E,
+    sx,
+    swe,
+    sw,
+    sse,
+    ss,
+    TOP_K: tl.constexpr,
+    GATED: tl.constexpr,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SCALE_AFTER: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Routed rows through experts `w [E, N, B / 2]` int16, `s [E, N, G]` -> `y [M, N]`.
+
+    offs [E]: the cumulative ends of the experts' rows; or, where it is None, expert [M]: the expert of each row, and a program a row.
+    pair [M] or None: the routed pair of each row, which is row pair // TOP_K of x and row pair of y; None: row i is pair i, and x has a row
+    for each unless TOP_K says otherwise.
+    router [M] or None: by which row pair of y is multiplied. GATED: w has 2 N rows, those of gate before those of up, and y is
+    silu(gate) * up. Strides as for `linear_kernel`, swe and sse between experts. Rows past the last end come out zero.
+    """
+    tiles_n = tl.cdiv(N, BN // 2 if GATED else BN)
+    tile_n = tl.program_id(0) % tiles_n
+    block = tl.program_id(0) // tiles_n
+    if offs_ptr is None:
+        expert, start, end = tl.load(expert_ptr + block).to(tl.int32), block, block + 1
+    else:
+        expert, start, end = block_of(block, offs_ptr, M, E, BM, EXPERTS)
+    row = start + tl.arange(0, BM)
+    valid = row < end
+    pair = row if pair_ptr is None else tl.load(pair_ptr + row, mask=valid, other=0).to(tl.int32)
+    if (expert >= E) | (expert < 0):  # nobody's rows; or none at all, and then nothing is valid
+        on = tile_n * (BN // 2 if GATED else BN) + tl.arange(0, BN // 2 if GATED else BN)
+        _store(tl.zeros((BN // 2 if GATED else BN, BM), tl.float32), y_ptr, pair, on, N, valid)
+        return
+    r = tl.arange(0, BN)
+    if GATED:  # eight rows of gate, then the same eight of up: a thread that holds one in its sums holds the other
+        on = tile_n * (BN // 2) + r // 16 * 8 + r % 8
+        w_row = (tl.minimum(on, N - 1) + r // 8 % 2 * N).to(tl.int64)
+    else:
+        on = tile_n * BN + r
+        w_row = tl.minimum(on, N - 1).to(tl.int64)
+    e = expert.to(tl.int64)
+    s_rows = s_ptr + e * sse + w_row * ss
+    x_rows = x_ptr + (pair // TOP_K).to(tl.int64) * (sx * 8)
+    w_rows = w_ptr + e * (swe * 8) + w_row * (sw * 8)
+    acc = product(x_rows, valid, w_rows, s_rows, 0, K, K, BITS, G, BK, SCALE_AFTER, EVEN_K, ASM)
+    if G == 0:
+        acc *= tl.load(s_rows)[:, None].to(tl.float32)
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1)))
+        acc = tl.reshape(gate / (1 + tl.exp(-gate)) * up, (BN // 2, BM))
+        on = tile_n * (BN // 2) + tl.arange(0, BN // 2)
+    if router_ptr is not None:
+        acc *= tl.load(router_ptr + pair, mask=valid, other=0.0)[None, :].to(tl.float32)
+    _store(acc, y_ptr, pair, on, N, valid)
+
+
+@triton.jit
+def _store(acc, y_ptr, pair, on, N, valid):
+    y_ptrs = y_ptr + pair.to(tl.int64)[None, :] * N + on[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=valid[None, :] & (on < N)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "E", "sdy", "swe", "sw", "sse", "ss"])
+def grouped_dx_kernel(
+    dy_ptr,
+    w_ptr,
+    s_ptr,
+    offs_ptr,
+    dx_ptr,
+    M,
+    N,
+    K,
+    E,
+    sdy,
+    swe,
+    sw,
+    sse,
+    ss,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """`dy [M, N]` sorted by expert -> `dx [M, K]`; the rest as for `grouped_kernel`."""
+    tiles_k = tl.cdiv(K, BK)
+    tile_k = tl.program_id(0) % tiles_k
+    expert, start, end = block_of(tl.program_id(0) // tiles_k, offs_ptr, M, E, BM, EXPERTS)
+    row = start + tl.arange(0, BM)
+    valid = row < end
+    ok = tile_k * BK + tl.arange(0, BK)
+    dx_ptrs = dx_ptr + row.to(tl.int64)[:, None] * K + ok[None, :]
+    mask = valid[:, None] & (ok < K)[None, :]
+    if expert >= E:
+        tl.store(dx_ptrs, tl.zeros((BM, BK), dx_ptr.dtype.element_ty), mask=mask)
+        return
+    e = expert.to(tl.int64)
+    dy_rows = dy_ptr + row.to(tl.int64) * (sdy * 8)
+    acc = product_dx(dy_rows, valid, w_ptr + e * (swe * 8), s_ptr + e * sse, tile_k * BK, N, K, sw, ss, BITS, G, BN, BK, ASM)
+    tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)

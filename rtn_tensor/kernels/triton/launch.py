@@ -1,0 +1,377 @@
+"""Launches the Triton kernels on torch tensors; the signatures are those of `rtn_tensor.reference`."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.kernels.problem import bucket
+from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, configure
+from rtn_tensor.kernels.triton.grouped_kernel import grouped_dx_kernel, grouped_kernel
+from rtn_tensor.kernels.triton.linear_kernel import linear_dx_kernel, linear_kernel
+from rtn_tensor.kernels.triton.planes_kernel import dequantize_kernel, quantize_kernel
+
+# Where Triton runs on the CPU, in its interpreter, launches are made for this one.
+INTERPRETED = Gpu("interpreter", processors=132, shared_memory=232448, triton="")
+
+
+def options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
+    # Fusion is stated, as Triton 3.9 warns where it is not. debug is for the kernels that assert; arithmetic is not to be checked for it.
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, "sanitize_overflow": False}
+
+
+@lru_cache
+def gpu_of(device: torch.device) -> Gpu:
+    if device.type == "cpu":
+        return INTERPRETED
+    properties = torch.get_device_module(device).get_device_properties(device)
+    processors = getattr(properties, "multi_processor_count", None) or properties.max_compute_units
+    shared = getattr(properties, "shared_memory_per_block_optin", 65536)
+    return Gpu(properties.name, processors, shared, ".".join(triton.__version__.split(".")[:2]))
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes `device` the current one, as Triton launches there."""
+    if device.type == "cpu" or torch.get_device_module(device).current_device() == device.index:
+        return nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+def asm(device: torch.device) -> bool:
+    """Whether the kernels' PTX can be used."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """`x [M, K]`, or a copy, whose rows are dense, begin at multiples of 16 bytes, and are multiples of 8 long, by zeros at the end."""
+    if x.shape[1] % 8:
+        return F.pad(x, (0, -x.shape[1] % 8))
+    if x.stride(1) != 1 or (x.stride(0) % 8 and x.shape[0] > 1) or x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def words(qdata: Tensor) -> Tensor:
+    return (qdata if qdata.stride(-1) == 1 else qdata.contiguous()).view(torch.int16)
+
+
+def dense_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def per_row(group_size: int) -> int:
+    return 0 if group_size == -1 else group_size
+
+
+class Arrivals:
+    """Zeros for programs to count themselves in, which each launch leaves at zero again. One block a stream, as launches of different
+    streams run at once; while a graph is captured, one of the launch's own, as graphs may be replayed on any stream."""
+
+    RESERVE = 1 << 18  # int32s kept ready for captures, 1 MiB: memory allocated in a capture would have to be zeroed at each replay
+
+    def __init__(self) -> None:
+        self.of_stream: dict[Any, Tensor] = {}
+        self.reserve: dict[torch.device, Tensor] = {}
+
+    def get(self, device: torch.device, count: int) -> Tensor:
+        if device.type != "cuda":
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        if torch.cuda.is_current_stream_capturing():
+            free = self.reserve.get(device)
+            if free is None or free.numel() < count:
+                return torch.zeros(count, dtype=torch.int32, device=device)
+            self.reserve[device] = free[count:]
+            return free[:count]
+        if device not in self.reserve or self.reserve[device].numel() < self.RESERVE // 2:
+            self.reserve[device] = torch.zeros(self.RESERVE, dtype=torch.int32, device=device)
+        key = device, torch.cuda.current_stream(device).cuda_stream
+        if key not in self.of_stream or self.of_stream[key].numel() < count:
+            self.of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        return self.of_stream[key]
+
+
+ARRIVALS = Arrivals()
+
+
+def config_of(
+    op: str, m: int, e: int, n: int, k: int, bits: int, group_size: int, dtype: torch.dtype, device: torch.device
+) -> Config | None:
+    """For `m` rows dealt to `e` experts; as `shape_of` says it of a Problem."""
+    return configure(Shape(op, bits, group_size, dtype.itemsize, bucket(-(-bucket(m) // e)), n, k), gpu_of(device))
+
+
+def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+    (m, k), n = x.shape, qdata.shape[0]
+    y = x.new_empty(m, n)
+    if not y.numel():
+        return y
+    if not k:
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    config = config_of("linear", m, 1, n, k, bits, group_size, x.dtype, x.device)
+    if config is None:  # forced by RTN_KERNEL, where the dense kernel would be chosen
+        return F.linear(x, dequantize(qdata, scale, bits, group_size, k, x.dtype), bias)
+    return launch_linear(x, qdata, scale, bias, bits, group_size, config, y)
+
+
+def launch_linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int, config: Config, y: Tensor
+) -> Tensor:
+    m, n = y.shape
+    x, w, scale = aligned_rows(x), words(qdata), dense_rows(scale)
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    partial = arrived = None
+    with on(x.device):
+        if config.split_k > 1:
+            partial = torch.empty(config.split_k, m, n, dtype=torch.float32, device=x.device)
+            arrived = ARRIVALS.get(x.device, tiles)
+        linear_kernel[(tiles * config.split_k,)](
+            x,
+            w,
+            scale,
+            None if bias is None else bias.contiguous(),
+            y,
+            partial,
+            arrived,
+            m,
+            n,
+            x.shape[1],
+            x.stride(0) // 8,
+            w.stride(0) // 8,
+            scale.stride(0),
+            BITS=bits,
+            G=per_row(group_size),
+            BM=config.block_m,
+            BN=config.block_n,
+            BK=config.block_k,
+            SPLIT_K=config.split_k,
+            SCALE_AFTER=config.scale_after,
+            EVEN_K=x.shape[1] % config.block_k == 0,
+            ASM=asm(x.device),
+            **options(config.num_warps, config.num_stages),
+        )
+    return y
+
+
+def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    (m, n), device = dy.shape, dy.device
+    dx = dy.new_empty(m, k)
+    if not dx.numel():
+        return dx
+    if not n:
+        return dx.zero_()
+    dy, w, scale = aligned_rows(dy), words(qdata), dense_rows(scale)
+    block_m, block_n, block_k, warps, stages = dx_blocks(m, dy.dtype)
+    with on(device):
+        linear_dx_kernel[(triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
+            dy,
+            w,
+            scale,
+            dx,
+            m,
+            n,
+            k,
+            dy.stride(0) // 8,
+            w.stride(0) // 8,
+            scale.stride(0),
+            BITS=bits,
+            G=per_row(group_size),
+            BM=block_m,
+            BN=block_n,
+            BK=block_k,
+            ASM=asm(device),
+            **options(warps, stages),
+        )
+    return dx
+
+
+def dx_blocks(m: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """block_m, block_n, block_k, num_warps, num_stages of the backward kernels, which sum along N."""
+    if dtype == torch.float32:
+        return 16, 32, 64, 4, 2
+    return (16, 64, 64, 4, 3) if m <= 16 else (64, 64, 64, 4, 3) if m <= 64 else (128, 64, 128, 8, 3)
+
+
+def grouped(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor | None,
+    bits: int,
+    group_size: int,
+    *,
+    experts: Tensor | None = None,
+    pairs: Tensor | None = None,
+    top_k: int = 1,
+    router: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """`reference.grouped`, with what an MoE layer does before and after it in the same launch.
+
+    Args:
+        x: `[T, K]`.
+        offs: `[E]` int32, cumulative ends of the experts' rows; None with `experts`.
+        experts: `[P]` int32, the expert of each routed pair, for a handful of them: nothing needs sorting then.
+        pairs: `[P]` int32, the routed pair in each row of the sorted order: pair p is row p // top_k of x, and row p of the result.
+        router: `[P]`, what row p of the result is multiplied by.
+        gated: the weight has gate's rows, then up's, and the result is silu(gate) * up.
+    """
+    e, n = qdata.shape[0], qdata.shape[1] // 2 if gated else qdata.shape[1]
+    rows = x.shape[0] * top_k
+    y = x.new_empty(rows, n)
+    if not y.numel():
+        return y
+    if not x.shape[1]:
+        return y.zero_()
+    one = offs is None  # row a program
+    config = config_of("grouped", 1 if one else rows, 1 if one else e, qdata.shape[1], x.shape[1], bits, group_size, x.dtype, x.device)
+    assert config is not None
+    x, w, scale = aligned_rows(x), words(qdata), dense_rows(scale)
+    k, device = x.shape[1], x.device
+    blocks = rows if offs is None else min(rows, triton.cdiv(rows, config.block_m) + e)
+    with on(device):
+        grouped_kernel[(blocks * triton.cdiv(n, config.block_n // 2 if gated else config.block_n),)](
+            x,
+            w,
+            scale,
+            offs if offs is None else offs.to(torch.int32).contiguous(),
+            experts,
+            pairs,
+            router,
+            y,
+            rows,
+            n,
+            k,
+            e,
+            x.stride(0) // 8,
+            w.stride(0) // 8,
+            w.stride(1) // 8,
+            scale.stride(0),
+            scale.stride(1),
+            TOP_K=top_k,
+            GATED=gated,
+            BITS=bits,
+            G=per_row(group_size),
+            EXPERTS=triton.next_power_of_2(e + 1),
+            BM=config.block_m,
+            BN=config.block_n,
+            BK=config.block_k,
+            SCALE_AFTER=config.scale_after,
+            EVEN_K=k % config.block_k == 0,
+            ASM=asm(device),
+            **options(config.num_warps, config.num_stages),
+        )
+    return y
+
+
+def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    (m, n), e, device = dy.shape, qdata.shape[0], dy.device
+    dx = dy.new_empty(m, k)
+    if not dx.numel():
+        return dx
+    if not n or not e:
+        return dx.zero_()
+    dy, w, scale = aligned_rows(dy), words(qdata), dense_rows(scale)
+    block_m, block_n, block_k, warps, stages = dx_blocks(-(-m // e), dy.dtype)
+    blocks = min(m, triton.cdiv(m, block_m) + e)
+    with on(device):
+        grouped_dx_kernel[(blocks * triton.cdiv(k, block_k),)](
+            dy,
+            w,
+            scale,
+            offs.to(torch.int32).contiguous(),
+            dx,
+            m,
+            n,
+            k,
+            e,
+            dy.stride(0) // 8,
+            w.stride(0) // 8,
+            w.stride(1) // 8,
+            scale.stride(0),
+            scale.stride(1),
+            BITS=bits,
+            G=per_row(group_size),
+            EXPERTS=triton.next_power_of_2(e + 1),
+            BM=block_m,
+            BN=block_n,
+            BK=block_k,
+            ASM=asm(device),
+            **options(warps, stages),
+        )
+    return dx
+
+
+def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    *rows, k = w.shape
+    qdata = torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8, device=w.device)
+    scale = torch.empty(*rows, groups(k, group_size), dtype=scale_dtype, device=w.device)
+    if not qdata.numel():
+        return qdata, scale.fill_(1)
+    w_RK = dense_rows(w).reshape(-1, k)
+    r = w_RK.shape[0]
+    columns = -(-k // 32) * 32 if group_size == -1 else group_size
+    block_k = min(triton.next_power_of_2(columns), 2048)
+    block_r = max(1, 2048 // block_k)
+    with on(w.device):
+        quantize_kernel[(triton.cdiv(r, block_r) * scale.shape[-1],)](
+            w_RK,
+            qdata.view(torch.int16),
+            scale,
+            r,
+            k,
+            columns,
+            scale.shape[-1],
+            w_RK.stride(0),
+            qdata.shape[-1] // 2,
+            BITS=bits,
+            SIGNED=scale_method == "signed",
+            STEPS=triton.cdiv(columns, block_k),
+            BR=block_r,
+            BK=block_k,
+            **options(4),
+        )
+    return qdata, scale
+
+
+def rows_of(qdata: Tensor, scale: Tensor, index: Tensor | None, y: Tensor, bits: int, group_size: int) -> None:
+    """Fills `y [R, K]` with q * S of the rows of `qdata [N, B]` that `index [R]` names, of all where it is None."""
+    (r, k), w, scale = y.shape, words(qdata), dense_rows(scale)
+    block_k = 128
+    with on(y.device):
+        dequantize_kernel[(triton.cdiv(r, 16) * triton.cdiv(k, block_k),)](
+            w,
+            scale,
+            index,
+            y,
+            r,
+            w.shape[0],
+            k,
+            w.stride(0) // 8,
+            scale.stride(0),
+            BITS=bits,
+            G=per_row(group_size),
+            BR=16,
+            BK=block_k,
+            ASM=asm(y.device),
+            **options(4),
+            **{"debug": index is not None},  # so that an index out of range stops the program, as torch's embedding does
+        )
+
+
+def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+    w = torch.empty(*qdata.shape[:-1], k, dtype=dtype, device=qdata.device)
+    if w.numel():
+        rows_of(qdata.reshape(-1, qdata.shape[-1]), scale.reshape(-1, scale.shape[-1]), None, w.view(-1, k), bits, group_size)
+    return w
+
+
+def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+    w = torch.empty(*indices.shape, k, dtype=scale.dtype, device=qdata.device)
+    if w.numel():
+        rows_of(qdata, scale, indices.reshape(-1).contiguous(), w.view(-1, k), bits, group_size)
+    return w

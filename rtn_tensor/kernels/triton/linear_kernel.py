@@ -1,0 +1,124 @@
+"""`linear` (y = x @ w'^T + bias) and `linear_dx` (dx = dy @ w') on packed weights."""
+
+import triton
+import triton.language as tl
+
+from rtn_tensor.kernels.triton.words import product, product_dx
+
+
+@triton.jit
+def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile number -> (tile along M, tile along N), down GROUP tiles of M before the next of N, so that those in flight together share
+    rows of x and of w in L2."""
+    wide = GROUP * tiles_n
+    start = tile // wide * GROUP
+    height = tl.minimum(tiles_m - start, GROUP)
+    return start + tile % wide % height, tile % wide // height
+
+
+@triton.jit(do_not_specialize=["M", "sx", "sw", "ss"])
+def linear_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    bias_ptr,
+    y_ptr,
+    partial_ptr,
+    arrived_ptr,
+    M,
+    N,
+    K,
+    sx,
+    sw,
+    ss,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SCALE_AFTER: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """`x [M, K]`, plane `w [N, B / 2]` int16, `s [N, G]`, `bias [N]` or None -> `y [M, N]`.
+
+    sx and sw are row strides in 16 bytes of a 2-byte type (8 elements), so that the compiler sees that rows are aligned; ss is in elements.
+    SPLIT_K programs share a tile: each writes its fp32 sums to `partial [SPLIT_K, M, N]`, and the last to arrive adds them up in order, so
+    the result does not depend on who came last. It leaves its tile's `arrived` at 0, as it was found.
+    """
+    part = tl.program_id(0) % SPLIT_K
+    tile = tl.program_id(0) // SPLIT_K
+    tile_m, tile_n = tile_of(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), 8)
+    om = tile_m * BM + tl.arange(0, BM)
+    on = tile_n * BN + tl.arange(0, BN)
+    rows = tl.minimum(on, N - 1).to(tl.int64)  # clamped, not masked: loads stay 16 bytes
+    steps = tl.cdiv(K, BK * SPLIT_K)
+    first = tl.multiple_of(part * steps * BK, BK)
+    acc = product(
+        x_ptr + om.to(tl.int64) * (sx * 8),
+        om < M,
+        w_ptr + rows * (sw * 8),
+        s_ptr + rows * ss,
+        first,
+        tl.minimum(first + steps * BK, K),
+        K,
+        BITS,
+        G,
+        BK,
+        SCALE_AFTER,
+        EVEN_K,
+        ASM,
+    )
+    mask = (om[None, :] < M) & (on[:, None] < N)
+    offsets = om.to(tl.int64)[None, :] * N + on[:, None]
+    if SPLIT_K > 1:
+        plane = M.to(tl.int64) * N
+        tl.store(partial_ptr + part * plane + offsets, acc, mask=mask)
+        tl.debug_barrier()  # every thread's sums are written before one thread says so
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1:
+            acc = tl.zeros((BN, BM), tl.float32)
+            for i in range(SPLIT_K):
+                acc += tl.load(partial_ptr + i * plane + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(arrived_ptr + tile, 0)
+            _finish(acc, s_ptr + rows * ss, bias_ptr, y_ptr, on, N, offsets, mask, G)
+    else:
+        _finish(acc, s_ptr + rows * ss, bias_ptr, y_ptr, on, N, offsets, mask, G)
+
+
+@triton.jit
+def _finish(acc, s_rows, bias_ptr, y_ptr, on, N, offsets, mask, G: tl.constexpr):
+    if G == 0:
+        acc *= tl.load(s_rows)[:, None].to(tl.float32)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + on, mask=on < N, other=0.0)[:, None].to(tl.float32)
+    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "sdy", "sw", "ss"])
+def linear_dx_kernel(
+    dy_ptr,
+    w_ptr,
+    s_ptr,
+    dx_ptr,
+    M,
+    N,
+    K,
+    sdy,
+    sw,
+    ss,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """`dy [M, N]`, plane `w [N, B / 2]` int16, `s [N, G]` -> `dx [M, K]`. The weights of a tile are rounded to dy's dtype, in registers;
+    strides as for `linear_kernel`."""
+    tile_m, tile_k = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BK), 8)
+    om = tile_m * BM + tl.arange(0, BM)
+    ok = tile_k * BK + tl.arange(0, BK)
+    acc = product_dx(dy_ptr + om.to(tl.int64) * (sdy * 8), om < M, w_ptr, s_ptr, tile_k * BK, N, K, sw, ss, BITS, G, BN, BK, ASM)
+    mask = (om[:, None] < M) & (ok[None, :] < K)
+    tl.store(dx_ptr + om.to(tl.int64)[:, None] * K + ok[None, :], acc.to(dx_ptr.dtype.element_ty), mask=mask)

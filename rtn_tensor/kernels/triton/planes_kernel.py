@@ -1,0 +1,122 @@
+"""`quantize`, `dequantize` and `embedding`: between float rows and packed planes, in one pass over memory. Bit-exact with reference.py."""
+
+import triton
+import triton.language as tl
+
+from rtn_tensor.kernels.triton.words import integers, rounded, scales
+
+
+@triton.jit
+def rounded_scale(exact, DTYPE: tl.constexpr):
+    """`reference.round_scale` of finite fp32: to nearest, but away from zero where that is subnormal and smaller, and never to inf."""
+    scale = exact.to(DTYPE)
+    if DTYPE == tl.float32:
+        return scale
+    else:
+        TINY: tl.constexpr = 2.0**-14 if DTYPE == tl.float16 else 2.0**-126
+        INF: tl.constexpr = 0x7C00 if DTYPE == tl.float16 else 0x7F80
+        bits = scale.to(tl.int16, bitcast=True)
+        short = (tl.abs(exact) < TINY) & (tl.abs(scale.to(tl.float32)) < tl.abs(exact))
+        # One more in the bits of a float is the next one away from zero, one less the one before: of inf, the largest finite.
+        bits = tl.where(short, bits + 1, tl.where((bits & 0x7FFF) == INF, bits - 1, bits)).to(tl.int16)
+        return bits.to(DTYPE, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["R", "G", "groups", "sw", "words"])
+def quantize_kernel(
+    w_ptr,
+    q_ptr,
+    s_ptr,
+    R,
+    K,
+    G,
+    groups,
+    sw,
+    words,
+    BITS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    STEPS: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """`w [R, K]` of row stride sw -> plane `q [R, words]` int16 and `s [R, groups]`, as `reference.quantize`.
+
+    A program has BR rows of one group of G columns, in steps of BK; a group of several steps is read a second time, from L2.
+    """
+    F: tl.constexpr = 16 // BITS
+    HALF: tl.constexpr = 2 ** (BITS - 1)
+    SCALE: tl.constexpr = s_ptr.dtype.element_ty
+    group = tl.program_id(0) % groups
+    row = tl.program_id(0) // groups * BR + tl.arange(0, BR)
+    w_rows = w_ptr + row.to(tl.int64)[:, None] * sw
+    k = tl.arange(0, BK)
+    end = tl.minimum(G, K - group * G)
+    low = tl.zeros((BR,), tl.float32)
+    high = tl.zeros((BR,), tl.float32)
+    for step in tl.static_range(STEPS):
+        column = step * BK + k
+        w = tl.load(w_rows + (group * G + column)[None, :], mask=(row < R)[:, None] & (column < end)[None, :], other=0.0).to(tl.float32)
+        w_or_inf = tl.where(w == w, w, float("inf"))
+        low = tl.minimum(low, tl.min(w_or_inf, 1))
+        high = tl.maximum(high, tl.max(w_or_inf, 1))
+    if SIGNED:
+        exact = tl.where(-low >= high, low, high) * (-1.0 / HALF)
+    else:
+        exact = tl.div_rn(tl.maximum(-low, high), tl.full((BR,), HALF - 0.5, tl.float32))
+    zero = (low == 0) & (high == 0)
+    smallest = tl.full((BR,), 1, tl.int32).to(tl.float32, bitcast=True)
+    exact = tl.where(zero, 1.0, tl.where(exact == 0, smallest, exact))
+    bad = (low == -float("inf")) | (high == float("inf"))
+    scale = rounded_scale(tl.where(bad, 1.0, exact), SCALE)
+    divisor = scale.to(tl.float32)
+    tl.store(s_ptr + row.to(tl.int64) * groups + group, tl.where(bad, float("nan"), divisor).to(SCALE), mask=row < R)
+    for step in tl.static_range(STEPS):
+        column = step * BK + k
+        if STEPS > 1:
+            w = tl.load(w_rows + (group * G + column)[None, :], mask=(row < R)[:, None] & (column < end)[None, :], other=0.0).to(tl.float32)
+        v = tl.div_rn(w, tl.broadcast_to(divisor[:, None], (BR, BK)))
+        v = tl.where(bad[:, None], 0.0, tl.minimum(tl.maximum(v, -HALF), HALF - 1))
+        # v + 1.5 * 2^23 has the nearest integer, ties to even, in its low bits.
+        q = (v + 12582912.0).to(tl.int32, bitcast=True) & (2 * HALF - 1)
+        fields = tl.permute(tl.reshape(q, (BR, BK // (8 * F), F, 8)), (0, 1, 3, 2)) << (tl.arange(0, F) * BITS)[None, None, None, :]
+        packed = tl.reshape(tl.sum(fields, 3), (BR, BK // F)).to(tl.int16)
+        word = step * (BK // F) + tl.arange(0, BK // F)
+        kept = (group * G // F + word < words) & (word < G // F)
+        tl.store(
+            q_ptr + row.to(tl.int64)[:, None] * words + (group * G // F + word)[None, :], packed, mask=(row < R)[:, None] & kept[None, :]
+        )
+
+
+@triton.jit(do_not_specialize=["R", "N", "sw", "ss"])
+def dequantize_kernel(
+    w_ptr,
+    s_ptr,
+    index_ptr,
+    y_ptr,
+    R,
+    N,
+    K,
+    sw,
+    ss,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Plane `w [N, B / 2]` int16 of row stride 8 sw, `s [N, G]` -> `y [R, K]` = q * S: row i is row index[i], or where that is None row i.
+    G = 0: one scale a row."""
+    tiles_k = tl.cdiv(K, BK)
+    first = tl.program_id(0) % tiles_k * BK
+    r = tl.program_id(0) // tiles_k * BR + tl.arange(0, BR)
+    row = tl.minimum(r, R - 1).to(tl.int64)
+    if index_ptr is not None:
+        row = tl.load(index_ptr + row).to(tl.int64)
+        tl.device_assert((row >= 0) & (row < N), "embedding index is out of range")
+    word = first * BITS // 16 + tl.arange(0, BK * BITS // 16)
+    CHUNK: tl.constexpr = 128 // BITS
+    w = tl.load(w_ptr + row[:, None] * (sw * 8) + word[None, :], mask=word[None, :] < (K + CHUNK - 1) // CHUNK * 8, other=0)
+    scale = scales(s_ptr + row * ss, first, (K - 1) // (G if G > 0 else 1), G, BK)
+    y = rounded(integers(w, BITS, tl.float32, ASM), scale, tl.float32).to(y_ptr.dtype.element_ty)
+    k = first + tl.arange(0, BK)
+    tl.store(y_ptr + r.to(tl.int64)[:, None] * K + k[None, :], y, mask=(r < R)[:, None] & (k < K)[None, :])
