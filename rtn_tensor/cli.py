@@ -1,4 +1,4 @@
-"""The command `rtn-tensor`: quantize, inspect, perplexity, generate, explain."""
+"""The command `rtn-tensor`: quantize, inspect, perplexity, generate, explain, tune."""
 
 import argparse
 import json
@@ -20,7 +20,9 @@ from rtn_tensor.formats import FORMATS
 from rtn_tensor.kernels import explain
 from rtn_tensor.pretrained import but_the_output, ends
 from rtn_tensor.quantize import report
+from rtn_tensor.tables import table
 from rtn_tensor.tensor import FLOAT_DTYPES
+from rtn_tensor.tune import TOKENS, tune, tuned_folder
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -144,6 +146,36 @@ def _explain(args: argparse.Namespace) -> tuple[Any, str]:
     return result.to_dict(), str(result)
 
 
+def _size(text: str) -> tuple[int, int]:
+    try:
+        n, k = map(int, text.split("x"))
+    except ValueError:
+        n = k = 0
+    if min(n, k) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no weight's size; write out_features x in_features, as in 4096x14336")
+    return n, k
+
+
+def _tune(args: argparse.Namespace) -> tuple[Any, str]:
+    sizes = list(args.size)
+    for path in args.model:
+        selects = _selects(model := empty_model(path), [], False)
+        sizes += [tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear) and selects(m, name)]
+    if not sizes:
+        raise ValueError("nothing to tune for; name a model's folder with --model, or sizes with --size")
+    rows = tune(dict.fromkeys(sizes), args.bits, args.group_size, DTYPES[args.dtype], args.tokens, args.device, progress=_progress("shape"))
+    cells = [
+        [
+            f"[{row['shape']['N']}, {row['shape']['K']}]",
+            str(row["shape"]["M"]),
+            f"{row['microseconds']:.1f}",
+            f"{row['rule_microseconds']:.1f}",
+        ]
+        for row in rows
+    ]
+    return rows, table(["weight", "tokens", "us", "us before"], cells) + f"\nwritten to {tuned_folder()}"
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="rtn-tensor", description="Round-to-nearest int4 and int8 weights: no data, no calibration, seconds."
@@ -195,6 +227,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--m", type=int, default=1, help="rows of activations")
     sub.add_argument("--n", type=int, default=4096, help="out_features")
     sub.add_argument("--k", type=int, default=4096, help="in_features")
+
+    sub = command("tune", _tune, "Measure how the GPU's kernels are best launched, for a model or sizes of weights, and remember it.")
+    sub.add_argument(
+        "--model", metavar="FOLDER", action="append", default=[], help="folder of a float model: all its linear layers; may repeat"
+    )
+    sub.add_argument("--size", metavar="NxK", type=_size, action="append", default=[], help="out_features x in_features; may repeat")
+    add_format(sub)
+    sub.add_argument("--tokens", metavar="M", type=int, nargs="+", default=TOKENS, help="rows of activations")
+    sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the activations")
+    sub.add_argument("--device", default="cuda", help="GPU to measure on")
     return top
 
 
@@ -204,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", module="rtn_tensor")
     try:
-        if args.run is not _explain:
+        if args.run not in (_explain, _tune):
             _silence_transformers()
         data, text = args.run(args)
         print(json.dumps(data) if args.json else text, flush=True)

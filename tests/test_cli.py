@@ -84,6 +84,8 @@ positional arguments:
               Measure a model's perplexity on a text, by sliding window.
     generate  Continue a prompt, greedily.
     explain   Say which kernel runs a layer, and why each other does not.
+    tune      Measure how the GPU's kernels are best launched, for a model or sizes of weights,
+              and remember it.
 
 options:
   -h, --help  show this help message and exit

@@ -612,7 +612,7 @@ check()
 def no_library(monkeypatch):
     def forget():
         cpu.library.cache_clear()
-        kernels._choose.cache_clear()
+        kernels.forget()
 
     cpu.direct(False)
     monkeypatch.setattr(cpu, "LIBRARY", Path("missing") / "librtn.so")

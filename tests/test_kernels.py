@@ -67,11 +67,11 @@ def use(monkeypatch):
     def put(*others):
         cpu.direct(False)
         monkeypatch.setattr(kernels, "KERNELS", list(others))
-        kernels._choose.cache_clear()
+        kernels.forget()
 
     yield put
     cpu.direct(True)
-    kernels._choose.cache_clear()
+    kernels.forget()
 
 
 def run(kernel, op, x, w, bias=None, offs=None):

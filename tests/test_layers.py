@@ -38,6 +38,7 @@ LAYERS = [
     "checkpoint",
     "decode",
     "evaluate",
+    "tune",
     "integrations.*",
     "cli",
     "__main__",

@@ -97,10 +97,10 @@ def calls(monkeypatch):
         [Kernel(name="counting", why_not=lambda problem: None, rounds_weight=lambda problem: False, **{op: counted(op) for op in OPS})],
     )
     cpu.direct(False)
-    rtn_tensor.kernels._choose.cache_clear()
+    rtn_tensor.kernels.forget()
     yield made
     cpu.direct(True)
-    rtn_tensor.kernels._choose.cache_clear()
+    rtn_tensor.kernels.forget()
 
 
 def names(calls):

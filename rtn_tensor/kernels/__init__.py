@@ -62,6 +62,11 @@ def choose(problem: Problem) -> Kernel:
     return _choose(problem, os.environ.get("RTN_KERNEL"))
 
 
+def forget() -> None:
+    """Forgets the choices made, where what they depend on has changed."""
+    _choose.cache_clear()
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found. `kernel` is the name of the kernel that runs; `reasons` maps every other kernel to one sentence."""

@@ -83,9 +83,13 @@ def table(file_name: str) -> dict[Shape, Config | None]:
     return found
 
 
-def scales_after(block_k: int, group_size: int) -> bool:
-    """Whether steps of `block_k` columns can have their sums scaled: a group is a whole number of steps."""
-    return group_size == -1 or group_size % block_k == 0
+def takes(block_k: int, group_size: int, scale_after: bool) -> bool:
+    """Whether the kernels can take steps of `block_k` columns: their sums are scaled where a group is a whole number of steps, the weights
+    where a step is at most four groups, or four times the 32 columns that are always of one group."""
+    if group_size == -1 or scale_after:
+        return scale_after and group_size % block_k in (0, block_k - 1)
+    unit = block_k if group_size % block_k == 0 else group_size if block_k % group_size == 0 else 32
+    return block_k <= 4 * unit
 
 
 def shared_memory(config: Config, shape: Shape) -> int:
@@ -94,8 +98,7 @@ def shared_memory(config: Config, shape: Shape) -> int:
 
 
 def fits(config: Config, gpu: Gpu, shape: Shape) -> bool:
-    # The conversion of the result to rows takes its fp32 tile of the same memory.
-    return max(shared_memory(config, shape), 4 * config.block_m * config.block_n) <= gpu.shared_memory
+    return shared_memory(config, shape) <= gpu.shared_memory
 
 
 def split(steps: int, parts: int) -> int:
@@ -112,14 +115,14 @@ def by_rule(shape: Shape, gpu: Gpu) -> Config | None:
     """A configuration that the compiler makes well of on Hopper (see tests/test_triton_sass.py), sized to the GPU. Not measured yet."""
     m, n, k = (max(size, 1) for size in (shape.M, shape.N, shape.K))
     if shape.itemsize == 4:  # no tensor cores for exact fp32
-        config = Config(16 if m <= 16 else 32, 64, 32, 1, scales_after(32, shape.group_size), 4, 2)
+        config = Config(16 if m <= 16 else 32, 64, 32, 1, takes(32, shape.group_size, True), 4, 2)
     elif m <= 64:
         # While the weights are what takes the time: steps of at least 64 bytes of a row, sums scaled where groups allow it.
         block_k = 128
         block_m = 16 if m <= 16 else 32 if m <= 32 else 64
         wide = block_m == 64 and n > 64
         config = Config(
-            block_m, 128 if wide else 64, block_k, 1, scales_after(block_k, shape.group_size), 8 if wide else 4, 3 if wide else 4
+            block_m, 128 if wide else 64, block_k, 1, takes(block_k, shape.group_size, True), 8 if wide else 4, 3 if wide else 4
         )
     elif shape.op == "linear" and m >= DENSE_FROM:
         return None

@@ -1,5 +1,8 @@
 """Launches the Triton kernels on torch tensors; the signatures are those of `rtn_tensor.reference`."""
 
+# pyright: reportArgumentType=false
+# (a constexpr parameter of a kernel takes a plain number)
+
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -137,6 +140,7 @@ def launch_linear(
             y,
             partial,
             arrived,
+            config.split_k,
             m,
             n,
             x.shape[1],
@@ -148,7 +152,6 @@ def launch_linear(
             BM=config.block_m,
             BN=config.block_n,
             BK=config.block_k,
-            SPLIT_K=config.split_k,
             SCALE_AFTER=config.scale_after,
             EVEN_K=x.shape[1] % config.block_k == 0,
             ASM=asm(x.device),
@@ -327,7 +330,7 @@ def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dty
             columns,
             scale.shape[-1],
             w_RK.stride(0),
-            qdata.shape[-1] // 2,
+            qdata.shape[-1] // 16,
             BITS=bits,
             SIGNED=scale_method == "signed",
             STEPS=triton.cdiv(columns, block_k),
@@ -341,9 +344,9 @@ def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dty
 def rows_of(qdata: Tensor, scale: Tensor, index: Tensor | None, y: Tensor, bits: int, group_size: int) -> None:
     """Fills `y [R, K]` with q * S of the rows of `qdata [N, B]` that `index [R]` names, of all where it is None."""
     (r, k), w, scale = y.shape, words(qdata), dense_rows(scale)
-    block_k = 128
+    block_r, block_k = 32, 128
     with on(y.device):
-        dequantize_kernel[(triton.cdiv(r, 16) * triton.cdiv(k, block_k),)](
+        dequantize_kernel[(triton.cdiv(r, block_r) * triton.cdiv(k, block_k),)](
             w,
             scale,
             index,
@@ -355,7 +358,7 @@ def rows_of(qdata: Tensor, scale: Tensor, index: Tensor | None, y: Tensor, bits:
             scale.stride(0),
             BITS=bits,
             G=per_row(group_size),
-            BR=16,
+            BR=block_r,
             BK=block_k,
             ASM=asm(y.device),
             **options(4),

@@ -16,7 +16,7 @@ def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     return start + tile % wide % height, tile % wide // height
 
 
-@triton.jit(do_not_specialize=["M", "sx", "sw", "ss"])
+@triton.jit(do_not_specialize=["split_k", "M", "sx", "sw", "ss"])
 def linear_kernel(
     x_ptr,
     w_ptr,
@@ -25,6 +25,7 @@ def linear_kernel(
     y_ptr,
     partial_ptr,
     arrived_ptr,
+    split_k,
     M,
     N,
     K,
@@ -36,7 +37,6 @@ def linear_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     SCALE_AFTER: tl.constexpr,
     EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
@@ -44,24 +44,26 @@ def linear_kernel(
     """`x [M, K]`, plane `w [N, B / 2]` int16, `s [N, G]`, `bias [N]` or None -> `y [M, N]`.
 
     sx and sw are row strides in 16 bytes of a 2-byte type (8 elements), so that the compiler sees that rows are aligned; ss is in elements.
-    SPLIT_K programs share a tile: each writes its fp32 sums to `partial [SPLIT_K, M, N]`, and the last to arrive adds them up in order, so
-    the result does not depend on who came last. It leaves its tile's `arrived` at 0, as it was found.
+    Where there is a `partial [split_k, M, N]`, that many programs share a tile: each writes its fp32 sums there, and the last to arrive
+    adds them up in order, so the result does not depend on who came last. It leaves its tile's `arrived` at 0, as it was found.
     """
-    part = tl.program_id(0) % SPLIT_K
-    tile = tl.program_id(0) // SPLIT_K
+    tile, part, first, end = tl.program_id(0), 0, 0, K
+    if partial_ptr is not None:
+        tile, part = tl.program_id(0) // split_k, tl.program_id(0) % split_k
+        steps = tl.cdiv(tl.cdiv(K, BK), split_k)
+        first = tl.multiple_of(part * steps * BK, BK)
+        end = tl.minimum(first + steps * BK, K)
     tile_m, tile_n = tile_of(tile, tl.cdiv(M, BM), tl.cdiv(N, BN), 8)
     om = tile_m * BM + tl.arange(0, BM)
     on = tile_n * BN + tl.arange(0, BN)
     rows = tl.minimum(on, N - 1).to(tl.int64)  # clamped, not masked: loads stay 16 bytes
-    steps = tl.cdiv(K, BK * SPLIT_K)
-    first = tl.multiple_of(part * steps * BK, BK)
     acc = product(
         x_ptr + om.to(tl.int64) * (sx * 8),
         om < M,
         w_ptr + rows * (sw * 8),
         s_ptr + rows * ss,
         first,
-        tl.minimum(first + steps * BK, K),
+        end,
         K,
         BITS,
         G,
@@ -72,13 +74,13 @@ def linear_kernel(
     )
     mask = (om[None, :] < M) & (on[:, None] < N)
     offsets = om.to(tl.int64)[None, :] * N + on[:, None]
-    if SPLIT_K > 1:
+    if partial_ptr is not None:
         plane = M.to(tl.int64) * N
         tl.store(partial_ptr + part * plane + offsets, acc, mask=mask)
         tl.debug_barrier()  # every thread's sums are written before one thread says so
-        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1:
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == split_k - 1:
             acc = tl.zeros((BN, BM), tl.float32)
-            for i in range(SPLIT_K):
+            for i in range(split_k):
                 acc += tl.load(partial_ptr + i * plane + offsets, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(arrived_ptr + tile, 0)
             _finish(acc, s_ptr + rows * ss, bias_ptr, y_ptr, on, N, offsets, mask, G)

@@ -22,7 +22,7 @@ def rounded_scale(exact, DTYPE: tl.constexpr):
         return bits.to(DTYPE, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["R", "G", "groups", "sw", "words"])
+@triton.jit(do_not_specialize=["R", "groups", "chunks"])
 def quantize_kernel(
     w_ptr,
     q_ptr,
@@ -32,14 +32,14 @@ def quantize_kernel(
     G,
     groups,
     sw,
-    words,
+    chunks,
     BITS: tl.constexpr,
     SIGNED: tl.constexpr,
     STEPS: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """`w [R, K]` of row stride sw -> plane `q [R, words]` int16 and `s [R, groups]`, as `reference.quantize`.
+    """`w [R, K]` of row stride sw -> plane `q [R, 8 * chunks]` int16 and `s [R, groups]`, as `reference.quantize`.
 
     A program has BR rows of one group of G columns, in steps of BK; a group of several steps is read a second time, from L2.
     """
@@ -81,10 +81,9 @@ def quantize_kernel(
         fields = tl.permute(tl.reshape(q, (BR, BK // (8 * F), F, 8)), (0, 1, 3, 2)) << (tl.arange(0, F) * BITS)[None, None, None, :]
         packed = tl.reshape(tl.sum(fields, 3), (BR, BK // F)).to(tl.int16)
         word = step * (BK // F) + tl.arange(0, BK // F)
-        kept = (group * G // F + word < words) & (word < G // F)
-        tl.store(
-            q_ptr + row.to(tl.int64)[:, None] * words + (group * G // F + word)[None, :], packed, mask=(row < R)[:, None] & kept[None, :]
-        )
+        kept = (group * (G // F) + word < chunks * 8) & (word < G // F)
+        q_rows = q_ptr + row.to(tl.int64) * (chunks * 8) + group * (G // F)
+        tl.store(q_rows[:, None] + word[None, :], packed, mask=(row < R)[:, None] & kept[None, :])
 
 
 @triton.jit(do_not_specialize=["R", "N", "sw", "ss"])
