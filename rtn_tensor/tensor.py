@@ -208,6 +208,7 @@ def _check_operand(x: Tensor, w: RTNQuantizedTensor, size: int) -> Tensor:
     """`x` as the kernel takes it: cast under autocast, else of the weight's dtype; its last dim is contracted with `size`."""
     if isinstance(x, RTNQuantizedTensor):
         raise _error(w, "a quantized tensor cannot multiply a quantized tensor; call .dequantize() on the activation", TypeError)
+    _check_device("x", x, w)
     if dtype := _autocast_dtype(x):
         x = x.to(dtype)
     elif x.dtype != w.scale.dtype:
@@ -217,8 +218,15 @@ def _check_operand(x: Tensor, w: RTNQuantizedTensor, size: int) -> Tensor:
     return x
 
 
-def _check_bias(bias: Tensor, x: Tensor, w: Tensor) -> Tensor:
+def _check_device(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
+    device = w.qdata.device  # 0.2 us; the weight's own goes through the dispatcher, and takes 1.9
+    if t.device != device:
+        raise _error(w, f"{what} is on {t.device} but the weight is on {device}; use {what}.to('{device}') or weight.to('{t.device}')")
+
+
+def _check_bias(bias: Tensor, x: Tensor, w: RTNQuantizedTensor) -> Tensor:
     """`bias` in the dtype of `x`, which `_check_operand` has seen: cast under autocast, else refused if it is another."""
+    _check_device("bias", bias, w)
     if bias.dtype != x.dtype and _autocast_dtype(x) is None:
         raise _error(w, f"bias is {bias.dtype} but x is {x.dtype}; use bias.to({x.dtype})", TypeError)
     return bias.to(x.dtype)
@@ -267,7 +275,9 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
     if beta == 1 and alpha == 1:
         return _matmul(mat1, mat2, input)
     y = _matmul(mat1, mat2)
-    return alpha * y if beta == 0 else alpha * y + beta * _check_bias(input, y, mat1 if isinstance(mat1, RTNQuantizedTensor) else mat2)
+    w = mat1 if isinstance(mat1, RTNQuantizedTensor) else mat2
+    assert isinstance(w, RTNQuantizedTensor)
+    return alpha * y if beta == 0 else alpha * y + beta * _check_bias(input, y, w)
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -412,6 +412,8 @@ def test_wrong_operands():
         "half x": message(TypeError, lambda: F.linear(x.half(), w)),
         "double x": message(TypeError, lambda: torch.mm(x.double(), w.t())),
         "half bias": message(TypeError, lambda: F.linear(x, w, torch.zeros(6).half())),
+        "x elsewhere": message(ValueError, lambda: F.linear(x.to("meta"), w)),
+        "bias elsewhere": message(ValueError, lambda: F.linear(x, named, torch.zeros(6, device="meta"))),
         "short x": message(ValueError, lambda: F.linear(x[:, :95], w)),
         "named": message(ValueError, lambda: F.linear(x[:, :95], named)),
         "mm of untransposed": message(ValueError, lambda: x @ w),
@@ -432,6 +434,8 @@ def test_wrong_operands():
 half x: x is torch.float16 but the weight is torch.float32; use x.to(torch.float32) or weight.to(torch.float16)
 double x: x is torch.float64 but the weight is torch.float32; use x.to(torch.float32) or weight.to(torch.float64)
 half bias: bias is torch.float16 but x is torch.float32; use bias.to(torch.float32)
+x elsewhere: x is on meta but the weight is on cpu; use x.to('cpu') or weight.to('meta')
+bias elsewhere: layers.3.mlp.down_proj.weight: bias is on meta but the weight is on cpu; use bias.to('cpu') or weight.to('meta')
 short x: x of shape (3, 95) does not fit a weight of shape (6, 96): its last dim must be 96
 named: layers.3.mlp.down_proj.weight: x of shape (3, 95) does not fit a weight of shape (6, 96): its last dim must be 96
 mm of untransposed: x of shape (3, 96) does not fit a weight of shape (6, 96): its last dim must be 6

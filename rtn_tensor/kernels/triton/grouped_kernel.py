@@ -87,8 +87,8 @@ def grouped_kernel(
         w_row = tl.minimum(on, N - 1).to(tl.int64)
     e = expert.to(tl.int64)
     s_rows = s_ptr + e * sse + w_row * ss
-    x_rows = x_ptr + (pair // TOP_K).to(tl.int64) * (sx * 8)
-    w_rows = w_ptr + e * (swe * 8) + w_row * (sw * 8)
+    x_rows = x_ptr + (pair // TOP_K).to(tl.int64) * (sx.to(tl.int64) * 8)
+    w_rows = w_ptr + e * (swe.to(tl.int64) * 8) + w_row * (sw.to(tl.int64) * 8)
     acc = product(x_rows, valid, w_rows, s_rows, 0, K, K, BITS, G, BK, SCALE_AFTER, EVEN_K, ASM)
     if G == 0:
         acc *= tl.load(s_rows)[:, None].to(tl.float32)
@@ -144,6 +144,6 @@ def grouped_dx_kernel(
         tl.store(dx_ptrs, tl.zeros((BM, BK), dx_ptr.dtype.element_ty), mask=mask)
         return
     e = expert.to(tl.int64)
-    dy_rows = dy_ptr + row.to(tl.int64) * (sdy * 8)
-    acc = product_dx(dy_rows, valid, w_ptr + e * (swe * 8), s_ptr + e * sse, tile_k * BK, N, K, sw, ss, BITS, G, BN, BK, ASM)
+    dy_rows = dy_ptr + row.to(tl.int64) * (sdy.to(tl.int64) * 8)
+    acc = product_dx(dy_rows, valid, w_ptr + e * (swe.to(tl.int64) * 8), s_ptr + e * sse, tile_k * BK, N, K, sw, ss, BITS, G, BN, BK, ASM)
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)

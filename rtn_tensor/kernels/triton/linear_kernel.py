@@ -58,9 +58,9 @@ def linear_kernel(
     on = tile_n * BN + tl.arange(0, BN)
     rows = tl.minimum(on, N - 1).to(tl.int64)  # clamped, not masked: loads stay 16 bytes
     acc = product(
-        x_ptr + om.to(tl.int64) * (sx * 8),
+        x_ptr + om.to(tl.int64) * (sx.to(tl.int64) * 8),
         om < M,
-        w_ptr + rows * (sw * 8),
+        w_ptr + rows * (sw.to(tl.int64) * 8),
         s_ptr + rows * ss,
         first,
         end,
@@ -121,6 +121,8 @@ def linear_dx_kernel(
     tile_m, tile_k = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BK), 8)
     om = tile_m * BM + tl.arange(0, BM)
     ok = tile_k * BK + tl.arange(0, BK)
-    acc = product_dx(dy_ptr + om.to(tl.int64) * (sdy * 8), om < M, w_ptr, s_ptr, tile_k * BK, N, K, sw, ss, BITS, G, BN, BK, ASM)
+    acc = product_dx(
+        dy_ptr + om.to(tl.int64) * (sdy.to(tl.int64) * 8), om < M, w_ptr, s_ptr, tile_k * BK, N, K, sw, ss, BITS, G, BN, BK, ASM
+    )
     mask = (om[:, None] < M) & (ok[None, :] < K)
     tl.store(dx_ptr + om.to(tl.int64)[:, None] * K + ok[None, :], acc.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -114,7 +114,7 @@ def dequantize_kernel(
         tl.device_assert((row >= 0) & (row < N), "embedding index is out of range")
     word = first * BITS // 16 + tl.arange(0, BK * BITS // 16)
     CHUNK: tl.constexpr = 128 // BITS
-    w = tl.load(w_ptr + row[:, None] * (sw * 8) + word[None, :], mask=word[None, :] < (K + CHUNK - 1) // CHUNK * 8, other=0)
+    w = tl.load(w_ptr + row[:, None] * (sw.to(tl.int64) * 8) + word[None, :], mask=word[None, :] < (K + CHUNK - 1) // CHUNK * 8, other=0)
     scale = scales(s_ptr + row * ss, first, (K - 1) // (G if G > 0 else 1), G, BK)
     y = rounded(integers(w, BITS, tl.float32, ASM), scale, tl.float32).to(y_ptr.dtype.element_ty)
     k = first + tl.arange(0, BK)

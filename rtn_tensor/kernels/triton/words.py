@@ -256,7 +256,7 @@ def product_dx(
     for n in range(0, N, BN):
         on = n + tl.arange(0, BN)
         rows = tl.minimum(on, N - 1).to(tl.int64)
-        w = tl.load(w_ptr + rows[:, None] * (sw * 8) + word[None, :], mask=word[None, :] < words, other=0)
+        w = tl.load(w_ptr + rows[:, None] * (sw.to(tl.int64) * 8) + word[None, :], mask=word[None, :] < words, other=0)
         dy = tl.load(dy_rows[:, None] + on[None, :], mask=dy_valid[:, None] & (on < N)[None, :], other=0.0)
         scale = scales(s_ptr + rows * ss, first, last, G, BK)
         acc = tl.dot(dy, rounded(integers(w, BITS, DTYPE, ASM), scale, DTYPE), acc=acc, input_precision=PRECISION)
