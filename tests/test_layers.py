@@ -20,6 +20,7 @@ LAYERS = [
     "reference",
     "kernels.problem",
     "kernels.cpu",
+    "kernels.triton.arrivals",
     "kernels.triton.config",
     "kernels.triton.words",
     "kernels.triton.*",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels.problem import bucket
+from rtn_tensor.kernels.triton.arrivals import ARRIVALS
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, configure
 from rtn_tensor.kernels.triton.grouped_kernel import grouped_dx_kernel, grouped_kernel
 from rtn_tensor.kernels.triton.linear_kernel import linear_dx_kernel, linear_kernel
@@ -69,36 +70,6 @@ def dense_rows(t: Tensor) -> Tensor:
 
 def per_row(group_size: int) -> int:
     return 0 if group_size == -1 else group_size
-
-
-class Arrivals:
-    """Zeros for programs to count themselves in, which each launch leaves at zero again. One block a stream, as launches of different
-    streams run at once; while a graph is captured, one of the launch's own, as graphs may be replayed on any stream."""
-
-    RESERVE = 1 << 18  # int32s kept ready for captures, 1 MiB: memory allocated in a capture would have to be zeroed at each replay
-
-    def __init__(self) -> None:
-        self.of_stream: dict[Any, Tensor] = {}
-        self.reserve: dict[torch.device, Tensor] = {}
-
-    def get(self, device: torch.device, count: int) -> Tensor:
-        if device.type != "cuda":
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        if torch.cuda.is_current_stream_capturing():
-            free = self.reserve.get(device)
-            if free is None or free.numel() < count:
-                return torch.zeros(count, dtype=torch.int32, device=device)
-            self.reserve[device] = free[count:]
-            return free[:count]
-        if device not in self.reserve or self.reserve[device].numel() < self.RESERVE // 2:
-            self.reserve[device] = torch.zeros(self.RESERVE, dtype=torch.int32, device=device)
-        key = device, torch.cuda.current_stream(device).cuda_stream
-        if key not in self.of_stream or self.of_stream[key].numel() < count:
-            self.of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        return self.of_stream[key]
-
-
-ARRIVALS = Arrivals()
 
 
 def config_of(
