@@ -237,6 +237,42 @@ def _grouped_dx_backward(ctx, ddx):
 torch.library.register_autograd("rtn::grouped_dx", _grouped_dx_backward, setup_context=_grouped_dx_setup, lib=_library)
 
 
+@_define(
+    "routed(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor experts, Tensor? pairs, Tensor? offs, Tensor? router, int top_k, "
+    "str activation, int bits, int group_size) -> Tensor"
+)
+def _routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
+    rows = x.shape[0] * top_k if offs is not None else qdata.shape[0]  # unsorted, each pair is a program of its own
+    kernel = choose(make_problem("routed", x.dtype, rows, x.shape[1], qdata, scale, bits, group_size))
+    return kernel.routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
+
+
+def routed(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    experts: Tensor,
+    pairs: Tensor | None,
+    offs: Tensor | None,
+    router: Tensor | None,
+    top_k: int,
+    activation: str,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """`grouped` of tokens that are routed to experts, gathering, bias, activation and router weights in the same launch; see
+    `reference.routed`. It has no backward."""
+    if tracing(x, qdata, scale):
+        return _ops.routed.default(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
+    return _routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
+
+
+@torch.library.register_fake("rtn::routed", lib=_library)
+def _routed_fake(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
+    return x.new_empty(x.shape[0] * top_k, qdata.shape[-2] // 2 if activation else qdata.shape[-2])
+
+
 # ----------------------------------------------------------------------------------------------- embedding, quantize, dequantize
 
 

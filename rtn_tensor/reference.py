@@ -3,6 +3,8 @@
 Names: `w [..., N, K]` float weight, `qdata [..., N, B]` uint8, `scale [..., N, G]`, G = groups(K, group_size); b = bits.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,6 +95,72 @@ def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int
         dx[start:end] = linear_dx(dy[start:end], qdata[e], scale[e], bits, group_size, k)
         start = end
     return dx
+
+
+def _silu(h: Tensor) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _gpt_oss(h: Tensor) -> Tensor:
+    gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+# What experts do between their two products, `[..., 2 I]` -> `[..., I]`, in fp32: silu(gate) * up, of gate's columns and then up's, and
+# GPT-OSS's own, of columns of gate and up in turn.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": _silu, "gpt_oss": _gpt_oss}
+
+
+def routed(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    experts: Tensor | None,
+    pairs: Tensor | None,
+    offs: Tensor | None,
+    router: Tensor | None,
+    top_k: int,
+    activation: str,
+    bits: int,
+    group_size: int,
+    grouped: Callable[..., Tensor] = grouped,
+) -> Tensor:
+    """`grouped` of tokens that are routed to experts, with what comes before and after: gathered rows, bias, activation, router weights.
+
+    A pair is a token and one of its top_k experts: pair p is row p // top_k of `x [T, K]`, and row p of the result `[T * top_k, N]`, or
+    `[T * top_k, N / 2]` with one of `ACTIVATIONS`.
+
+    Args:
+        bias: `[E, N]`.
+        experts: `[T * top_k]`, each pair's expert; E or more, or less than 0: none of these, and its row comes out zero.
+        pairs, offs: the pairs sorted by expert, `[T * top_k]` int32, and the cumulative ends of the experts' pairs, `[E]` int32; where they
+            are None, they are found here.
+        router: `[T * top_k]`, what each row of the result is multiplied by.
+    """
+    e = qdata.shape[0]
+    if pairs is None or offs is None:
+        assert experts is not None
+        pairs, offs = sorted_pairs(experts, e)
+    y = grouped(x[pairs // top_k], qdata, scale, offs, bits, group_size)
+    if bias is not None:
+        ends = torch.arange(len(pairs), device=x.device)
+        of_row = torch.searchsorted(offs, ends, right=True)  # the expert of each row
+        y = y + bias[of_row.clamp(max=e - 1)] * (of_row < e)[:, None]
+    if activation:
+        y = ACTIVATIONS[activation](y.float()).to(x.dtype)
+    if router is not None:
+        y = y * router[pairs][:, None].to(y.dtype)
+    return torch.empty_like(y).index_copy_(0, pairs.long(), y)
+
+
+def sorted_pairs(experts: Tensor, e: int) -> tuple[Tensor, Tensor]:
+    """Pairs in the order of their `experts [P]`, and the cumulative ends of those of experts 0 .. e - 1, `[E]`; both int32."""
+    experts = torch.where(experts < 0, e, experts)
+    in_order, pairs = experts.sort(stable=True)
+    offs = torch.searchsorted(in_order, torch.arange(e, dtype=in_order.dtype, device=experts.device), right=True)
+    return pairs.to(torch.int32), offs.to(torch.int32)
 
 
 def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:

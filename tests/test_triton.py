@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from bounds import TOLERANCE, Planes, activations, assert_linear_close, random_planes
+from bounds import Planes, activations, assert_linear_close, random_planes
 
 from rtn_tensor import kernels, quantize_, rtn_int4
 from rtn_tensor.formats import FORMATS, pack, unpack
@@ -146,61 +146,16 @@ def experts_of(e, n, k, bits, dtype):
     return random_planes(e, n, k, bits=bits, group_size=64, dtype=dtype, device=DEVICE)
 
 
-def routed(tokens, top_k, e):
-    """The expert of each pair; the pairs sorted by expert, and the ends of the experts' rows."""
-    experts = torch.stack([torch.randperm(e)[:top_k] for _ in range(tokens)]).flatten().to(torch.int32)
-    pairs = experts.argsort(stable=True).to(torch.int32)
-    return experts.to(DEVICE), pairs.to(DEVICE), experts.bincount(minlength=e).cumsum(0).to(torch.int32).to(DEVICE)
-
-
-@each_bits
-@each_dtype
-@pytest.mark.parametrize(("tokens", "top_k", "e", "n"), [(1, 2, 4, 100), (7, 2, 5, 64), (40, 3, 8, 5), (3, 1, 1, 64)])
-def test_down_projection_with_router_weights(bits, dtype, tokens, top_k, e, n):
-    """Rows gathered and scattered by pair; sorted and not, the same."""
-    w = experts_of(e, n, 192, bits, dtype)
-    experts, pairs, offs = routed(tokens, top_k, e)
-    x, router = activations(tokens * top_k, 192, dtype, DEVICE), torch.rand(tokens * top_k, device=DEVICE).to(dtype)
-    expected = torch.stack([x[p].double() @ w.exact()[e].mT for p, e in enumerate(experts.tolist())]) * router.double()[:, None]
-    size = torch.stack([x[p].double().abs() @ w.exact()[e].abs().mT for p, e in enumerate(experts.tolist())]) * router.double()[:, None]
-    u, c, a = TOLERANCE[dtype]
-    for how in ({"offs": offs, "pairs": pairs}, {"offs": None, "experts": experts}):
-        y = launch.grouped(x, w.qdata, w.scale, how.pop("offs"), bits, 64, router=router, **how)
-        rounding = 2 * u if dtype != torch.float32 and not scales_after(w, 64) else 0  # of the weights, were they rounded
-        assert ((y.double() - expected).abs() <= u * expected.abs() + (c + rounding) * size + a).all()
-
-
 def scales_after(w, group_size):
     return launch.config_of("grouped", 1, 1, w.qdata.shape[1], w.k, w.bits, group_size, w.scale.dtype, w.qdata.device).scale_after
-
-
-@each_bits
-@each_dtype
-@pytest.mark.parametrize(("tokens", "top_k", "e", "inner"), [(1, 2, 4, 100), (7, 2, 5, 64), (40, 3, 8, 5)])
-def test_gate_and_up_projection(bits, dtype, tokens, top_k, e, inner):
-    w = experts_of(e, 2 * inner, 192, bits, dtype)
-    experts, pairs, offs = routed(tokens, top_k, e)
-    x = activations(tokens, 192, dtype, DEVICE) / 4
-    both = torch.stack([x[p // top_k].double() @ w.exact()[e].mT for p, e in enumerate(experts.tolist())])
-    size = torch.stack([x[p // top_k].double().abs() @ w.exact()[e].abs().mT for p, e in enumerate(experts.tolist())])
-    gate, up = both.chunk(2, 1)
-    gate_size, up_size = size.chunk(2, 1)
-    expected = torch.nn.functional.silu(gate) * up
-    u, c, a = TOLERANCE[dtype]
-    c = c if scales_after(w, 64) or dtype == torch.float32 else c + 2 * u
-    # silu is at most its argument in size, and its slope at most 1.1; 2^-20: exp in fp32.
-    allowed = u * expected.abs() + c * (1.1 * gate_size * up.abs() + gate.abs() * up_size) + 2**-20 * expected.abs() + a + 1e-6
-    for how in ({"offs": offs, "pairs": pairs}, {"offs": None, "experts": experts}):
-        y = launch.grouped(x, w.qdata, w.scale, how.pop("offs"), bits, 64, top_k=top_k, gated=True, **how)
-        assert y.shape == (tokens * top_k, inner)
-        assert ((y.double() - expected).abs() <= allowed).all()
 
 
 def test_pairs_of_no_expert_come_out_zero():
     """As where the expert is another machine's."""
     w = experts_of(3, 64, 192, 4, torch.bfloat16)
     x = activations(4, 192, torch.bfloat16, DEVICE)
-    y = launch.grouped(x, w.qdata, w.scale, None, 4, 64, experts=torch.tensor([0, -1, 3, 2], dtype=torch.int32, device=DEVICE))
+    experts = torch.tensor([0, -1, 3, 2], device=DEVICE)
+    y = launch.routed(x, w.qdata, w.scale, None, experts, None, None, None, 1, "", 4, 64)
     assert not y[1:3].any()
     assert_linear_close(y[:1], x[:1], w.exact(None if scales_after(w, 64) else x.dtype)[0])
     assert_linear_close(y[3:], x[3:], w.exact(None if scales_after(w, 64) else x.dtype)[2])

@@ -25,6 +25,7 @@ REFERENCE = Kernel(
     linear_dx=reference.linear_dx,
     grouped=reference.grouped,
     grouped_dx=reference.grouped_dx,
+    routed=reference.routed,
     embedding=reference.embedding,
     quantize=reference.quantize,
     dequantize=reference.dequantize,
@@ -104,7 +105,7 @@ def explain(
     Args:
         weight: an `RTNQuantizedTensor`; where it is None, the plain numbers below describe one instead.
         x: an input `[..., K]`; where it is None, `dtype` (the weight's, if one is given) and `M` describe one instead.
-        op: "linear", "linear_dx" (its backward), "grouped" (experts), "embedding", "quantize" or "dequantize".
+        op: "linear", "linear_dx" (its backward), "grouped" and "routed" (experts), "embedding", "quantize" or "dequantize".
         device, dtype, bits, group_size, M, N, K: the problem in plain numbers; M is the number of input rows.
 
     Raises:
@@ -112,7 +113,7 @@ def explain(
         ValueError: there is no such op or format, or `RTN_KERNEL` names a kernel that cannot run this.
     """
     if op not in Kernel.__dataclass_fields__ or op in ("name", "why_not", "rounds_weight"):
-        raise ValueError(f"op={op!r} is not an op; use linear, linear_dx, grouped, grouped_dx, embedding, quantize or dequantize")
+        raise ValueError(f"op={op!r} is not an op; use linear, linear_dx, grouped, grouped_dx, routed, embedding, quantize or dequantize")
     m = M if x is None else x.numel() // max(x.shape[-1], 1)
     if weight is not None:
         if not hasattr(weight, "qdata"):

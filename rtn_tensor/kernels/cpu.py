@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtn_tensor import reference
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels.problem import Kernel, Problem
 
@@ -127,6 +128,10 @@ def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, gr
     return _linear(x, qdata, scale, None, offs, bits, group_size)
 
 
+def routed(*args: Any) -> Tensor:
+    return reference.routed(*args, grouped=grouped)
+
+
 def _planes(
     function: str, w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, signed: bool, indices: Tensor | None
 ) -> None:
@@ -195,6 +200,7 @@ KERNEL = Kernel(
     rounds_weight=lambda problem: False,
     linear=linear,
     grouped=grouped,
+    routed=routed,
     embedding=embedding,
     quantize=quantize,
     dequantize=dequantize,

@@ -80,6 +80,7 @@ class Kernel:
     linear_dx: Callable[..., Tensor] = _LACKING
     grouped: Callable[..., Tensor] = _LACKING
     grouped_dx: Callable[..., Tensor] = _LACKING
+    routed: Callable[..., Tensor] = _LACKING
     embedding: Callable[..., Tensor] = _LACKING
     quantize: Callable[..., tuple[Tensor, Tensor]] = _LACKING
     dequantize: Callable[..., Tensor] = _LACKING

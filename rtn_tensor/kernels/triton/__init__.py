@@ -52,6 +52,10 @@ def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int
     return _launch().grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
 
 
+def routed(*args: Any) -> Tensor:
+    return _launch().routed(*args)
+
+
 def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     return _launch().embedding(indices, qdata, scale, bits, group_size, k)
 
@@ -86,6 +90,8 @@ def why_not(problem: Problem) -> str | None:
 def rounds_weight(problem: Problem) -> bool:
     if problem.op.endswith("_dx"):
         return True
+    if problem.op == "routed":
+        problem = problem._replace(op="grouped")
     config = configure(shape_of(problem), _launch().gpu_of(_device(problem)))
     return config is None or not config.scale_after
 
@@ -102,6 +108,7 @@ KERNEL = Kernel(
     linear_dx=linear_dx,
     grouped=grouped,
     grouped_dx=grouped_dx,
+    routed=routed,
     embedding=embedding,
     quantize=quantize,
     dequantize=dequantize,

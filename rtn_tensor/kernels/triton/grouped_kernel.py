@@ -30,6 +30,7 @@ def grouped_kernel(
     x_ptr,
     w_ptr,
     s_ptr,
+    bias_ptr,
     offs_ptr,
     expert_ptr,
     pair_ptr,
@@ -45,7 +46,7 @@ def grouped_kernel(
     sse,
     ss,
     TOP_K: tl.constexpr,
-    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BITS: tl.constexpr,
     G: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -61,10 +62,11 @@ def grouped_kernel(
     offs [E]: the cumulative ends of the experts' rows; or, where it is None, expert [M]: the expert of each row, and a program a row.
     pair [M] or None: the routed pair of each row, which is row pair // TOP_K of x and row pair of y; None: row i is pair i, and x has a row
     for each unless TOP_K says otherwise.
-    router [M] or None: by which row pair of y is multiplied. GATED: w has 2 N rows, those of gate before those of up, and y is
-    silu(gate) * up. Strides as for `linear_kernel`, swe and sse between experts. Rows past the last end come out zero.
+    router [M] or None: by which row pair of y is multiplied. bias [E, rows of w] or None. ACTIVATION: one of `reference.ACTIVATIONS`; with
+    one, w has 2 N rows, gate's and up's. Strides as for `linear_kernel`, swe and sse between experts. Rows past the last end come out zero.
     """
-    tiles_n = tl.cdiv(N, BN // 2 if GATED else BN)
+    TILE: tl.constexpr = BN if ACTIVATION == "" else BN // 2  # columns of y
+    tiles_n = tl.cdiv(N, TILE)
     tile_n = tl.program_id(0) % tiles_n
     block = tl.program_id(0) // tiles_n
     if offs_ptr is None:
@@ -75,16 +77,16 @@ def grouped_kernel(
     valid = row < end
     pair = row if pair_ptr is None else tl.load(pair_ptr + row, mask=valid, other=0).to(tl.int32)
     if (expert >= E) | (expert < 0):  # nobody's rows; or none at all, and then nothing is valid
-        on = tile_n * (BN // 2 if GATED else BN) + tl.arange(0, BN // 2 if GATED else BN)
-        _store(tl.zeros((BN // 2 if GATED else BN, BM), tl.float32), y_ptr, pair, on, N, valid)
+        _store(tl.zeros((TILE, BM), tl.float32), y_ptr, pair, tile_n * TILE + tl.arange(0, TILE), N, valid)
         return
     r = tl.arange(0, BN)
-    if GATED:  # eight rows of gate, then the same eight of up: a thread that holds one in its sums holds the other
-        on = tile_n * (BN // 2) + r // 16 * 8 + r % 8
-        w_row = (tl.minimum(on, N - 1) + r // 8 % 2 * N).to(tl.int64)
-    else:
-        on = tile_n * BN + r
-        w_row = tl.minimum(on, N - 1).to(tl.int64)
+    if ACTIVATION == "":
+        w_row = tl.minimum(tile_n * BN + r, N - 1)
+    else:  # eight rows of gate, then the same eight of up: a thread that holds one in its sums holds the other
+        on = tl.minimum(tile_n * TILE + r // 16 * 8 + r % 8, N - 1)
+        is_up = r // 8 % 2
+        w_row = on + is_up * N if ACTIVATION == "silu" else on * 2 + is_up
+    w_row = w_row.to(tl.int64)
     e = expert.to(tl.int64)
     s_rows = s_ptr + e * sse + w_row * ss
     x_rows = x_ptr + (pair // TOP_K).to(tl.int64) * (sx.to(tl.int64) * 8)
@@ -92,13 +94,19 @@ def grouped_kernel(
     acc = product(x_rows, valid, w_rows, s_rows, 0, K, K, BITS, G, BK, SCALE_AFTER, EVEN_K, ASM)
     if G == 0:
         acc *= tl.load(s_rows)[:, None].to(tl.float32)
-    if GATED:
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + e * (N * BN // TILE) + w_row)[:, None].to(tl.float32)
+    if ACTIVATION != "":
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1)))
-        acc = tl.reshape(gate / (1 + tl.exp(-gate)) * up, (BN // 2, BM))
-        on = tile_n * (BN // 2) + tl.arange(0, BN // 2)
+        if ACTIVATION == "silu":
+            h = gate / (1 + tl.exp(-gate)) * up
+        else:
+            gate, up = tl.minimum(gate, 7.0), tl.minimum(tl.maximum(up, -7.0), 7.0)
+            h = (up + 1) * gate / (1 + tl.exp(-1.702 * gate))
+        acc = tl.reshape(h, (TILE, BM))
     if router_ptr is not None:
         acc *= tl.load(router_ptr + pair, mask=valid, other=0.0)[None, :].to(tl.float32)
-    _store(acc, y_ptr, pair, on, N, valid)
+    _store(acc, y_ptr, pair, tile_n * TILE + tl.arange(0, TILE), N, valid)
 
 
 @triton.jit

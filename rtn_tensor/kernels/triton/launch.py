@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from rtn_tensor import reference
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels.problem import bucket
 from rtn_tensor.kernels.triton.arrivals import ARRIVALS
@@ -170,54 +171,50 @@ def dx_blocks(m: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     return (16, 64, 64, 4, 3) if m <= 16 else (64, 64, 64, 4, 3) if m <= 64 else (128, 64, 128, 8, 3)
 
 
-def grouped(
+def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
+    return routed(x, qdata, scale, None, None, None, offs, None, 1, "", bits, group_size)
+
+
+def routed(
     x: Tensor,
     qdata: Tensor,
     scale: Tensor,
+    bias: Tensor | None,
+    experts: Tensor | None,
+    pairs: Tensor | None,
     offs: Tensor | None,
+    router: Tensor | None,
+    top_k: int,
+    activation: str,
     bits: int,
     group_size: int,
-    *,
-    experts: Tensor | None = None,
-    pairs: Tensor | None = None,
-    top_k: int = 1,
-    router: Tensor | None = None,
-    gated: bool = False,
 ) -> Tensor:
-    """`reference.grouped`, with what an MoE layer does before and after it in the same launch.
-
-    Args:
-        x: `[T, K]`.
-        offs: `[E]` int32, cumulative ends of the experts' rows; None with `experts`.
-        experts: `[P]` int32, the expert of each routed pair, for a handful of them: nothing needs sorting then.
-        pairs: `[P]` int32, the routed pair in each row of the sorted order: pair p is row p // top_k of x, and row p of the result.
-        router: `[P]`, what row p of the result is multiplied by.
-        gated: the weight has gate's rows, then up's, and the result is silu(gate) * up.
-    """
-    e, n = qdata.shape[0], qdata.shape[1] // 2 if gated else qdata.shape[1]
-    rows = x.shape[0] * top_k
-    y = x.new_empty(rows, n)
+    e, rows_of_w = qdata.shape[:2]
+    n = rows_of_w // 2 if activation else rows_of_w
+    pairs_in_all = x.shape[0] * top_k
+    y = x.new_empty(pairs_in_all, n)
     if not y.numel():
         return y
     if not x.shape[1]:
-        return y.zero_()
-    one = offs is None  # row a program
-    config = config_of("grouped", 1 if one else rows, 1 if one else e, qdata.shape[1], x.shape[1], bits, group_size, x.dtype, x.device)
+        return reference.routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
+    rows, dealt = (1, 1) if offs is None else (pairs_in_all, e)  # unsorted, each pair is a program's only row
+    config = config_of("grouped", rows, dealt, rows_of_w, x.shape[1], bits, group_size, x.dtype, x.device)
     assert config is not None
     x, w, scale = aligned_rows(x), words(qdata), dense_rows(scale)
     k, device = x.shape[1], x.device
-    blocks = rows if offs is None else min(rows, triton.cdiv(rows, config.block_m) + e)
+    blocks = pairs_in_all if offs is None else min(pairs_in_all, triton.cdiv(pairs_in_all, config.block_m) + e)
     with on(device):
-        grouped_kernel[(blocks * triton.cdiv(n, config.block_n // 2 if gated else config.block_n),)](
+        grouped_kernel[(blocks * triton.cdiv(n, config.block_n // 2 if activation else config.block_n),)](
             x,
             w,
             scale,
-            offs if offs is None else offs.to(torch.int32).contiguous(),
-            experts,
-            pairs,
-            router,
+            None if bias is None else bias.contiguous(),
+            None if offs is None else offs.to(torch.int32).contiguous(),
+            None if experts is None else experts.contiguous(),
+            None if pairs is None else pairs.contiguous(),
+            None if router is None else router.contiguous(),
             y,
-            rows,
+            pairs_in_all,
             n,
             k,
             e,
@@ -227,7 +224,7 @@ def grouped(
             scale.stride(0),
             scale.stride(1),
             TOP_K=top_k,
-            GATED=gated,
+            ACTIVATION=activation,
             BITS=bits,
             G=per_row(group_size),
             EXPERTS=triton.next_power_of_2(e + 1),
