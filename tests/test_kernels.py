@@ -563,7 +563,8 @@ def test_explain_errors():
     with pytest.raises(ValueError, match="conv") as error:
         explain(op="conv")
     assert_expected_inline(
-        str(error.value), """op='conv' is not an op; use linear, linear_dx, grouped, grouped_dx, embedding, quantize or dequantize"""
+        str(error.value),
+        """op='conv' is not an op; use linear, linear_dx, grouped, grouped_dx, routed, embedding, quantize or dequantize""",
     )
     with pytest.raises(ValueError, match="why_not"):
         explain(op="why_not")

@@ -37,6 +37,12 @@ def samples(op, dtype=torch.float32, requires_grad=False):
             "linear_dx": [(grad(*rows, n), w.qdata, w.scale, *tail, k) for rows in [(), (3,), (1,), (0,), (2, 3)]],
             "grouped": [(grad(m, k), experts.qdata, experts.scale, offs.clamp(max=m), *tail) for m in (5, 4, 0)],
             "grouped_dx": [(grad(m, n), experts.qdata, experts.scale, offs.clamp(max=m), *tail, k) for m in (5, 4, 0)],
+            "routed": [
+                (torch.randn(m, k).to(dtype), *experts[:2], bias, torch.randint(3, (2 * m,)), *by_expert, torch.rand(2 * m), 2, "", *tail)
+                for m in (3, 1, 0)
+                for bias in (None, torch.randn(3, n).to(dtype))
+                for by_expert in ((None, None), (torch.arange(2 * m, dtype=torch.int32), offs.clamp(max=2 * m)))
+            ],
             "embedding": [
                 (torch.zeros(shape, dtype=index), w.qdata, w.scale, *tail, k)
                 for shape, index in [((3,), torch.int64), ((2, 3), torch.int32), ((), torch.int64), ((0,), torch.int32)]
@@ -60,7 +66,7 @@ differentiable = pytest.mark.parametrize("op", ["linear", "linear_dx", "grouped"
 
 
 def test_ops_are_all_here():
-    assert OPS == ["dequantize", "embedding", "grouped", "grouped_dx", "linear", "linear_dx", "quantize"]
+    assert OPS == ["dequantize", "embedding", "grouped", "grouped_dx", "linear", "linear_dx", "quantize", "routed"]
 
 
 # Tracing is most of opcheck's time.
