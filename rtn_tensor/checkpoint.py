@@ -23,6 +23,7 @@ from torchao.quantization import FqnToConfig
 
 from rtn_tensor import pretrained
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.moe import use
 from rtn_tensor.quantize import FilterFn, plan, quantize_
 from rtn_tensor.sources import plane_names, sources
 from rtn_tensor.streaming import Piece, check, pieces_by_name, stream
@@ -41,11 +42,12 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, module, name, t
 
 
-def _empty(t: Tensor, config: RTNConfig | None, device: torch.device) -> Tensor:
+def _empty(t: Tensor, config: RTNConfig | None, transposed: bool, device: torch.device) -> Tensor:
     if config is None:
         return torch.empty(t.shape, dtype=t.dtype, device=device)
     format = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
-    return RTNQuantizedTensor.empty(*t.shape, **format, dtype=t.dtype, device=device)
+    w = RTNQuantizedTensor.empty(*(t.mT if transposed else t).shape, **format, dtype=t.dtype, device=device)
+    return w.mT if transposed else w
 
 
 def load(
@@ -73,7 +75,8 @@ def load(
             are not). By default it is built from the folder's config.json by transformers, and comes in eval mode.
         device: where the weights go; by default where the model's are, or the CPU.
         dtype: of a model built from config.json; by default as that says. A given model has its own.
-        filter_fn: as for `quantize_`. By default every nn.Linear but a transformers model's output layer, as in transformers.
+        filter_fn: as for `quantize_`. By default every nn.Linear but a transformers model's output layer, as in transformers, and
+            experts.
         rename: regular expressions and what to put in their place in the checkpoint's names, in this order (`re.sub`).
         fuse: modules that stand for several of the checkpoint's, by the last part of their names: their rows follow one another, as in
             {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}.
@@ -106,7 +109,9 @@ def load(
         raise ValueError(f"{left[0]} was made on meta and is not in the checkpoint; give, as model, a function that makes it")
     if config is not None and any(p.source.quantized for p in pieces):
         raise ValueError(f"{path} is quantized already; load it without a config, or give the float checkpoint")
-    configs = {t.fqn: t.config for t in plan(model, config, _filter(model, config, filter_fn))} if config is not None else {}
+    targets = plan(model, config, _filter(model, config, filter_fn)) if config is not None else []
+    configs = {t.fqn: t.config for t in targets}
+    transposed = {id(t.parameter) for t in targets if t.transposed}
 
     fqns: dict[int, list[str]] = defaultdict(list)
     for fqn, t in state.items():
@@ -123,7 +128,7 @@ def load(
         copied.append(piece)
         for c in {configs.get(fqn): None for fqn in fqns[id(old)]}:
             if c not in new[id(old)]:
-                new[id(old)][c] = _empty(old, c, to)
+                new[id(old)][c] = _empty(old, c, id(old) in transposed, to)
     destinations = {p.target: list(new[id(state[p.target])].values()) for p in copied}
     total = sum(math.prod(p.source.shape) * p.source.dtype.itemsize * len(destinations[p.target]) for p in copied)
     with _bar(path.name, total, progress) as meter:
@@ -141,6 +146,9 @@ def load(
             module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
     if device is not None:
         model.to(device)  # the buffers that are not in the checkpoint
+    for module in model.modules():
+        if any(isinstance(p, RTNQuantizedTensor) for p in module._parameters.values()):
+            use(module)
     if pretrained.is_pretrained(model):
         pretrained.describe(model)
     return model

@@ -13,6 +13,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
+from rtn_tensor.moe import transposed_experts, unknown_experts, use
 from rtn_tensor.tables import table
 from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
 
@@ -20,8 +21,13 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 
 def is_linear(module: nn.Module, fqn: str) -> bool:
-    """The default `filter_fn`: every nn.Linear whose weight its module really multiplies by (torchao's rule)."""
+    """Every nn.Linear whose weight its module really multiplies by (torchao's rule)."""
     return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def is_product(module: nn.Module, fqn: str) -> bool:
+    """The default `filter_fn`: `is_linear`, and modules of experts."""
+    return is_linear(module, fqn) or bool(transposed_experts(module))
 
 
 # ------------------------------------------------------------------------------------------- which weights
@@ -39,6 +45,11 @@ class Target:
     def parameter(self) -> Tensor | None:
         return self.module._parameters.get(self.parameter_name)
 
+    @property
+    def transposed(self) -> bool:
+        """Whether in_features is the last but one dim of the parameter."""
+        return transposed_experts(self.module).get(self.parameter_name, False)
+
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
     """(fqn, module, parameter name, parameter) of every place that holds a parameter, shared ones included."""
@@ -50,8 +61,12 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, A
 
 def _targets(model: nn.Module, config: RTNConfig, filter_fn: FilterFn) -> Iterator[Target]:
     for prefix, module in model.named_modules():
+        if not filter_fn(module, prefix):
+            continue
+        for name in transposed_experts(module):
+            yield Target(module, name, f"{prefix}.{name}" if prefix else name, config, by_name=True)
         # A filter that goes by name alone also selects containers and activations, which have no weight.
-        if filter_fn(module, prefix) and isinstance(getattr(module, "weight", None), Tensor):
+        if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in transposed_experts(module):
             yield Target(module, "weight", f"{prefix}.weight" if prefix else "weight", config)
 
 
@@ -62,7 +77,7 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
     misspelt = {key for key, value in table.items() if value is not None and not key.startswith("re:") and key != "_default"}
 
     def lookup(prefix: str, module: nn.Module, name: str, fqn: str, parameter: Tensor) -> Any:
-        owns_weight = name == "weight" and isinstance(module, nn.Linear | nn.Embedding)
+        owns_weight = (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module)
         misspelt.discard(fqn)
         if owns_weight:
             misspelt.discard(prefix)
@@ -79,7 +94,8 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
             for pattern, value in patterns:
                 if pattern.fullmatch(prefix):
                     return value
-        return table.get("_default") if name == "weight" and is_linear(module, prefix) else None
+        default = (name == "weight" and is_linear(module, prefix)) or name in transposed_experts(module)
+        return table.get("_default") if default else None
 
     for fqn, module, name, parameter in _named_parameters(model):
         if (found := lookup(fqn.removesuffix(name).removesuffix("."), module, name, fqn, parameter)) is not None:
@@ -138,11 +154,20 @@ def _check(targets: list[Target]) -> None:
 def _quantized(target: Target) -> Any:
     w, config = target.parameter, target.config
     assert w is not None
-    q = RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
-    new = nn.Parameter(q, requires_grad=False)
+    q = RTNQuantizedTensor.from_float(w.mT if target.transposed else w, config.bits, config.group_size, config.scale_method)
+    new = nn.Parameter(q.mT if target.transposed else q, requires_grad=False)
     for name, value in vars(w).items():
         setattr(new, name, value)
     return new
+
+
+def _unknown(model: nn.Module, config: AOBaseConfig, selected: set[str]) -> list[str]:
+    """Names of what may be experts' weights, and is neither selected nor named by `config`."""
+    keys = config.fqn_to_config if isinstance(config, FqnToConfig) else {}
+    names = [f"{prefix}.{name}" if prefix else name for prefix, module in model.named_modules() for name in unknown_experts(module)]
+    return [
+        n for n in names if n not in selected and n not in keys and not any(re.fullmatch(k[3:], n) for k in keys if k.startswith("re:"))
+    ]
 
 
 def plan(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> list[Target]:
@@ -152,10 +177,17 @@ def plan(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> 
             raise ValueError("FqnToConfig says itself which weights to quantize; leave filter_fn out")
         targets = list(_fqn_targets(model, config))
     elif isinstance(config, RTNConfig):
-        targets = list(_targets(model, config, filter_fn or is_linear))
+        targets = list(_targets(model, config, filter_fn or is_product))
     else:
         raise TypeError(f"config is a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...) or FqnToConfig with those")
     _check(targets)
+    if unknown := _unknown(model, config, {t.fqn for t in targets}):
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        warnings.warn(
+            f"{unknown[0]}{more} may be experts' weights, but how they are used is not understood, and they stay float; name them in "
+            "FqnToConfig, to quantize them along their last dim",
+            stacklevel=3,
+        )
     if not targets:  # at the line that called `quantize_` or `load`
         warnings.warn("no weight is selected, and so none quantized; check filter_fn or the names in the config", stacklevel=3)
     return targets
@@ -177,8 +209,8 @@ def quantize_(
     Args:
         model: any module; float32, bfloat16 or float16 weights, on any device (a meta weight becomes an empty quantized one).
         config: `rtn_int4()`, `rtn_int8()`, `rtn(...)`, or torchao's `FqnToConfig` with those, or None, as values.
-        filter_fn: given a module and its name, whether to quantize its weight. By default every nn.Linear, as in torchao; nn.Embedding
-            can be selected too. Not with `FqnToConfig`.
+        filter_fn: given a module and its name, whether to quantize its weight. By default every nn.Linear, as in torchao, and the experts
+            of every mixture-of-experts layer; nn.Embedding can be selected too. Not with `FqnToConfig`.
         device: where to move each module just before it is quantized, and the rest of the model at the end.
         progress: wraps the list of weights to come, for instance `tqdm.tqdm`.
 
@@ -209,6 +241,7 @@ def quantize_(
                 new.untied_from = rest
             done[names[0]] = new
         setattr(target.module, target.parameter_name, done[names[0]])
+        use(target.module)
     if device is not None:
         model.to(device)
     return report(model)
@@ -225,6 +258,7 @@ def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: st
     target = Target(module, parameter_name, f"{type(module).__name__}.{parameter_name}", config, by_name=True)
     _check([target])
     setattr(module, parameter_name, _quantized(target))
+    use(module)
     return module
 
 
@@ -331,8 +365,10 @@ def report(model: nn.Module) -> Report:
             note, before, after = "uninitialized", 0, 0
         elif w.dim() < 2:
             note = "vector"
-        elif name == "weight" and isinstance(module, nn.Linear | nn.Embedding):
+        elif (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module):
             note = "not selected"
+        elif name in unknown_experts(module):
+            note = f"experts of a {type(module).__name__}? not understood"
         else:
             note = f"weight of a {type(module).__name__}"
         first.setdefault(id(w), fqn)

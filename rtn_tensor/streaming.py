@@ -110,6 +110,8 @@ def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[st
 
 def _chunks(source: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of `source`, some bytes at a time, and where they go."""
+    if isinstance(to, RTNQuantizedTensor) and to.transposed:  # its groups lie along the columns of `source`
+        source, to = source.mT, to.mT
     if source.dim() > 2:
         for part, place in zip(source, to, strict=True):
             yield from _chunks(part, place)

@@ -1,0 +1,153 @@
+"""Mixture-of-experts layers: which parameters are experts' weights, and the function that runs them quantized.
+
+transformers keeps the experts of a layer in 3-D parameters of one module, `[E, 2 I, H]` for gate and up and `[E, H, I]` for down, or with
+the last two dims swapped, and runs them by one of several functions (`ALL_EXPERTS_FUNCTIONS`). Ours is registered there as "rtn".
+"""
+
+import sys
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtn_tensor import ops, reference
+from rtn_tensor.tensor import RTNQuantizedTensor
+
+IMPLEMENTATION = "rtn"
+
+# ------------------------------------------------------------------------------------------- which parameters
+
+
+def _stacks(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own 3-D float parameters; those of torch's own modules (convolutions, say) are no experts'."""
+    if type(module).__module__.startswith("torch.nn."):
+        return {}
+    return {
+        name: p
+        for name, p in module._parameters.items()
+        if p is not None and p.dim() == 3 and (p.is_floating_point() or isinstance(p, RTNQuantizedTensor))
+    }
+
+
+def transposed_experts(module: nn.Module) -> dict[str, bool]:
+    """The parameters of `module` that are experts' weights, by name, and whether they are `[E, in_features, out_features]`.
+
+    transformers' modules say it themselves. Of others, two weights whose shapes fit one another as up (or gate and up) and down of one
+    layer, in one way only: `[E, 2 I, H]` and `[E, H, I]`, or `[E, H, 2 I]` and `[E, I, H]`.
+    """
+    stacks = _stacks(module)
+    if not stacks:
+        return {}
+    if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        return dict.fromkeys(stacks, bool(module.is_transposed))
+    if len(stacks) != 2:
+        return {}
+    ways = set()
+    for up, down in permutations(stacks.values()):
+        (e, a, b), (e_, c, d) = up.shape, down.shape
+        if e == e_ and b == c and a in (d, 2 * d):
+            ways.add(False)
+        if e == e_ and a == d and b in (c, 2 * c):
+            ways.add(True)
+    return dict.fromkeys(stacks, True in ways) if len(ways) == 1 else {}
+
+
+def unknown_experts(module: nn.Module) -> list[str]:
+    """Names of 3-D parameters that look like experts' weights, several matrices of 32 and more a side, and are not understood."""
+    known = transposed_experts(module)
+    return [name for name, p in _stacks(module).items() if name not in known and p.shape[0] > 1 and min(p.shape[1:]) >= 32]
+
+
+# ------------------------------------------------------------------------------------------- running them
+
+
+def activation_of(module: Any) -> str | None:
+    """Which of `reference.ACTIVATIONS` the module's `_apply_gate` computes, found by trying it; None where it is none of them."""
+    # Past GPT-OSS's limit of 7, and with few enough columns that modules with parameters of their own do not fit.
+    h = torch.linspace(-9, 9, 64).view(4, 16)
+    h = h[:, torch.arange(16) * 5 % 16]
+    try:
+        with torch.no_grad():
+            got = module._apply_gate(h)
+    except (RuntimeError, AttributeError, TypeError, ValueError):
+        return None
+    for name, activation in reference.ACTIVATIONS.items():
+        expected = activation(h)
+        if isinstance(got, Tensor) and got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-5, atol=1e-6):
+            return name
+    return None
+
+
+def _known_activation(module: Any) -> str | None:
+    if "rtn_activation" not in vars(module):
+        if not module.has_gate or torch.compiler.is_compiling():  # what trying it gives is no part of a graph
+            return None
+        module.rtn_activation = activation_of(module)
+    return module.rtn_activation
+
+
+def _product(x: Tensor, w: Tensor, offs: Tensor, transposed: bool, bias: Tensor | None, of_row: Tensor) -> Tensor:
+    """Rows of `x`, sorted by expert, through the experts of `w`, with gradients."""
+    y = torch.nn.functional.grouped_mm(x, w if transposed else w.transpose(-2, -1), offs=offs)
+    return y if bias is None else y + bias[of_row]
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of a transformers module, `hidden_states [T, H]`, `top_k_index` and `top_k_weights` `[T, top_k]` -> `[T, H]`.
+
+    Quantized, they are two launches, whatever the routing: one for gate, up and the activation, one for down and the router's weights.
+    Where a gradient is asked for, or the activation is one that no kernel has, the module's own is computed between two grouped products.
+    """
+    names = ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
+    up, down = (getattr(self, name) for name in names)
+    if not (isinstance(up, RTNQuantizedTensor) and isinstance(down, RTNQuantizedTensor)):
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    up_bias, down_bias = (getattr(self, f"{name}_bias") if self.has_bias else None for name in names)
+    tokens, top_k = top_k_index.shape
+    experts, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
+    x = hidden_states
+    learned = [t for t in (x, weights, up_bias, down_bias) if t is not None and t.requires_grad]
+    activation = _known_activation(self)
+    fused = (
+        activation is not None
+        and not (torch.is_grad_enabled() and learned)
+        and x.dtype == up.dtype == down.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+    # A pair a program, where they are so few that hardly two have the same expert: sorting them would take as long as a product.
+    handful = fused and x.is_cuda and len(experts) <= max(8, up.shape[0] // 4)
+    pairs, offs = (None, None) if handful else reference.sorted_pairs(experts, up.shape[0])
+    if fused:
+        assert activation is not None
+        (up_planes, up_format), (down_planes, down_format) = (((w.qdata, w.scale), (w.bits, w.group_size)) for w in (up, down))
+        h = ops.routed(x, *up_planes, up_bias, experts, pairs, offs, None, top_k, activation, *up_format)
+        router = None if self.has_post_expert_norm else weights
+        y = ops.routed(h, *down_planes, down_bias, experts, pairs, offs, router, 1, "", *down_format)
+        if router is None:
+            y = self.post_expert_norm(y) * weights[:, None]
+        return y.view(tokens, top_k, -1).sum(1).to(x.dtype)
+    assert pairs is not None
+    assert offs is not None
+    of_row = experts[pairs].clamp(0, up.shape[0] - 1)
+    h = _product(x[pairs // top_k].to(up.dtype), up, offs, self.is_transposed, up_bias, of_row)
+    h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
+    y = _product(h.to(down.dtype), down, offs, self.is_transposed, down_bias, of_row)
+    if self.has_post_expert_norm:
+        y = self.post_expert_norm(y)
+    y = y * weights[pairs][:, None]
+    back = torch.empty_like(pairs, dtype=torch.int64).scatter_(0, pairs.long(), torch.arange(len(pairs), device=pairs.device))
+    return y[back].view(tokens, top_k, -1).sum(1).to(x.dtype)
+
+
+def use(module: Any) -> None:
+    """Has a transformers module of quantized experts run them by `experts_forward`, and all of its model with it: they share the choice.
+    `model.set_experts_implementation(...)` chooses another."""
+    transformers = sys.modules.get("transformers.integrations.moe")
+    if transformers is None or not hasattr(module, "is_transposed") or not hasattr(module, "has_gate"):
+        return
+    transformers.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    _known_activation(module)
+    module.config._experts_implementation = IMPLEMENTATION
