@@ -59,6 +59,18 @@ def unknown_experts(module: nn.Module) -> list[str]:
     return [name for name, p in _stacks(module).items() if name not in known and p.shape[0] > 1 and min(p.shape[1:]) >= 32]
 
 
+def routers(model: nn.Module) -> set[nn.Module]:
+    """The linears that choose among experts: beside the experts, stacked or in a list, with an output for each. They are small, an error of
+    theirs sends a token elsewhere, and so they stay float unless they are named."""
+    found: set[nn.Module] = set()
+    for parent in model.modules():
+        children = list(parent.children())
+        counts = {next(iter(_stacks(child).values())).shape[0] for child in children if transposed_experts(child)}
+        counts |= {len(child) for child in children if isinstance(child, nn.ModuleList) and len({type(expert) for expert in child}) == 1}
+        found |= {child for child in children if isinstance(child, nn.Linear) and child.out_features in counts - {1}}
+    return found
+
+
 # ------------------------------------------------------------------------------------------- running them
 
 
@@ -128,7 +140,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         y = ops.routed(h, *down_planes, down_bias, experts, pairs, offs, router, 1, "", *down_format)
         if router is None:
             y = self.post_expert_norm(y) * weights[:, None]
-        return y.view(tokens, top_k, -1).sum(1).to(x.dtype)
+        return y.view(tokens, top_k, y.shape[-1]).sum(1).to(x.dtype)
     assert pairs is not None
     assert offs is not None
     of_row = experts[pairs].clamp(0, up.shape[0] - 1)
@@ -139,7 +151,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         y = self.post_expert_norm(y)
     y = y * weights[pairs][:, None]
     back = torch.empty_like(pairs, dtype=torch.int64).scatter_(0, pairs.long(), torch.arange(len(pairs), device=pairs.device))
-    return y[back].view(tokens, top_k, -1).sum(1).to(x.dtype)
+    return y[back].view(tokens, top_k, y.shape[-1]).sum(1).to(x.dtype)
 
 
 def use(module: Any) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchao.quantization import FqnToConfig
 
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.quantize import FilterFn, is_product
+from rtn_tensor.quantize import FilterFn, products
 from rtn_tensor.sources import plane_names
 from rtn_tensor.tensor import RTNQuantizedTensor
 
@@ -99,9 +99,10 @@ def but_the_output(model: nn.Module) -> FilterFn:
     """transformers' choice of weights, and experts: every linear but the output layer, and but what it keeps in fp32."""
     outer = ends(model) if is_pretrained(model) else ()
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    by_default = products(model)
 
     def selects(module: nn.Module, fqn: str) -> bool:
-        return is_product(module, fqn) and module not in outer and kept.isdisjoint(fqn.split("."))
+        return by_default(module, fqn) and module not in outer and kept.isdisjoint(fqn.split("."))
 
     return selects
 

@@ -13,7 +13,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
-from rtn_tensor.moe import transposed_experts, unknown_experts, use
+from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
 from rtn_tensor.tables import table
 from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
 
@@ -25,9 +25,10 @@ def is_linear(module: nn.Module, fqn: str) -> bool:
     return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def is_product(module: nn.Module, fqn: str) -> bool:
-    """The default `filter_fn`: `is_linear`, and modules of experts."""
-    return is_linear(module, fqn) or bool(transposed_experts(module))
+def products(model: nn.Module) -> FilterFn:
+    """The default `filter_fn`: every linear (`is_linear`) but routers, and the experts of every mixture-of-experts layer."""
+    kept = routers(model)
+    return lambda module, fqn: (is_linear(module, fqn) and module not in kept) or bool(transposed_experts(module))
 
 
 # ------------------------------------------------------------------------------------------- which weights
@@ -72,9 +73,11 @@ def _targets(model: nn.Module, config: RTNConfig, filter_fn: FilterFn) -> Iterat
 
 def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
     """torchao's precedence, the first match winning: parameter name, module name, "re:" on the parameter, "re:" on the module,
-    "_default" on linears."""
+    "_default" on what is quantized by default."""
     table = config.fqn_to_config
     misspelt = {key for key, value in table.items() if value is not None and not key.startswith("re:") and key != "_default"}
+
+    by_default = products(model)
 
     def lookup(prefix: str, module: nn.Module, name: str, fqn: str, parameter: Tensor) -> Any:
         owns_weight = (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module)
@@ -94,7 +97,7 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
             for pattern, value in patterns:
                 if pattern.fullmatch(prefix):
                     return value
-        default = (name == "weight" and is_linear(module, prefix)) or name in transposed_experts(module)
+        default = (name == "weight" and by_default(module, prefix)) or name in transposed_experts(module)
         return table.get("_default") if default else None
 
     for fqn, module, name, parameter in _named_parameters(model):
@@ -177,7 +180,7 @@ def plan(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> 
             raise ValueError("FqnToConfig says itself which weights to quantize; leave filter_fn out")
         targets = list(_fqn_targets(model, config))
     elif isinstance(config, RTNConfig):
-        targets = list(_targets(model, config, filter_fn or is_product))
+        targets = list(_targets(model, config, filter_fn or products(model)))
     else:
         raise TypeError(f"config is a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...) or FqnToConfig with those")
     _check(targets)
@@ -210,7 +213,7 @@ def quantize_(
         model: any module; float32, bfloat16 or float16 weights, on any device (a meta weight becomes an empty quantized one).
         config: `rtn_int4()`, `rtn_int8()`, `rtn(...)`, or torchao's `FqnToConfig` with those, or None, as values.
         filter_fn: given a module and its name, whether to quantize its weight. By default every nn.Linear, as in torchao, and the experts
-            of every mixture-of-experts layer; nn.Embedding can be selected too. Not with `FqnToConfig`.
+            of every mixture-of-experts layer, but not its router; nn.Embedding can be selected too. Not with `FqnToConfig`.
         device: where to move each module just before it is quantized, and the rest of the model at the end.
         progress: wraps the list of weights to come, for instance `tqdm.tqdm`.
 
@@ -349,6 +352,7 @@ def report(model: nn.Module) -> Report:
     for fqn, _, _, w in _named_parameters(model):
         for other in getattr(w, "untied_from", []):
             untied.setdefault(other, fqn)
+    kept = routers(model)
     for fqn, module, name, w in _named_parameters(model):
         quantized = isinstance(w, RTNQuantizedTensor)
         before = w.numel() * w.dtype.itemsize
@@ -366,7 +370,7 @@ def report(model: nn.Module) -> Report:
         elif w.dim() < 2:
             note = "vector"
         elif (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module):
-            note = "not selected"
+            note = "router" if module in kept else "not selected"
         elif name in unknown_experts(module):
             note = f"experts of a {type(module).__name__}? not understood"
         else:
