@@ -96,8 +96,8 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList([Layer(shape, batch, room) for _ in range(shape.layers)])
         self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
         self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
-        frequencies = 500000.0 ** -torch.linspace(0, 1, shape.head // 2 + 1, dtype=torch.float32)[:-1]
-        angles = torch.arange(room)[:, None] * frequencies
+        frequencies = torch.logspace(0, -1, shape.head // 2 + 1, base=500000.0, dtype=torch.float32)[:-1]
+        angles = torch.outer(torch.arange(room, dtype=torch.float32), frequencies)
         self.register_buffer("turns", torch.stack([angles.cos(), angles.sin()]), persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
