@@ -146,9 +146,7 @@ def load(
             module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
     if device is not None:
         model.to(device)  # the buffers that are not in the checkpoint
-    for module in model.modules():
-        if any(isinstance(p, RTNQuantizedTensor) for p in module._parameters.values()):
-            use(module)
+    use(model)
     if pretrained.is_pretrained(model):
         pretrained.describe(model)
     return model

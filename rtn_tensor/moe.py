@@ -154,12 +154,15 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return y[back].view(tokens, top_k, y.shape[-1]).sum(1).to(x.dtype)
 
 
-def use(module: Any) -> None:
-    """Has a transformers module of quantized experts run them by `experts_forward`, and all of its model with it: they share the choice.
-    `model.set_experts_implementation(...)` chooses another."""
-    transformers = sys.modules.get("transformers.integrations.moe")
-    if transformers is None or not hasattr(module, "is_transposed") or not hasattr(module, "has_gate"):
-        return
-    transformers.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-    _known_activation(module)
-    module.config._experts_implementation = IMPLEMENTATION
+def use(model: nn.Module) -> None:
+    """Has transformers' modules of quantized experts in `model` run them by `experts_forward`, and all that share a config with them.
+
+    `quantize_` and `load` do it. `model.set_experts_implementation(...)` chooses another."""
+    transformers: Any = sys.modules.get("transformers.integrations.moe")
+    module: Any
+    for module in model.modules() if transformers else ():
+        is_transformers = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+        if is_transformers and any(isinstance(w, RTNQuantizedTensor) for w in _stacks(module).values()):
+            transformers.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+            _known_activation(module)
+            module.config._experts_implementation = IMPLEMENTATION

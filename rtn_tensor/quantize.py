@@ -244,7 +244,7 @@ def quantize_(
                 new.untied_from = rest
             done[names[0]] = new
         setattr(target.module, target.parameter_name, done[names[0]])
-        use(target.module)
+    use(model)
     if device is not None:
         model.to(device)
     return report(model)
