@@ -5,7 +5,7 @@ from rtn_tensor.checkpoint import load, save
 from rtn_tensor.config import RTNConfig, rtn, rtn_int4, rtn_int8
 from rtn_tensor.kernels import explain
 from rtn_tensor.quantize import dequantize_, quantize_, report
-from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.sharding import RTNQuantizedTensor  # with its collectives
 
 __all__ = [
     "RTNConfig",

@@ -48,6 +48,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
     in_features: int
     transposed: bool
     version: int = VERSION
+    _padded_rows: int
     _shares_scale = False  # true of some columns of rows that have one scale: to write it would change the other columns
 
     @staticmethod
@@ -132,6 +133,22 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         key = repr((type(self).__qualname__, [getattr(self, name) for name in self.tensor_attribute_names], planes))
         return hashlib.sha256(key.encode()).hexdigest()
 
+    # With this signature, the older of the two that FSDP2 knows, what is gathered need not have the tensor's own padded size.
+    def fsdp_pre_all_gather(self, mesh) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """What FSDP2 gathers of a shard: the planes, padded as those of the other ranks are (0.26 of a bf16 weight at int4)."""
+        rows = getattr(self, "_padded_rows", len(self.qdata))
+        planes = tuple(_padded(plane, rows) for plane in (self.qdata, self.scale))
+        return planes, {name: getattr(self, name) for name in self.tensor_attribute_names}
+
+    def fsdp_post_all_gather(self, outputs, attributes, param_dtype, *, out=None) -> Any:
+        """The whole tensor over the gathered planes, its scale in the dtype that a MixedPrecisionPolicy asks for."""
+        qdata, scale = outputs
+        if out is not None:  # over the same memory as the first time, filled again
+            if out.scale.dtype != scale.dtype:
+                out.scale.copy_(scale[: len(out.scale)])
+            return None
+        return type(self)(qdata, scale.to(param_dtype), **attributes), outputs
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
         handler = cls._ATEN_OP_TABLE[cls].get(func)
@@ -162,7 +179,7 @@ def _error(w: Tensor, what: str, kind: type[Exception] = ValueError) -> Exceptio
     return kind(f"{name}: {what}" if name else what)
 
 
-def _rebuild(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
+def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
     """A tensor of `w`'s format over other planes; what users hung on `w` (vLLM's weight_loader, say) goes along."""
     attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
     # torch refuses an inference tensor as a view of one that is none, which `w.t()` would be in inference mode.
@@ -180,6 +197,17 @@ def _new_planes(factory, shape: Sequence[int], bits: int, group_size: int, dtype
     *rows, k = shape
     qdata = factory((*rows, FORMATS[bits].row_bytes(k)), dtype=torch.uint8, **kwargs)
     return qdata, factory((*rows, groups(k, group_size)), dtype=dtype, **kwargs)
+
+
+def _padded(plane: Tensor, rows: int) -> Tensor:
+    """`plane` with zeros after it, up to `rows`; they lie there already where FSDP2 made it."""
+    if len(plane) == rows:
+        return plane
+    size, stride, start = (rows, *plane.shape[1:]), plane.stride(), plane.storage_offset()
+    end = (start + rows * stride[0]) * plane.itemsize
+    if plane.is_contiguous() and end <= plane.untyped_storage().nbytes():
+        return plane.as_strided(size, stride, start)
+    return torch.cat([plane, plane.new_zeros(rows - len(plane), *plane.shape[1:])])
 
 
 def _plane_dim(w: RTNQuantizedTensor, dim: int) -> int:
@@ -366,7 +394,7 @@ def _slice(w: RTNQuantizedTensor, dim: int, start: int | None, end: int | None, 
     start, end, _ = slice(start, end).indices(size)
     dim = _plane_dim(w, dim)
     if dim < w.qdata.dim() - 1:
-        return _rebuild(w, *(aten.slice.Tensor(p, dim, start, end, step) for p in (w.qdata, w.scale)))
+        return rebuilt(w, *(aten.slice.Tensor(p, dim, start, end, step) for p in (w.qdata, w.scale)))
     k = max(end - start, 0)
     fmt = FORMATS[w.bits]
     unit = fmt.chunk if w.group_size == -1 else w.group_size
@@ -379,7 +407,7 @@ def _slice(w: RTNQuantizedTensor, dim: int, start: int | None, end: int | None, 
     start = start if k else 0
     qdata = w.qdata.narrow(dim, fmt.row_bytes(start), fmt.row_bytes(k))
     scale = w.scale if w.group_size == -1 else w.scale.narrow(dim, groups(start, unit), groups(k, unit))
-    out = _rebuild(w, qdata, scale.view(scale.shape), in_features=k)
+    out = rebuilt(w, qdata, scale.view(scale.shape), in_features=k)
     if w.group_size == -1 and k < size:
         out._shares_scale = True
     return out
@@ -413,7 +441,7 @@ def _select(w: RTNQuantizedTensor, dim: int, index: int) -> RTNQuantizedTensor:
         raise _error(w, f"cannot select along dim {dim}: one column of a packed weight is no tensor; slice whole groups, or dequantize()")
     # Without its rows a weight has no two dims to stand swapped.
     transposed = w.transposed and plane_dim != w.dim() - 2
-    return _rebuild(w, *(aten.select.int(p, plane_dim, index) for p in (w.qdata, w.scale)), transposed=transposed)
+    return rebuilt(w, *(aten.select.int(p, plane_dim, index) for p in (w.qdata, w.scale)), transposed=transposed)
 
 
 @_op(aten.select.int)
@@ -442,10 +470,21 @@ def _(func, types, args, kwargs):
             w, f"cannot view shape {tuple(w.shape)} as {tuple(args[1])}; a view keeps the packed last dim, in_features={w.in_features}"
         )
     if same_shape:
-        out = _rebuild(w, *(p.view(p.shape) for p in (w.qdata, w.scale)))
+        out = rebuilt(w, *(p.view(p.shape) for p in (w.qdata, w.scale)))
     else:
-        out = _rebuild(w, *(func(p, [*size[:-1], p.shape[-1]]) for p in (w.qdata, w.scale)))
+        out = rebuilt(w, *(func(p, [*size[:-1], p.shape[-1]]) for p in (w.qdata, w.scale)))
     return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@_op(aten.as_strided.default)
+def _(func, types, args, kwargs):
+    w, size, stride = args[:3]
+    offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
+    # FSDP2 takes the rows that are no padding so.
+    first = w[: size[0]] if size and w.dim() == len(size) and size[0] <= len(w) else None
+    if first is None or first.shape != torch.Size(size) or first.stride() != tuple(stride) or offset:
+        raise _error(w, f"as_strided gives the first rows of a quantized tensor only, not size {list(size)} of {list(w.shape)}; use slices")
+    return return_and_correct_aliasing(func, args, kwargs, first)
 
 
 @_op(aten.unsqueeze.default)
@@ -454,7 +493,7 @@ def _(func, types, args, kwargs):
     plane_dim = dim % (w.dim() + 1)
     if plane_dim > w.dim() - (2 if w.transposed else 1):
         raise _error(w, f"cannot unsqueeze at dim {dim}: the last {2 if w.transposed else 1} dim(s) of {tuple(w.shape)} must stay last")
-    return return_and_correct_aliasing(func, args, kwargs, _rebuild(w, *(func(p, plane_dim) for p in (w.qdata, w.scale))))
+    return return_and_correct_aliasing(func, args, kwargs, rebuilt(w, *(func(p, plane_dim) for p in (w.qdata, w.scale))))
 
 
 @_op([aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims])
@@ -466,7 +505,7 @@ def _(func, types, args, kwargs):
     if any(d >= leading for d in squeezed):
         raise _error(w, f"cannot squeeze dim(s) {squeezed} of shape {tuple(w.shape)}: only the first {leading} dim(s) may go")
     planes = (aten.squeeze.dims(p, squeezed) for p in (w.qdata, w.scale))
-    return return_and_correct_aliasing(func, args, kwargs, _rebuild(w, *planes))
+    return return_and_correct_aliasing(func, args, kwargs, rebuilt(w, *planes))
 
 
 def _permute(w: RTNQuantizedTensor, order: Sequence[int]) -> RTNQuantizedTensor:
@@ -479,7 +518,7 @@ def _permute(w: RTNQuantizedTensor, order: Sequence[int]) -> RTNQuantizedTensor:
         transposed = False
     else:
         raise _error(w, f"cannot permute {tuple(w.shape)} to {tuple(order)}: the last two dims may swap, and the others among themselves")
-    return _rebuild(w, *(aten.permute.default(p, plane_order) for p in (w.qdata, w.scale)), transposed=transposed)
+    return rebuilt(w, *(aten.permute.default(p, plane_order) for p in (w.qdata, w.scale)), transposed=transposed)
 
 
 @_op([aten.t.default, aten.transpose.int, aten.permute.default])
@@ -501,7 +540,7 @@ def _(func, types, args, kwargs):
     free = w.dim() - (2 if w.transposed else 1)
     if covered > free:
         raise _error(w, f"cannot index {covered} dim(s) of shape {tuple(w.shape)} by tensors: only the first {free} can be")
-    return _rebuild(w, *(func(p, indices) for p in (w.qdata, w.scale)))
+    return rebuilt(w, *(func(p, indices) for p in (w.qdata, w.scale)))
 
 
 @_op(aten.index_select.default)
@@ -509,7 +548,7 @@ def _(func, types, args, kwargs):
     w, dim, index = args
     if _is_packed(w, dim):
         raise _error(w, f"cannot index_select along dim {dim} of {tuple(w.shape)}: it is packed; dequantize() first")
-    return _rebuild(w, *(func(p, _plane_dim(w, dim), index) for p in (w.qdata, w.scale)))
+    return rebuilt(w, *(func(p, _plane_dim(w, dim), index) for p in (w.qdata, w.scale)))
 
 
 @_op([aten.cat.default, aten.stack.default])
@@ -545,7 +584,7 @@ def _(func, types, args, kwargs):
             first, f"cannot {name} weights of in_features {[t.in_features for t in tensors]} along dim {dim}; they must be the same"
         )
     planes = (func([getattr(t, plane) for t in tensors], plane_dim) for plane in first.tensor_data_names)
-    return _rebuild(first, *planes, in_features=in_features)
+    return rebuilt(first, *planes, in_features=in_features)
 
 
 # ------------------------------------------------------------------------------------------- copies
@@ -560,14 +599,14 @@ def _(func, types, args, kwargs):
     w = args[0]
     # Planes are always laid out row by row, whatever memory format is asked for.
     planes = (func(p) for p in (w.qdata, w.scale))
-    out = _rebuild(w, *planes)
+    out = rebuilt(w, *planes)
     return out if func is aten.clone.default else return_and_correct_aliasing(func, args, kwargs, out)
 
 
 @_function(Tensor.contiguous)
 def _(func, types, args, kwargs):
     w = args[0]
-    return w if w.qdata.is_contiguous() and w.scale.is_contiguous() else _rebuild(w, w.qdata.contiguous(), w.scale.contiguous())
+    return w if w.qdata.is_contiguous() and w.scale.is_contiguous() else rebuilt(w, w.qdata.contiguous(), w.scale.contiguous())
 
 
 def _convert_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -584,7 +623,7 @@ def _(func, types, args, kwargs):
     w = args[0]
     to = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking", "pin_memory")}
     scale = _convert_scale(w, kwargs.get("dtype") or w.scale.dtype)
-    return _rebuild(w, func(w.qdata, **to), func(scale, **to))
+    return rebuilt(w, func(w.qdata, **to), func(scale, **to))
 
 
 @_op(aten.copy_.default)
@@ -626,7 +665,10 @@ def _(func, types, args, kwargs):
     to = {"device": kwargs.get("device") or w.qdata.device, "pin_memory": kwargs.get("pin_memory") or False}
     factory = torch.zeros if func in (aten.zeros_like.default, aten.new_zeros.default) else torch.empty
     planes = _new_planes(factory, shape, w.bits, w.group_size, dtype, **to)
-    return _rebuild(w, *planes, in_features=shape[-1])
+    new = rebuilt(w, *planes, in_features=shape[-1])
+    if func == aten.new_zeros.default:  # FSDP2 asks for a shard with its padding, and then for the part that is no padding
+        new._padded_rows = shape[0]
+    return new
 
 
 @_op(aten.equal.default)
@@ -644,7 +686,7 @@ def _(func, types, args, kwargs):
 
 @_op(aten._pin_memory.default)
 def _(func, types, args, kwargs):
-    return _rebuild(args[0], args[0].qdata.pin_memory(), args[0].scale.pin_memory())
+    return rebuilt(args[0], args[0].qdata.pin_memory(), args[0].scale.pin_memory())
 
 
 @_function(Tensor.share_memory_)

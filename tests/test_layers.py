@@ -30,6 +30,7 @@ LAYERS = [
     "kernels",
     "ops",
     "tensor",
+    "sharding",
     "moe",
     "quantize",
     "sources",
