@@ -34,7 +34,9 @@ if torch.distributed.is_available():
 
     @_op([getattr(functional, name).default for name in _names if hasattr(functional, name)])  # the last from torch 2.12 on
     def _(func, types, args, kwargs):
-        return rebuilt(args[0], *_by_plane(func, args, kwargs))
+        w = args[0]
+        w = rebuilt(w, w.qdata.contiguous(), w.scale.contiguous())  # some columns of a weight, say, which torch 2.11 does not gather
+        return rebuilt(w, *_by_plane(func, (w, *args[1:]), kwargs))
 
 
 @_op(aten.constant_pad_nd.default)
