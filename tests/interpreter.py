@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _cast, _to_fp = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
@@ -132,3 +133,17 @@ class _Results:
 
 for function in (cast_impl, create_fp_to_fp, binary_op, unary_op, create_dot, create_inline_asm):
     setattr(InterpreterBuilder, function.__name__, function)
+
+
+# --------------------------------------------------------------------------------------------------------------- Triton 3.6
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor, scope):
+    """The bounds of a loop are tensors of one element, of which Triton 3.6 makes an int in a way that numpy gave up in 2.4."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_lang_tensor
