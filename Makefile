@@ -7,7 +7,7 @@ TRITON_LATEST := 3.9.0
 TRITON_EARLIEST := 3.6.0
 LINUX := platform_system == 'Linux'
 EARLIEST := PYTHONPATH=$(CURDIR)/.venv/triton-$(TRITON_EARLIEST)
-INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest tests/test_kernels.py tests/test_triton.py tests/test_gpu_benchmark.py -k "triton or interpreter"
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -k "triton or interpreter" $(addprefix tests/test_,kernels.py triton.py gpu_benchmark.py)
 
 .PHONY: demo test test-slow test-all clean interpreted interpreted-earliest compiled-earliest
 

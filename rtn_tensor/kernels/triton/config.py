@@ -127,8 +127,11 @@ def by_rule(shape: Shape, gpu: Gpu) -> Config | None:
     elif shape.op == "linear" and m >= DENSE_FROM:
         return None
     else:
-        block_m = 256 if m > 128 and -(-m // 256) * -(-n // 128) >= gpu.processors else 128
-        config = Config(block_m, 128, 64, 1, shape.group_size == -1, 8, 4 if block_m == 128 else 3)
+        # The largest tile where there is one for every multiprocessor, and wgmma, which takes x from shared memory: with mma.sync it spills.
+        # Rows of y that begin anywhere are stored element by element, and past 64 tokens there are not enough registers for that.
+        large = gpu.shared_memory > 200_000 and m > 128 and -(-m // 256) * -(-n // 128) >= gpu.processors
+        block_m = 64 if n % 16 else 256 if large else 128
+        config = Config(block_m, 128, 64, 1, shape.group_size == -1, 8, 3 if block_m == 256 else 4)
     while config.num_stages > 1 and not fits(config, gpu, shape):
         config = config._replace(num_stages=config.num_stages - 1)
     if shape.op == "grouped":
