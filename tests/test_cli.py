@@ -391,7 +391,7 @@ def test_explain(run, monkeypatch):
         (["generate", "{source}", "We", "--max-new-tokens", "0"], "max_new_tokens=0; it must be at least 1"),
         (
             ["explain", "--op", "conv"],
-            "op='conv' is not an op; use linear, linear_dx, grouped, grouped_dx, embedding, quantize or dequantize",
+            "op='conv' is not an op; use linear, linear_dx, grouped, grouped_dx, routed, embedding, quantize or dequantize",
         ),
     ],
 )

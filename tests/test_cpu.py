@@ -646,6 +646,7 @@ linear on cpu: torch.bfloat16 x [3, 64], int4 weight [5, 64] with group_size 32
 kernel           why not
 ---------  ----  --------------------------------------------------------------------
 cpu              Its C++ library was not built; install g++ and reinstall rtn-tensor.
+triton           It runs on GPUs only.
 dense      runs
 reference        It could, but dense is preferred.""",
     )
