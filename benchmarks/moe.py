@@ -157,6 +157,13 @@ def resident(what: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().partition(f"{what}:")[2].split()[0])
 
 
+def map_from(size: int) -> None:
+    """Has glibc map blocks of `size` bytes and more, and so give them back when they are freed; smaller ones it keeps for the next."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-3, size)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2 * size)  # M_TRIM_THRESHOLD
+
+
 def extra_memory(call: Callable[[], Tensor]) -> int:
     """Bytes of memory at the highest of a call, above those before; its result is counted."""
     threads = torch.get_num_threads()
@@ -166,13 +173,15 @@ def extra_memory(call: Callable[[], Tensor]) -> int:
         torch.set_num_threads(threads)
         call()
 
-    # glibc keeps what was freed, and would give it to this call as if it took none.
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest from now on
-    with ThreadPoolExecutor(1) as executor:
-        executor.submit(run).result()
-    return max(0, resident("VmHWM") - before)
+    map_from(64 << 10)  # else the call is given what others left, as if it took none
+    try:
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest from now on
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(run).result()
+        return max(0, resident("VmHWM") - before)
+    finally:
+        map_from(32 << 20)  # what glibc comes to by itself, where blocks of that size are freed
 
 
 def why_skipped(name: str, layer: Layer, tokens: int) -> str | None:
