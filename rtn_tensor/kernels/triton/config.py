@@ -127,7 +127,7 @@ def by_rule(shape: Shape, gpu: Gpu) -> Config | None:
     elif shape.op == "linear" and m >= DENSE_FROM:
         return None
     else:
-        # The largest tile where there is one for every multiprocessor, and wgmma, which takes x from shared memory: with mma.sync it spills.
+        # The largest tile where there is one for every multiprocessor, and wgmma, which has x in shared memory: with mma.sync it spills.
         # Rows of y that begin anywhere are stored element by element, and past 64 tokens there are not enough registers for that.
         large = gpu.shared_memory > 200_000 and m > 128 and -(-m // 256) * -(-n // 128) >= gpu.processors
         block_m = 64 if n % 16 else 256 if large else 128
