@@ -1,10 +1,8 @@
 """`load`: streams a checkpoint into a model and quantizes on the way."""
 
 import json
-import math
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -372,108 +370,3 @@ for _ in range(2):
     assert done.stdout.count("could not be written") == 2
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert load(tmp_path / "model", model=nn.Linear(64, 64)).weight.shape == (64, 64)
-
-
-# ------------------------------------------------------------------------------------------- memory
-
-# Blocks of 2048 x 4096, and an embedding of a quarter of the whole, which is read in chunks.
-MEASURE = """
-import resource, sys, threading
-from pathlib import Path
-import torch
-from torch import nn
-import rtn_tensor, safetensors, numpy, tqdm
-from rtn_tensor import load, rtn_int4, report
-
-def anonymous():
-    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
-
-def make():
-    layers = nn.ModuleList([nn.Linear(4096, 2048, bias=False) for _ in range(LAYERS)])
-    return nn.ModuleDict({"embedding": nn.Embedding(ROWS, 4096), "layers": layers}).bfloat16()
-
-with torch.device("meta"):
-    model = make()
-torch.ones(512, 512).bfloat16() @ torch.ones(512, 512).bfloat16()  # the thread pools
-load(WARM, rtn_int4(), nn.Linear(64, 64, bias=False).bfloat16())
-BEFORE_LOADING
-before, peak, stop = anonymous(), 0, threading.Event()
-def watch():
-    global peak
-    while not stop.wait(0.001):
-        peak = max(peak, anonymous())
-watcher = threading.Thread(target=watch)
-watcher.start()
-load(FILE, rtn_int4(), model, filter_fn=lambda module, fqn: True)
-stop.set(); watcher.join()
-size = report(model).bytes_after
-print(size, peak - before)
-if rtn_tensor.kernels.cpu.isa() is None:  # plain torch dequantizes a weight to multiply by it
-    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-x = torch.randint(ROWS, (2, 3))
-print(float(sum(layer(model["embedding"](x)).float().abs().sum() for layer in model["layers"])) > 0)
-"""
-
-
-def synthetic(path, layers, rows):
-    """bf16 weights, written a tensor at a time: the test must not hold them either."""
-    names = {"embedding.weight": (rows, 4096)} | {f"layers.{i}.weight": (2048, 4096) for i in range(layers)}
-    header, at = {}, 0
-    for name, shape in names.items():
-        size = 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    block = torch.randn(2048, 4096).bfloat16().view(torch.uint8).numpy().tobytes()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for shape in names.values():
-            left = 2 * math.prod(shape)
-            while left:
-                file.write(block[: min(left, len(block))])
-                left -= min(left, len(block))
-    return at
-
-
-def run_measure(tmp_path, layers, rows, limit=""):
-    size = synthetic(tmp_path / "big.safetensors", layers, rows)
-    save_file({"weight": torch.randn(64, 64).bfloat16()}, tmp_path / "warm.safetensors")
-    program = MEASURE
-    for name, value in {"ROWS": rows, "LAYERS": layers, "WARM": repr(str(tmp_path / "warm.safetensors")), "BEFORE_LOADING": limit}.items():
-        program = program.replace(name, str(value))
-    program = program.replace("FILE", repr(str(tmp_path / "big.safetensors")))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    numbers, works = done.stdout.splitlines()
-    assert works == "True"
-    return size, *map(int, numbers.split())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
-def test_peak_memory(tmp_path):
-    """Beside the finished model, 64 MiB, though the embedding alone is 128."""
-    _, finished, extra = run_measure(tmp_path, layers=12, rows=16384)
-    assert finished < extra + (8 << 20)  # what was watched is what was loaded
-    assert extra - finished < 64 << 20
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
-def test_peak_memory_of_2_gigabytes(tmp_path):
-    size, finished, extra = run_measure(tmp_path, layers=96, rows=65536)
-    assert size >= 2 << 30
-    assert finished < extra + (8 << 20)
-    assert extra - finished < 64 << 20
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_under_a_limit_smaller_than_the_float_model(tmp_path):
-    """What the process has before, the finished model and 64 MiB: an allocation beyond them fails."""
-    limit = """
-used = 1024 * int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0])
-resource.setrlimit(resource.RLIMIT_DATA, (used + (152 << 20), resource.RLIM_INFINITY))
-"""
-    size, finished, _ = run_measure(tmp_path, layers=12, rows=16384, limit=limit)
-    assert finished < 88 << 20
-    assert size > 2 * (152 << 20)
