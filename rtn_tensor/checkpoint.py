@@ -5,7 +5,6 @@ metadata, as torchao flattens a tensor subclass; so transformers and torchao rea
 """
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -24,9 +23,10 @@ from torchao.quantization import FqnToConfig
 from rtn_tensor import pretrained
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.moe import use
-from rtn_tensor.quantize import FilterFn, plan, quantize_
+from rtn_tensor.quantize import FilterFn, Target, plan, quantize_
+from rtn_tensor.sharding import as_part, check_idle, held, place, together
 from rtn_tensor.sources import plane_names, sources
-from rtn_tensor.streaming import Piece, check, pieces_by_name, stream
+from rtn_tensor.streaming import Piece, check, on_rank, pieces_by_name, stream
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
@@ -72,7 +72,8 @@ def load(
             is read by transformers, which holds the float model meanwhile.
         config: as for `quantize_`; None for a checkpoint that is quantized already, or to stay float.
         model: the module to fill, best on the meta device, or a function that makes one (its parameters are then made on meta, its buffers
-            are not). By default it is built from the folder's config.json by transformers, and comes in eval mode.
+            are not). By default it is built from the folder's config.json by transformers, and comes in eval mode. Where it is sharded
+            already (`fully_shard`, `parallelize_module`), each rank reads its own part of the files.
         device: where the weights go; by default where the model's are, or the CPU.
         dtype: of a model built from config.json; by default as that says. A given model has its own.
         filter_fn: as for `quantize_`. By default every nn.Linear but a transformers model's output layer, as in transformers, and
@@ -85,7 +86,8 @@ def load(
     Raises:
         FileNotFoundError: no checkpoint at `path`, or a part of it is missing.
         ValueError: a file is truncated or corrupt; a tensor is missing, has no place, another shape, an unknown dtype, a NaN or inf; a
-            weight cannot be quantized as `config` says. The message names the file and the tensor.
+            weight cannot be quantized as `config` says; `model` has run under fully_shard. The message names the file and the tensor.
+        RuntimeError: another rank failed.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -96,6 +98,7 @@ def load(
         with pretrained.parameters_on_meta():
             model = model()
     assert isinstance(model, nn.Module)
+    check_idle(model)
     found = sources(path, pretrained.renaming(model)) if pretrained.is_pretrained(model) else sources(path)
     places = list(_places(model))
     state = {fqn: t for fqn, _, _, t in places}
@@ -111,38 +114,22 @@ def load(
         raise ValueError(f"{path} is quantized already; load it without a config, or give the float checkpoint")
     targets = plan(model, config, _filter(model, config, filter_fn)) if config is not None else []
     configs = {t.fqn: t.config for t in targets}
-    transposed = {id(t.parameter) for t in targets if t.transposed}
-
     fqns: dict[int, list[str]] = defaultdict(list)
     for fqn, t in state.items():
         fqns[id(t)].append(fqn)
-    # For each tensor of the model, by what it is to be. One that is shared, and quantized at some of its places only, becomes two.
-    new: dict[int, dict[RTNConfig | None, Tensor]] = defaultdict(dict)
-    copied: list[Piece] = []
-    for piece in pieces:
-        old = state[piece.target]
-        to = torch.device(device or ("cpu" if old.is_meta else old.device))
-        if config is None and not piece.index and (piece.source.quantized or piece.source.dtype == old.dtype):
-            new[id(old)][None] = piece.source.map().to(to)
-            continue
-        copied.append(piece)
-        for c in {configs.get(fqn): None for fqn in fqns[id(old)]}:
-            if c not in new[id(old)]:
-                new[id(old)][c] = _empty(old, c, id(old) in transposed, to)
-    destinations = {p.target: list(new[id(state[p.target])].values()) for p in copied}
-    total = sum(math.prod(p.source.shape) * p.source.dtype.itemsize * len(destinations[p.target]) for p in copied)
-    with _bar(path.name, total, progress) as meter:
-        stream(copied, destinations, meter)
+    sharded = next((t for t in state.values() if held(t) is not t), None)
+    with together(sharded):
+        new = _read(pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress))
 
     parameters: dict[int, Tensor] = {}
     for fqn, module, name, old in places:
         t = new[id(old)][configs.get(fqn)]
         if name in module._buffers:
-            module._buffers[name] = t
+            module._buffers[name] = as_part(t, old)
         else:
             if id(t) not in parameters:
                 floats = [other for other in fqns[id(old)] if other not in configs]
-                parameters[id(t)] = _parameter(t, old, fqn, floats if config is not None else [])
+                parameters[id(t)] = _parameter(as_part(t, old), old, fqn, floats if config is not None else [])
             module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
     if device is not None:
         model.to(device)  # the buffers that are not in the checkpoint
@@ -152,9 +139,43 @@ def load(
     return model
 
 
+def _read(
+    pieces: list[Piece],
+    state: Mapping[str, Tensor],
+    fqns: Mapping[int, list[str]],
+    config: AOBaseConfig | None,
+    targets: list[Target],
+    device: torch.device | str | None,
+    bar: Callable[[int], Any],
+) -> dict[int, dict[RTNConfig | None, Tensor]]:
+    """What this rank holds of each tensor of the model, filled, by the old one's id and by what it is to be: one that is shared, and
+    quantized at some of its places only, becomes two."""
+    configs = {t.fqn: t.config for t in targets}
+    transposed = {id(t.parameter) for t in targets if t.transposed}
+    new: dict[int, dict[RTNConfig | None, Tensor]] = defaultdict(dict)
+    copied: list[Piece] = []
+    for piece in pieces:
+        old = state[piece.target]
+        to = torch.device(device or ("cpu" if old.is_meta else old.device))
+        if config is None and not piece.index and (piece.source.quantized or piece.source.dtype == old.dtype):
+            t = piece.source.map()
+            new[id(old)][None] = (t if held(old) is old else piece.cut(t, place(old)).contiguous()).to(to)
+            continue
+        if here := on_rank(piece, old.shape, place(old)):
+            copied.append(here)
+        for c in {configs.get(fqn): None for fqn in fqns[id(old)]}:
+            if c not in new[id(old)]:
+                new[id(old)][c] = _empty(held(old), c, id(old) in transposed, to)
+    destinations = {p.target: list(new[id(state[p.target])].values()) for p in copied}
+    total = sum(p.nbytes * len(destinations[p.target]) for p in copied)
+    with bar(total) as meter:
+        stream(copied, destinations, meter)
+    return new
+
+
 def _parameter(t: Tensor, old: Tensor, fqn: str, floats: list[str]) -> nn.Parameter:
     """`t` as a parameter in the place of `old`, with what was hung on that; `floats`: where it stays float."""
-    quantized = isinstance(t, RTNQuantizedTensor)
+    quantized = isinstance(held(t), RTNQuantizedTensor)
     new: Any = nn.Parameter(t, requires_grad=old.requires_grad and not quantized)
     vars(new).update(vars(old))
     if quantized:

@@ -11,14 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchao.quantization import FqnToConfig
 
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.formats import FORMATS
 from rtn_tensor.quantize import FilterFn, products
 from rtn_tensor.sources import plane_names
 from rtn_tensor.tensor import RTNQuantizedTensor
+
+
+def _from_planes(qdata: Tensor, scale: Tensor, **attributes: Any) -> RTNQuantizedTensor:
+    """A weight of a file. transformers' tensor parallelism cuts each plane into as many parts, and gives the attributes of the whole.
+
+    Raises:
+        ValueError: a part of the one plane is not of the same columns as that of the other.
+    """
+    k, bits, group_size = (attributes[name] for name in ("in_features", "bits", "group_size"))
+    whole = FORMATS[bits].row_bytes(k)
+    if qdata.shape[-1] != whole:
+        columns = qdata.shape[-1] * 8 // bits
+        fits = whole * 8 == k * bits and k % columns == 0 and group_size != -1 and columns % group_size == 0
+        if not fits or scale.shape[-1] * group_size != columns:
+            raise ValueError(
+                f"a quantized weight of {k} columns cannot be cut into {columns} a rank, inside a group of {group_size}; quantize with a "
+                "group_size that divides the columns of a rank, or load on another number of ranks"
+            )
+        attributes["in_features"] = columns
+    return RTNQuantizedTensor(qdata, scale, **attributes)
+
 
 # torchao's reader and writer accept the classes in these two, and offer no function to add one. They need numpy, as safetensors and
 # transformers do, but torch does not.
@@ -26,7 +48,7 @@ if find_spec("numpy") is not None:
     from torchao.prototype.safetensors import safetensors_utils
 
     safetensors_utils.ALLOWED_TENSORS_SUBCLASSES.append(RTNQuantizedTensor.__name__)
-    safetensors_utils.ALLOWED_CLASSES[RTNQuantizedTensor.__name__] = RTNQuantizedTensor
+    safetensors_utils.ALLOWED_CLASSES[RTNQuantizedTensor.__name__] = _from_planes
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
+from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held
 from rtn_tensor.tables import table
 from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
 
@@ -117,7 +118,8 @@ def is_finite(t: Tensor) -> bool:
 
 def _why_unfit(target: Target) -> str | None:
     """None where the weight can be quantized, else why it cannot, and what to do."""
-    w = target.parameter
+    whole: Any = target.parameter
+    w: Any = held(whole)
     if not isinstance(target.config, RTNConfig):
         return f"has a {type(target.config).__name__} as its config; use rtn_int4(), rtn_int8() or None here, or torchao's own quantize_"
     if w is None:
@@ -131,7 +133,16 @@ def _why_unfit(target: Target) -> str | None:
     if not target.by_name and not isinstance(target.module, nn.Linear | nn.Embedding):
         kind = type(target.module).__name__
         return f"belongs to a {kind}; a filter can select only nn.Linear and nn.Embedding weights. Leave it out, or name it in FqnToConfig"
-    if not w.is_meta and not is_finite(w.detach()):
+    dim, group_size = -2 if target.transposed else -1, target.config.group_size
+    columns, all_columns = columns_a_rank(whole, dim), whole.shape[dim]
+    if isinstance(target.module, nn.Linear) and target.parameter_name == "weight":
+        all_columns = target.module.in_features  # transformers gives a rank's part as a plain tensor
+    if columns < all_columns and group_size != -1 and columns % group_size:
+        return (
+            f"is cut into {columns} columns a rank, inside a group of {group_size}; use a group_size that divides {columns}, -1, or "
+            "another number of ranks"
+        )
+    if not w.is_meta and not everywhere(is_finite(w.detach()), whole):
         return "holds NaN or inf; repair the checkpoint, or leave the weight out"
     return None
 
@@ -157,8 +168,9 @@ def _check(targets: list[Target]) -> None:
 def _quantized(target: Target) -> Any:
     w, config = target.parameter, target.config
     assert w is not None
-    q = RTNQuantizedTensor.from_float(w.mT if target.transposed else w, config.bits, config.group_size, config.scale_method)
-    new = nn.Parameter(q.mT if target.transposed else q, requires_grad=False)
+    part = held(w).detach()
+    q = RTNQuantizedTensor.from_float(part.mT if target.transposed else part, config.bits, config.group_size, config.scale_method)
+    new = nn.Parameter(as_part(q.mT if target.transposed else q, w), requires_grad=False)
     for name, value in vars(w).items():
         setattr(new, name, value)
     return new
@@ -175,6 +187,7 @@ def _unknown(model: nn.Module, config: AOBaseConfig, selected: set[str]) -> list
 
 def plan(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> list[Target]:
     """The weights that `quantize_` would quantize, checked; it says what it raises."""
+    check_idle(model)
     if isinstance(config, FqnToConfig):
         if filter_fn is not None:
             raise ValueError("FqnToConfig says itself which weights to quantize; leave filter_fn out")
@@ -226,6 +239,8 @@ def quantize_(
             not of an nn.Linear or nn.Embedding; or `filter_fn` is given with `FqnToConfig`.
     """
     targets = plan(model, config, filter_fn)
+    if fully_sharded(model) and any(not t.parameter.is_meta for t in targets):  # type: ignore[union-attr]
+        raise ValueError("the model is sharded by fully_shard, which would look for the float weights' memory; quantize_ it first")
     places: dict[int, list[str]] = defaultdict(list)
     for fqn, _, _, parameter in _named_parameters(model):
         places[id(parameter)].append(fqn)
@@ -267,11 +282,13 @@ def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: st
 
 def dequantize_(model: nn.Module) -> "Report":
     """Puts plain float parameters (q * S, in each weight's dtype) in place of the quantized ones; shared weights stay shared."""
+    check_idle(model)
     shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for _, module, name, parameter in list(_named_parameters(model)):
-        if isinstance(parameter, RTNQuantizedTensor):
+        part = held(parameter)
+        if isinstance(part, RTNQuantizedTensor):
             if id(parameter) not in shared:
-                shared[id(parameter)] = parameter, nn.Parameter(parameter.dequantize())
+                shared[id(parameter)] = parameter, nn.Parameter(as_part(part.dequantize(), parameter))
             setattr(module, name, shared[id(parameter)][1])
     return report(model)
 
@@ -345,7 +362,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Says of every parameter of `model` how it is stored, or why it stayed float."""
+    """Says of every parameter of `model` how it is stored, or why it stayed float; of a sharded one, the part that this rank holds."""
     rows: list[Row] = []
     first: dict[int, str] = {}
     untied: dict[str, str] = {}
@@ -353,14 +370,15 @@ def report(model: nn.Module) -> Report:
         for other in getattr(w, "untied_from", []):
             untied.setdefault(other, fqn)
     kept = routers(model)
-    for fqn, module, name, w in _named_parameters(model):
+    for fqn, module, name, whole in _named_parameters(model):
+        w = held(whole)
         quantized = isinstance(w, RTNQuantizedTensor)
         before = w.numel() * w.dtype.itemsize
         after = w.qdata.nbytes + w.scale.nbytes if quantized else before
-        if id(w) in first:
-            note, before, after = f"shared with {first[id(w)]}", 0, 0
-        elif quantized and hasattr(w, "untied_from"):
-            note, before = f"untied from {', '.join(w.untied_from)}", 0  # the float weight it shared is counted there
+        if id(whole) in first:
+            note, before, after = f"shared with {first[id(whole)]}", 0, 0
+        elif quantized and hasattr(whole, "untied_from"):
+            note, before = f"untied from {', '.join(whole.untied_from)}", 0  # the float weight it shared is counted there
         elif quantized:
             note = ""
         elif fqn in untied:
@@ -375,7 +393,9 @@ def report(model: nn.Module) -> Report:
             note = f"experts of a {type(module).__name__}? not understood"
         else:
             note = f"weight of a {type(module).__name__}"
-        first.setdefault(id(w), fqn)
+        if w is not whole and w.dim() > 1:
+            note = f"part of {' x '.join(map(str, whole.shape))}{', ' if note else ''}{note}"
+        first.setdefault(id(whole), fqn)
         bits, group_size = getattr(w, "bits", None), getattr(w, "group_size", None)
         rows.append(Row(fqn, tuple(w.shape), bits, group_size, before, after, note))
     return Report(rows)

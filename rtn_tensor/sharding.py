@@ -1,8 +1,14 @@
-"""Quantized tensors among ranks: the collectives that DTensor, FSDP2 and checkpoints send them through, plane by plane."""
+"""Quantized tensors among ranks: the collectives that DTensor, FSDP2 and checkpoints send them through, plane by plane; and the part of a
+weight that a rank holds."""
 
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from rtn_tensor.tensor import RTNQuantizedTensor, rebuilt
@@ -20,11 +26,20 @@ def _by_plane(func, args: tuple, kwargs: dict) -> list[Any]:
 
 
 if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
 
     @_op([c10d.scatter_.default, c10d.broadcast_.default])
     def _(func, types, args, kwargs):
         """In place: the outputs' planes are what is filled. The caller waits for the last; so the others are waited for here."""
+        if func is c10d.broadcast_.default and _sends_a_state_dict():
+            raise NotImplementedError(
+                f"broadcast_from_rank0 cannot send a {RTNQuantizedTensor.__name__}: torch makes float tensors for it on the other ranks; "
+                "give every rank the state dict (torch.load(mmap=True) reads what is used), or rtn_tensor.load a folder"
+            )
         *others, (_, work) = _by_plane(func, args, kwargs)
         for _, other in others:
             other.wait()
@@ -47,3 +62,91 @@ def _(func, types, args, kwargs):
         raise NotImplementedError(f"{type(w).__name__} pads its rows with zeros only, not {list(pad)} with {value}")
     qdata, scale = _by_plane(func, args, kwargs)
     return rebuilt(w, qdata, scale)
+
+
+def _sends_a_state_dict() -> bool:
+    """Whether `set_model_state_dict(broadcast_from_rank0=True)` sends. Nothing but the stack tells, and its other ranks would abort."""
+    frame = sys._getframe()
+    while frame and frame.f_code.co_name != "_broadcast_state_dict":
+        frame = frame.f_back
+    return frame is not None
+
+
+# ------------------------------------------------------------------------------------------- a rank's part
+
+
+def held(w: Any) -> Any:
+    """What of `w` this rank holds: a DTensor's local tensor; a plain tensor itself."""
+    return w.to_local() if torch.distributed.is_available() and isinstance(w, DTensor) else w
+
+
+def as_part(part: Tensor, w: Any) -> Tensor:
+    """`part`, which stands for what this rank holds of `w`: a DTensor where `w` is one."""
+    if held(w) is w:
+        return part
+    return DTensor.from_local(part, w.device_mesh, w.placements, run_check=False, shape=w.shape, stride=w.stride())
+
+
+def place(w: Any) -> tuple[slice, ...]:
+    """Where in `w` the part that this rank holds lies.
+
+    Raises:
+        NotImplementedError: it is several parts, as where tensor parallelism cuts each of two fused layers.
+    """
+    if held(w) is w:
+        return tuple(slice(0, size) for size in w.shape)
+    sizes = w.device_mesh.shape
+    for axis, placement in enumerate(w.placements):
+        # FSDP2 over tensor parallelism of the same dim, whose parts lie in one piece, is told by such a placement, too.
+        inner = math.prod(sizes[i] for i in range(axis + 1, len(sizes)) if w.placements[i] == Shard(getattr(placement, "dim", None)))
+        if not placement.is_replicate() and type(placement) is not Shard and getattr(placement, "split_factor", None) != inner:
+            raise NotImplementedError(f"a weight that is placed as {placement} lies in several pieces; use the whole state dict")
+    shape, offset = compute_local_shape_and_global_offset(w.shape, w.device_mesh, w.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def columns_a_rank(w: Any, dim: int) -> int:
+    """The columns (along `dim`) that the first rank holds of `w`: what every cut is a multiple of."""
+    size = w.shape[dim]
+    if held(w) is not w:
+        for axis, placement in enumerate(w.placements):
+            if isinstance(placement, Shard) and placement.dim in (dim, dim % w.dim()):
+                size = -(-size // w.device_mesh.size(axis))
+    return size
+
+
+def everywhere(ok: bool, w: Any) -> bool:
+    """Whether `ok` is true on every rank that holds a part of `w`, so that all of them raise, or none."""
+    if held(w) is w:
+        return ok
+    flag = torch.tensor(float(ok), device=w.device_mesh.device_type)
+    return bool(DTensor.from_local(flag, w.device_mesh, [Partial("min")] * w.device_mesh.ndim, run_check=False).full_tensor())
+
+
+@contextmanager
+def together(w: Any) -> Iterator[None]:
+    """What raises here on one rank that holds a part of `w` raises on all of them: none is left waiting for another."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if not everywhere(failure is None, w):
+        raise failure or RuntimeError("another rank failed here, and says why; nothing was changed")
+
+
+def fully_sharded(model: Any) -> dict[str, bool]:
+    """The modules of `model` that `fully_shard` made, by name, and whether each has begun to run."""
+    if not torch.distributed.is_available():
+        return {}
+    found = {name or "the model": module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    return {name: module._get_fsdp_state()._is_root is not None for name, module in found.items()}
+
+
+def check_idle(model: nn.Module) -> None:
+    """Raises ValueError where `fully_shard` has begun to run `model`: it keeps the parameters, and would ignore new ones."""
+    if name := next((name for name, runs in fully_sharded(model).items() if runs), None):
+        raise ValueError(
+            f"{name} has run under fully_shard, which keeps its parameters; do this before the first forward pass, or copy_ fresh weights "
+            "into the local tensors"
+        )

@@ -1,10 +1,11 @@
 """Streaming: which part of a model each tensor of a checkpoint fills, and the filling, a few megabytes at a time."""
 
+import itertools
 import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +25,23 @@ CHUNK, PLAIN_CHUNK = 16 << 20, 2 << 20
 
 @dataclass(frozen=True)
 class Piece:
-    """A source, and the part of a parameter or buffer that it fills: all of it, an expert, some rows."""
+    """A source, or a `part` of it, and the part of a parameter or buffer that it fills: all of it, an expert, some rows."""
 
     source: Source
     target: str
     index: tuple[int | slice, ...] = ()
+    part: tuple[slice, ...] = ()
+
+    def cut(self, t: Tensor, part: tuple[slice, ...]) -> Tensor:
+        """The `part` of `t`, which the source holds."""
+        try:
+            return t[part]
+        except ValueError as error:  # inside a group
+            raise self.source.error(str(error)) from None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(_part(self.source.shape, self.part)) * self.source.dtype.itemsize
 
 
 def _renamed(name: str, rename: Mapping[str, str]) -> str:
@@ -105,6 +118,24 @@ def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[st
     return kept
 
 
+def on_rank(piece: Piece, shape: Sequence[int], held: Sequence[slice]) -> Piece | None:
+    """What a rank that holds the part `held` of the target, of `shape` in all, reads of `piece`, and where in that part it goes; None where
+    it reads nothing."""
+    index: list[int | slice] = []
+    part: list[slice] = []
+    for at, size, here in itertools.zip_longest(piece.index, shape, held):
+        start, stop = (0, size) if at is None else (at, at + 1) if isinstance(at, int) else (at.start, at.stop)
+        first, last = max(start, here.start), min(stop, here.stop)
+        if first >= last:
+            return None
+        if isinstance(at, int):
+            index.append(first - here.start)
+        else:
+            index.append(slice(first - here.start, last - here.start))
+            part.append(slice(first - start, last - start))
+    return replace(piece, index=tuple(index), part=tuple(part))
+
+
 # ------------------------------------------------------------------------------------------- streaming
 
 
@@ -146,7 +177,7 @@ def stream(pieces: list[Piece], destinations: Mapping[str, list[Tensor]], meter:
         (piece, *chunk)
         for piece in pieces
         for to in destinations[piece.target]
-        for chunk in _chunks(piece.source.view(), to[piece.index] if piece.index else to)
+        for chunk in _chunks(piece.cut(piece.source.view(), piece.part), to[piece.index])
     ]
     for i, (piece, rows, place) in enumerate(work):
         # The disk reads on while this chunk is quantized. A thread of ours that read would take a core from the quantizing.

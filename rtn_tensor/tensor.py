@@ -134,16 +134,26 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         return hashlib.sha256(key.encode()).hexdigest()
 
     # With this signature, the older of the two that FSDP2 knows, what is gathered need not have the tensor's own padded size.
-    def fsdp_pre_all_gather(self, mesh) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def fsdp_pre_all_gather(self, mesh) -> tuple[tuple[Tensor, ...], Any]:
         """What FSDP2 gathers of a shard: the planes, padded as those of the other ranks are (0.26 of a bf16 weight at int4)."""
         rows = getattr(self, "_padded_rows", len(self.qdata))
         planes = tuple(_padded(plane, rows) for plane in (self.qdata, self.scale))
-        return planes, {name: getattr(self, name) for name in self.tensor_attribute_names}
+        attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
+        if mesh.size() > 1:
+            return planes, (attributes, None)
+        # Of what one rank "gathers" FSDP2 copies the first tensor only.
+        return (torch.cat([plane.flatten().view(torch.uint8) for plane in planes]),), (attributes, [plane.shape for plane in planes])
 
-    def fsdp_post_all_gather(self, outputs, attributes, param_dtype, *, out=None) -> Any:
+    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None) -> Any:
         """The whole tensor over the gathered planes, its scale in the dtype that a MixedPrecisionPolicy asks for."""
-        qdata, scale = outputs
+        attributes, shapes = metadata
+        if shapes is None:
+            qdata, scale = outputs
+        else:
+            size = math.prod(shapes[0])
+            qdata, scale = outputs[0][:size].view(shapes[0]), outputs[0][size:].view(self.scale.dtype).view(shapes[1])
         if out is not None:  # over the same memory as the first time, filled again
+            out = out.to_local() if hasattr(out, "to_local") else out  # a DTensor, under tensor parallelism
             if out.scale.dtype != scale.dtype:
                 out.scale.copy_(scale[: len(out.scale)])
             return None

@@ -1,4 +1,4 @@
-"""FSDP2, tensor parallelism and distributed checkpoints, on gloo ranks of this machine; the cases are in sharded.py."""
+"""FSDP2, tensor parallelism and distributed checkpoints, on gloo ranks of this machine; the cases are in sharded_*.py."""
 
 import functools
 
@@ -8,14 +8,19 @@ import torch.distributed
 if not torch.distributed.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
 
-from sharded import CASES, run_all
+from ranks import cases, run_all
 
-results = functools.cache(run_all)
+MODULES = ("sharded_fsdp", "sharded_tp", "sharded_load", "sharded_transformers", "sharded_2d")
+CASES = [(module, name, ranks) for module in MODULES for ranks in cases(module).ranks for name in cases(module)]
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_on_ranks(name, ranks):
+@functools.cache
+def results(ranks):
+    return run_all(ranks, [module for module in MODULES if ranks in cases(module).ranks])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("module", "name", "ranks"), CASES)
+def test_on_ranks(module, name, ranks):
     failed = results(ranks)
-    assert name not in failed, failed[name]
+    assert (module, name) not in failed, failed[module, name]

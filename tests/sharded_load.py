@@ -1,0 +1,76 @@
+"""`load` into sharded models: each rank reads its own part."""
+
+import pytest
+import torch.distributed as dist
+from ranks import Cases
+from sharded_models import layers, mlp, parallel, quantized, same, sharded, x_of
+from torch.distributed.device_mesh import init_device_mesh
+
+from rtn_tensor import RTNQuantizedTensor, load, rtn_int4, save, streaming
+
+case = Cases(2, 3)
+
+KINDS = [
+    (lambda: layers(64, 97, 33, 5), sharded),
+    (mlp, lambda model: parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))),
+]
+
+
+def written(model, path):
+    if dist.get_rank() == 0:
+        save(model, path, force=True)
+    dist.barrier()
+    return path
+
+
+@case
+def of_quantized_files(ranks, folder):
+    for make, shard in KINDS:
+        whole = quantized(make())
+        model = load(written(whole, f"{folder}/q"), model=shard(quantized(make().to("meta"))))
+        local = next(model.parameters()).to_local()
+        assert isinstance(local, RTNQuantizedTensor)
+        assert local.qdata.nbytes <= -(-whole[0].weight.qdata.nbytes // ranks) + 64 if shard is sharded else True
+        same(model(x_of(64)), whole(x_of(64)))
+        dist.barrier()
+
+
+@case
+def of_float_files(ranks, folder):
+    """Quantized as they are read, and on meta until then; every rank reads about its share."""
+    read = []
+    copy = streaming._copy
+    streaming._copy = lambda piece, rows, to: (read.append(rows.nbytes), copy(piece, rows, to))
+    try:
+        for make, shard in KINDS:
+            plain = make()
+            total = sum(p.nbytes for p in plain.parameters())
+            read.clear()
+            model = load(written(plain, f"{folder}/f"), rtn_int4(group_size=32), model=shard(make().to("meta")))
+            assert isinstance(next(model.parameters()).to_local(), RTNQuantizedTensor)
+            assert total / ranks / 2 < sum(read) < total / ranks * 1.2
+            same(model(x_of(64)), quantized(make())(x_of(64)))
+            dist.barrier()
+            # And as floats.
+            model = load(f"{folder}/f", model=shard(make().to("meta")))
+            same(model(x_of(64)), plain(x_of(64)))
+            dist.barrier()
+    finally:
+        streaming._copy = copy
+
+
+@case
+def unfit(ranks, folder):
+    mesh = init_device_mesh("cpu", (ranks,))
+    path = written(quantized(mlp(48 * ranks)), f"{folder}/narrow")
+    model = parallel(mlp(48 * ranks).to("meta"), mesh)
+    before = list(model.parameters())
+    # Of three ranks the last one's part would fit, and it raises, too.
+    message = r"down.weight cannot slice columns \d+:\d+; with bits=4 and group_size=32 cuts must be multiples of 32|another rank failed"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        load(path, model=model)
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    model = sharded(quantized(layers(64, 97, 48)))
+    model(x_of(64))
+    with pytest.raises(ValueError, match="the model has run under fully_shard, which keeps its parameters; do this before the first"):
+        load(path, model=model)
