@@ -113,6 +113,17 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         w = ops.dequantize(self.qdata, self.scale, self.bits, self.group_size, self.in_features, dtype or self.scale.dtype)
         return w.mT if self.transposed else w
 
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        # The base's does the same in general: 0.8 us, twice for every weight of a compiled call, where this takes 0.3.
+        return ["qdata", "scale"], {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "scale_method": self.scale_method,
+            "in_features": self.in_features,
+            "transposed": self.transposed,
+            "version": self.version,
+        }
+
     @classmethod
     def __tensor_unflatten__(cls, tensor_data_dict, tensor_attributes, outer_size, outer_stride):
         # A graph with dynamic shapes gives in_features as the symbol it was traced with; the size it ran with is in outer_size.
