@@ -544,6 +544,15 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, _permute(w, order))
 
 
+@_op(aten.expand.default)
+def _(func, types, args, kwargs):
+    w, size = args[0], list(args[1])
+    if size[-2:] not in ([-1, -1], list(w.shape[-2:])):
+        raise _error(w, f"cannot expand {tuple(w.shape)} to {tuple(size)}: the last two dims must stay as they are")
+    # vmap over a weight asks for it
+    return return_and_correct_aliasing(func, args, kwargs, rebuilt(w, *(func(p, [*size[:-2], -1, -1]) for p in (w.qdata, w.scale))))
+
+
 @_op(aten.index.Tensor)
 def _(func, types, args, kwargs):
     w, indices = args
@@ -627,6 +636,11 @@ def _convert_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
     if not ops.tracing(w.scale) and not (w.scale.float().abs().nan_to_num(0.0) <= torch.finfo(dtype).max).all():
         raise _error(w, f"a scale of {w.scale.abs().max().item():.3g} overflows {dtype}; keep {w.scale.dtype}, or use torch.bfloat16")
     return round_scale(w.scale.float(), dtype)
+
+
+@_op(aten.dequantize.self)
+def _(func, types, args, kwargs):
+    return args[0].dequantize()
 
 
 @_op(aten._to_copy.default)
