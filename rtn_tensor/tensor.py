@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
@@ -79,7 +80,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         A NaN or inf in `w` is not looked for: it makes its group NaN. `quantize_` looks.
 
         Raises:
-            ValueError: an unknown format, or `w` has no dims.
+            ValueError: an unknown format, `w` has no dims, or is a sample inside `torch.vmap`.
             TypeError: `w` is already quantized or not of a float dtype above.
         """
         check_format(bits, group_size, scale_method)
@@ -87,6 +88,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
             raise TypeError(f"already quantized: got a {type(w).__name__}; quantize the float weight, or call .dequantize() first")
         if w.dim() == 0:
             raise ValueError("cannot quantize a tensor without dims; give a weight [..., N, K]")
+        if is_batchedtensor(w):
+            raise ValueError("from_float cannot run inside vmap; w may have leading dims [..., N, K]: quantize it whole, outside")
         for got in (w.dtype, dtype or w.dtype):
             _check_dtype(got)
         qdata, scale = ops.quantize(w, bits, group_size, scale_method, dtype or w.dtype)
