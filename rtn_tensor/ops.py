@@ -167,7 +167,8 @@ def _linear_backward(ctx, dy):
 
 
 def _linear_jvp(ctx, dx, dqdata, dscale, dbias, *_):
-    return linear(dx, *ctx.saved_tensors, dbias, ctx.bits, ctx.group_size)
+    qdata, scale = ctx.saved_tensors
+    return linear(dx, qdata, scale, dbias, ctx.bits, ctx.group_size)
 
 
 def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size):
@@ -214,7 +215,8 @@ def _linear_dx_backward(ctx, ddx):
 
 
 def _linear_dx_jvp(ctx, ddy, *_):
-    return linear_dx(ddy, *ctx.saved_tensors, ctx.bits, ctx.group_size, ctx.k)
+    qdata, scale = ctx.saved_tensors
+    return linear_dx(ddy, qdata, scale, ctx.bits, ctx.group_size, ctx.k)
 
 
 def _linear_dx_vmap(info, in_dims, dy, qdata, scale, bits, group_size, k):
@@ -260,7 +262,8 @@ def _grouped_backward(ctx, dy):
 
 
 def _grouped_jvp(ctx, dx, *_):
-    return grouped(dx, *ctx.saved_tensors, ctx.bits, ctx.group_size)
+    qdata, scale, offs = ctx.saved_tensors
+    return grouped(dx, qdata, scale, offs, ctx.bits, ctx.group_size)
 
 
 def _grouped_vmap(info, in_dims, x, qdata, scale, offs, *others):
@@ -304,7 +307,8 @@ def _grouped_dx_backward(ctx, ddx):
 
 
 def _grouped_dx_jvp(ctx, ddy, *_):
-    return grouped_dx(ddy, *ctx.saved_tensors, ctx.bits, ctx.group_size, ctx.k)
+    qdata, scale, offs = ctx.saved_tensors
+    return grouped_dx(ddy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k)
 
 
 def _grouped_dx_vmap(info, in_dims, dy, qdata, scale, offs, *others):
@@ -375,10 +379,12 @@ def _embedding_fake(indices, qdata, scale, bits, group_size, k):
     return scale.new_empty(*indices.shape, k)
 
 
-@torch.library.register_vmap("rtn::embedding", lib=_library)
 def _embedding_vmap(info, in_dims, indices, qdata, scale, bits, group_size, k):
     _check_planes("embedding", in_dims[1:3])
     return embedding(_batch_first(info, in_dims[0], indices), qdata, scale, bits, group_size, k), 0
+
+
+torch.library.register_vmap("rtn::embedding", _embedding_vmap, lib=_library)
 
 
 @_define("quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)")
@@ -422,7 +428,9 @@ def _dequantize_fake(qdata, scale, bits, group_size, k, dtype):
     return qdata.new_empty(*qdata.shape[:-1], k, dtype=dtype)
 
 
-@torch.library.register_vmap("rtn::dequantize", lib=_library)
 def _dequantize_vmap(info, in_dims, qdata, scale, bits, group_size, k, dtype):
-    planes = (_batch_first(info, dim, plane) for dim, plane in zip(in_dims, (qdata, scale), strict=False))
-    return dequantize(*planes, bits, group_size, k, dtype), 0
+    qdata, scale = _batch_first(info, in_dims[0], qdata), _batch_first(info, in_dims[1], scale)
+    return dequantize(qdata, scale, bits, group_size, k, dtype), 0
+
+
+torch.library.register_vmap("rtn::dequantize", _dequantize_vmap, lib=_library)
