@@ -57,13 +57,13 @@ def tracing(*tensors: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack() > 0
-        or _transformed()
+        or transformed()
         or torch._C._get_tracing_state() is not None
         or not all(map(_is_plain, tensors))
     )
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work."""
     return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
@@ -138,7 +138,7 @@ def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: i
     """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's dtype."""
     operands = (x, qdata, scale) if bias is None else (x, qdata, scale, bias)
     if tracing(*operands) or _wants_grad(*operands):
-        run = _linear_function if _transformed() else _ops.linear.default
+        run = _linear_function if transformed() else _ops.linear.default
         return run(x, qdata, scale, bias, bits, group_size)
     if x.is_cpu and _cpu_linear:  # past autograd and torch.library, the call takes 3 us around the product; through Python it takes 9
         try:
@@ -194,7 +194,7 @@ def _linear_dx(dy, qdata, scale, bits, group_size, k):
 def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     """dx = dy @ w': `dy [..., N]`, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in dy's dtype."""
     if tracing(dy, qdata, scale) or _wants_grad(dy):
-        run = _linear_dx_function if _transformed() else _ops.linear_dx.default
+        run = _linear_dx_function if transformed() else _ops.linear_dx.default
         return run(dy, qdata, scale, bits, group_size, k)
     return _linear_dx(dy, qdata, scale, bits, group_size, k)
 
@@ -240,7 +240,7 @@ def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, gr
     """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, `qdata [E, N, B]`, `scale [E, N, G]`, `offs [E]` int32
     cumulative ends, as for torch's grouped_mm -> `[M, N]` in x's dtype; rows past the last end come out zero."""
     if tracing(x, qdata, scale, offs) or _wants_grad(x):
-        run = _grouped_function if _transformed() else _ops.grouped.default
+        run = _grouped_function if transformed() else _ops.grouped.default
         return run(x, qdata, scale, offs, bits, group_size)
     return _grouped(x, qdata, scale, offs, bits, group_size)
 
@@ -286,7 +286,7 @@ def _grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
 def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]` in dy's dtype; the rest as for `grouped`."""
     if tracing(dy, qdata, scale, offs) or _wants_grad(dy):
-        run = _grouped_dx_function if _transformed() else _ops.grouped_dx.default
+        run = _grouped_dx_function if transformed() else _ops.grouped_dx.default
         return run(dy, qdata, scale, offs, bits, group_size, k)
     return _grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
 
