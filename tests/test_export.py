@@ -173,6 +173,8 @@ def export(model, strict=False):
 
 @pytest.fixture(scope="module")
 def exported():
+    if torch.__version__ < "2.13":  # seen on 2.11, with float weights too
+        pytest.skip("this torch cannot export a Llama, float or quantized, with a dynamic sequence")
     torch.manual_seed(0)
     model, expected = llama()
     return export(model), model, expected
