@@ -7,11 +7,12 @@ dispatcher. K is passed where it cannot be read off an argument, because `qdata`
 
 import functools
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels import choose, cpu, make_problem
@@ -56,18 +57,48 @@ def tracing(*tensors: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or _len_torch_dispatch_stack() > 0
-        or peek_interpreter_stack() is not None
+        or transformed()
         or torch._C._get_tracing_state() is not None
         or not all(map(_is_plain, tensors))
     )
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is at work."""
+    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def _is_plain(t: Tensor) -> bool:
-    return (type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_meta
+    return (type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_meta and not is_functorch_wrapped_tensor(t)
 
 
 def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _differentiable(name: str, setup, backward, jvp, vmap) -> Any:
+    """Registers the autograd of `rtn::name`, and gives the same, with `jvp` and `vmap`, as a function for torch.func and forward-mode AD:
+    those refuse what register_autograd makes, or take it for a constant."""
+    torch.library.register_autograd(f"rtn::{name}", backward, setup_context=setup, lib=_library)
+    op = getattr(_ops, name).default
+    members = {"forward": lambda *args: op(*args), "setup_context": setup, "backward": backward, "jvp": jvp, "vmap": vmap}
+    return type(f"_{name}", (torch.autograd.Function,), {name: staticmethod(member) for name, member in members.items()}).apply
+
+
+def _save(ctx, *planes: Tensor) -> None:
+    """The packed planes and nothing else: 0.28 of a bf16 weight at int4."""
+    ctx.save_for_backward(*planes)
+    ctx.save_for_forward(*planes)
+
+
+def _batch_first(info, dim: int | None, t: Tensor) -> Tensor:
+    """`t` with vmap's batch as its first dim, whether it has one or is the same for all."""
+    return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _check_planes(op: str, dims) -> None:
+    if any(dim is not None for dim in dims):
+        raise NotImplementedError(f"rtn::{op} cannot vmap over its weight; vmap over x, or use torch.bmm with one weight [E, N, K]")
 
 
 # ----------------------------------------------------------------------------------------------- linear and its backward
@@ -107,7 +138,8 @@ def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: i
     """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's dtype."""
     operands = (x, qdata, scale) if bias is None else (x, qdata, scale, bias)
     if tracing(*operands) or _wants_grad(*operands):
-        return _ops.linear.default(x, qdata, scale, bias, bits, group_size)
+        run = _linear_function if transformed() else _ops.linear.default
+        return run(x, qdata, scale, bias, bits, group_size)
     if x.is_cpu and _cpu_linear:  # past autograd and torch.library, the call takes 3 us around the product; through Python it takes 9
         try:
             return _cpu_linear(x, qdata, scale, bias, bits, group_size)
@@ -123,7 +155,7 @@ def _linear_fake(x, qdata, scale, bias, bits, group_size):
 
 def _linear_setup(ctx, inputs, output):
     x, qdata, scale, bias, ctx.bits, ctx.group_size = inputs
-    ctx.save_for_backward(qdata, scale)  # the packed planes and nothing else: 0.28 of a bf16 weight at int4
+    _save(ctx, qdata, scale)
     ctx.k = x.shape[-1]
 
 
@@ -134,7 +166,21 @@ def _linear_backward(ctx, dy):
     return dx, None, None, dbias, None, None
 
 
-torch.library.register_autograd("rtn::linear", _linear_backward, setup_context=_linear_setup, lib=_library)
+def _linear_jvp(ctx, dx, dqdata, dscale, dbias, *_):
+    qdata, scale = ctx.saved_tensors
+    return linear(dx, qdata, scale, dbias, ctx.bits, ctx.group_size)
+
+
+def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size):
+    _check_planes("linear", in_dims[1:3])
+    x = _batch_first(info, in_dims[0], x)
+    if in_dims[3] is None:
+        return linear(x, qdata, scale, bias, bits, group_size), 0
+    bias = bias.movedim(in_dims[3], 0)
+    return linear(x, qdata, scale, None, bits, group_size) + bias.view(len(bias), *[1] * (x.dim() - 2), -1), 0
+
+
+_linear_function = _differentiable("linear", _linear_setup, _linear_backward, _linear_jvp, _linear_vmap)
 
 
 @_define("linear_dx(Tensor dy, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
@@ -148,7 +194,8 @@ def _linear_dx(dy, qdata, scale, bits, group_size, k):
 def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     """dx = dy @ w': `dy [..., N]`, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in dy's dtype."""
     if tracing(dy, qdata, scale) or _wants_grad(dy):
-        return _ops.linear_dx.default(dy, qdata, scale, bits, group_size, k)
+        run = _linear_dx_function if transformed() else _ops.linear_dx.default
+        return run(dy, qdata, scale, bits, group_size, k)
     return _linear_dx(dy, qdata, scale, bits, group_size, k)
 
 
@@ -158,8 +205,8 @@ def _linear_dx_fake(dy, qdata, scale, bits, group_size, k):
 
 
 def _linear_dx_setup(ctx, inputs, output):
-    _, qdata, scale, ctx.bits, ctx.group_size, _ = inputs
-    ctx.save_for_backward(qdata, scale)
+    _, qdata, scale, ctx.bits, ctx.group_size, ctx.k = inputs
+    _save(ctx, qdata, scale)
 
 
 def _linear_dx_backward(ctx, ddx):
@@ -167,7 +214,17 @@ def _linear_dx_backward(ctx, ddx):
     return linear(ddx, qdata, scale, None, ctx.bits, ctx.group_size), None, None, None, None, None
 
 
-torch.library.register_autograd("rtn::linear_dx", _linear_dx_backward, setup_context=_linear_dx_setup, lib=_library)
+def _linear_dx_jvp(ctx, ddy, *_):
+    qdata, scale = ctx.saved_tensors
+    return linear_dx(ddy, qdata, scale, ctx.bits, ctx.group_size, ctx.k)
+
+
+def _linear_dx_vmap(info, in_dims, dy, qdata, scale, bits, group_size, k):
+    _check_planes("linear_dx", in_dims[1:3])
+    return linear_dx(_batch_first(info, in_dims[0], dy), qdata, scale, bits, group_size, k), 0
+
+
+_linear_dx_function = _differentiable("linear_dx", _linear_dx_setup, _linear_dx_backward, _linear_dx_jvp, _linear_dx_vmap)
 
 
 # ----------------------------------------------------------------------------------------------- experts
@@ -183,7 +240,8 @@ def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, gr
     """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, `qdata [E, N, B]`, `scale [E, N, G]`, `offs [E]` int32
     cumulative ends, as for torch's grouped_mm -> `[M, N]` in x's dtype; rows past the last end come out zero."""
     if tracing(x, qdata, scale, offs) or _wants_grad(x):
-        return _ops.grouped.default(x, qdata, scale, offs, bits, group_size)
+        run = _grouped_function if transformed() else _ops.grouped.default
+        return run(x, qdata, scale, offs, bits, group_size)
     return _grouped(x, qdata, scale, offs, bits, group_size)
 
 
@@ -194,7 +252,7 @@ def _grouped_fake(x, qdata, scale, offs, bits, group_size):
 
 def _grouped_setup(ctx, inputs, output):
     x, qdata, scale, offs, ctx.bits, ctx.group_size = inputs
-    ctx.save_for_backward(qdata, scale, offs)
+    _save(ctx, qdata, scale, offs)
     ctx.k = x.shape[-1]
 
 
@@ -203,7 +261,20 @@ def _grouped_backward(ctx, dy):
     return grouped_dx(dy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k), None, None, None, None, None
 
 
-torch.library.register_autograd("rtn::grouped", _grouped_backward, setup_context=_grouped_setup, lib=_library)
+def _grouped_jvp(ctx, dx, *_):
+    qdata, scale, offs = ctx.saved_tensors
+    return grouped(dx, qdata, scale, offs, ctx.bits, ctx.group_size)
+
+
+def _grouped_vmap(info, in_dims, x, qdata, scale, offs, *others):
+    _check_planes("grouped", in_dims[1:4])
+    # The batch goes next to the rows, which so stay sorted by expert.
+    rows = x.movedim(in_dims[0], 1)
+    y = grouped(rows.flatten(0, 1), qdata, scale, offs * info.batch_size, *others)
+    return y.view(*rows.shape[:2], y.shape[1]), 1
+
+
+_grouped_function = _differentiable("grouped", _grouped_setup, _grouped_backward, _grouped_jvp, _grouped_vmap)
 
 
 @_define("grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k) -> Tensor")
@@ -215,7 +286,8 @@ def _grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
 def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]` in dy's dtype; the rest as for `grouped`."""
     if tracing(dy, qdata, scale, offs) or _wants_grad(dy):
-        return _ops.grouped_dx.default(dy, qdata, scale, offs, bits, group_size, k)
+        run = _grouped_dx_function if transformed() else _ops.grouped_dx.default
+        return run(dy, qdata, scale, offs, bits, group_size, k)
     return _grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
 
 
@@ -225,8 +297,8 @@ def _grouped_dx_fake(dy, qdata, scale, offs, bits, group_size, k):
 
 
 def _grouped_dx_setup(ctx, inputs, output):
-    _, qdata, scale, offs, ctx.bits, ctx.group_size, _ = inputs
-    ctx.save_for_backward(qdata, scale, offs)
+    _, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k = inputs
+    _save(ctx, qdata, scale, offs)
 
 
 def _grouped_dx_backward(ctx, ddx):
@@ -234,7 +306,20 @@ def _grouped_dx_backward(ctx, ddx):
     return grouped(ddx, qdata, scale, offs, ctx.bits, ctx.group_size), None, None, None, None, None, None
 
 
-torch.library.register_autograd("rtn::grouped_dx", _grouped_dx_backward, setup_context=_grouped_dx_setup, lib=_library)
+def _grouped_dx_jvp(ctx, ddy, *_):
+    qdata, scale, offs = ctx.saved_tensors
+    return grouped_dx(ddy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k)
+
+
+def _grouped_dx_vmap(info, in_dims, dy, qdata, scale, offs, *others):
+    _check_planes("grouped_dx", in_dims[1:4])
+    # The batch goes next to the rows, which so stay sorted by expert.
+    rows = dy.movedim(in_dims[0], 1)
+    y = grouped_dx(rows.flatten(0, 1), qdata, scale, offs * info.batch_size, *others)
+    return y.view(*rows.shape[:2], y.shape[1]), 1
+
+
+_grouped_dx_function = _differentiable("grouped_dx", _grouped_dx_setup, _grouped_dx_backward, _grouped_dx_jvp, _grouped_dx_vmap)
 
 
 @_define(
@@ -294,6 +379,14 @@ def _embedding_fake(indices, qdata, scale, bits, group_size, k):
     return scale.new_empty(*indices.shape, k)
 
 
+def _embedding_vmap(info, in_dims, indices, qdata, scale, bits, group_size, k):
+    _check_planes("embedding", in_dims[1:3])
+    return embedding(_batch_first(info, in_dims[0], indices), qdata, scale, bits, group_size, k), 0
+
+
+torch.library.register_vmap("rtn::embedding", _embedding_vmap, lib=_library)
+
+
 @_define("quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)")
 def _quantize(w, bits, group_size, scale_method, scale_dtype):
     rows, k = w.shape[:-1].numel(), w.shape[-1]
@@ -333,3 +426,11 @@ def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int,
 @torch.library.register_fake("rtn::dequantize", lib=_library)
 def _dequantize_fake(qdata, scale, bits, group_size, k, dtype):
     return qdata.new_empty(*qdata.shape[:-1], k, dtype=dtype)
+
+
+def _dequantize_vmap(info, in_dims, qdata, scale, bits, group_size, k, dtype):
+    qdata, scale = _batch_first(info, in_dims[0], qdata), _batch_first(info, in_dims[1], scale)
+    return dequantize(qdata, scale, bits, group_size, k, dtype), 0
+
+
+torch.library.register_vmap("rtn::dequantize", _dequantize_vmap, lib=_library)

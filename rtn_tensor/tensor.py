@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
@@ -79,7 +80,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         A NaN or inf in `w` is not looked for: it makes its group NaN. `quantize_` looks.
 
         Raises:
-            ValueError: an unknown format, or `w` has no dims.
+            ValueError: an unknown format, `w` has no dims, or is a sample inside `torch.vmap`.
             TypeError: `w` is already quantized or not of a float dtype above.
         """
         check_format(bits, group_size, scale_method)
@@ -87,6 +88,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
             raise TypeError(f"already quantized: got a {type(w).__name__}; quantize the float weight, or call .dequantize() first")
         if w.dim() == 0:
             raise ValueError("cannot quantize a tensor without dims; give a weight [..., N, K]")
+        if is_batchedtensor(w):
+            raise ValueError("from_float cannot run inside vmap; w may have leading dims [..., N, K]: quantize it whole, outside")
         for got in (w.dtype, dtype or w.dtype):
             _check_dtype(got)
         qdata, scale = ops.quantize(w, bits, group_size, scale_method, dtype or w.dtype)
@@ -112,6 +115,17 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         """The plain tensor q * S, computed in fp32 and rounded once to `dtype` (by default the tensor's), in its shape."""
         w = ops.dequantize(self.qdata, self.scale, self.bits, self.group_size, self.in_features, dtype or self.scale.dtype)
         return w.mT if self.transposed else w
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        # The base's does the same in general: 0.8 us, twice for every weight of a compiled call, where this takes 0.3.
+        return ["qdata", "scale"], {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "scale_method": self.scale_method,
+            "in_features": self.in_features,
+            "transposed": self.transposed,
+            "version": self.version,
+        }
 
     @classmethod
     def __tensor_unflatten__(cls, tensor_data_dict, tensor_attributes, outer_size, outer_stride):
@@ -543,6 +557,15 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, _permute(w, order))
 
 
+@_op(aten.expand.default)
+def _(func, types, args, kwargs):
+    w, size = args[0], list(args[1])
+    if size[-2:] not in ([-1, -1], list(w.shape[-2:])):
+        raise _error(w, f"cannot expand {tuple(w.shape)} to {tuple(size)}: the last two dims must stay as they are")
+    # vmap over a weight asks for it
+    return return_and_correct_aliasing(func, args, kwargs, rebuilt(w, *(func(p, [*size[:-2], -1, -1]) for p in (w.qdata, w.scale))))
+
+
 @_op(aten.index.Tensor)
 def _(func, types, args, kwargs):
     w, indices = args
@@ -626,6 +649,11 @@ def _convert_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
     if not ops.tracing(w.scale) and not (w.scale.float().abs().nan_to_num(0.0) <= torch.finfo(dtype).max).all():
         raise _error(w, f"a scale of {w.scale.abs().max().item():.3g} overflows {dtype}; keep {w.scale.dtype}, or use torch.bfloat16")
     return round_scale(w.scale.float(), dtype)
+
+
+@_op(aten.dequantize.self)
+def _(func, types, args, kwargs):
+    return args[0].dequantize()
 
 
 @_op(aten._to_copy.default)

@@ -9,14 +9,14 @@ It is the duty of the state to keep the peace, and of the people to keep the sta
 """.replace("\n", " ")
 
 
-def tiny_llama(tied=False, dtype=torch.float32, seed=0):
-    """Two layers, hidden size 96: groups of 64 leave a shorter last one."""
+def tiny_llama(tied=False, dtype=torch.float32, seed=0, layers=2):
+    """Two layers, unless told otherwise; hidden size 96: groups of 64 leave a shorter last one."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=96,
         intermediate_size=160,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

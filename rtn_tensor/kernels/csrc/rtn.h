@@ -48,6 +48,7 @@ int rtn_linear(const rtn_linear_args*);   // each returns 0, or -1 where memory 
 int rtn_quantize(const rtn_planes_args*);
 int rtn_dequantize(const rtn_planes_args*);
 int rtn_register(void);                   // gives torch's dispatcher rtn::linear on CPU tensors; 0, or -1 where this torch cannot take it
+int rtn_define(void);                     // the same, and the op itself, in a process that has no Python package
 void rtn_direct(int on);                  // whether what was registered runs rtn_linear, or hands every call to rtn_python::linear
 
 #pragma GCC visibility pop

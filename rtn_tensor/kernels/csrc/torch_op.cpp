@@ -21,6 +21,8 @@ constexpr uint64_t VERSION = uint64_t(2) << 56 | uint64_t(11) << 48;  // of the 
 
 struct Torch {
   Status (*library_init_impl)(const char*, const char*, const char*, uint32_t, void**);
+  Status (*library_init_fragment)(const char*, const char*, uint32_t, void**);
+  Status (*library_def)(void*, const char*);
   Status (*library_impl)(void*, const char*, void (*)(Value*, uint64_t, uint64_t), uint64_t);
   Status (*call_dispatcher)(const char*, const char*, Value*, uint64_t);
   Status (*get_dim)(Tensor, int64_t*);
@@ -53,7 +55,8 @@ struct Torch {
     if (!torch_cpu) return false;
     find(delete_value, "torch_delete_stable_ivalue");
     find(what, "torch_exception_get_what_without_backtrace");
-    return find(library_init_impl, "aoti_torch_library_init_impl") && find(library_impl, "torch_library_impl") &&
+    return find(library_init_fragment, "aoti_torch_library_init_fragment") && find(library_def, "aoti_torch_library_def") &&
+           find(library_init_impl, "aoti_torch_library_init_impl") && find(library_impl, "torch_library_impl") &&
            find(call_dispatcher, "torch_call_dispatcher") && find(get_dim, "aoti_torch_get_dim") && find(get_sizes, "aoti_torch_get_sizes") &&
            find(get_strides, "aoti_torch_get_strides") && find(get_dtype, "aoti_torch_get_dtype") &&
            find(get_device_type, "aoti_torch_get_device_type") &&
@@ -166,6 +169,15 @@ extern "C" int rtn_register(void) {
   void* library;  // torch keeps what it registers until the process ends
   if (!torch.load() || torch.library_init_impl("rtn", "CPU", __FILE__, __LINE__, &library)) return -1;
   return torch.library_impl(library, "linear", linear, VERSION) ? -1 : 0;
+}
+
+// For a process without the Python package, which defines the op itself: after this an AOTInductor package whose weights are all linear runs.
+extern "C" int rtn_define(void) {
+  void* library;
+  if (!torch.load() || torch.library_init_fragment("rtn", __FILE__, __LINE__, &library)) return -1;
+  if (torch.library_def(library, "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")) return -1;
+  direct = true;
+  return rtn_register();
 }
 
 extern "C" void rtn_direct(int on) { direct = on; }
