@@ -2,19 +2,36 @@
 
 import collections
 import copy
+import functools
 
 import pytest
 import torch
-from sharded_training import IDS, adapters_of, lora, quantized_weights, tiny_qlora, train
+import torch.distributed
 from torch import nn
+
+if not torch.distributed.is_available():
+    pytest.skip("this torch has no distributed package", allow_module_level=True)
+pytest.importorskip("peft")
+
+from sharded_training import (
+    CASES,
+    IDS,
+    SLOW,
+    adapters_of,
+    assert_untouched,
+    planes,
+    quantized_weights,
+    run_all,
+    smollm2_qlora,
+    tiny_qlora,
+    train,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Int8WeightOnlyConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 
 from benchmarks.real_model import ModelUnavailable, smollm2, state_of_the_union
 from rtn_tensor import RTNQuantizedTensor, dequantize_, quantize_, rtn
-
-peft = pytest.importorskip("peft")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT still asks for it
@@ -62,8 +79,7 @@ def test_a_linear_keeps_its_planes_and_nothing_else(bits, compiled):
     x = torch.randn(64, 512, dtype=torch.bfloat16, requires_grad=True)
     layer = linear(rtn(bits))
     found = saved(lambda x: torch.compile(layer, disable=not compiled)(x).mul(1.0), x)
-    planes = [layer.weight.qdata, layer.weight.scale]
-    assert found == {plane.untyped_storage().data_ptr(): plane.nbytes for plane in planes}
+    assert found == {plane.untyped_storage().data_ptr(): plane.nbytes for plane in (layer.weight.qdata, layer.weight.scale)}
     assert sum(found.values()) == (135_168 if bits == 4 else 266_240)  # bf16 takes 524,288
     assert x.grad.abs().max() > 0
 
@@ -83,10 +99,10 @@ def test_a_model_keeps_its_planes_in_the_place_of_its_weights(bits, compiled):
     """Beside the weights, QLoRA keeps what LoRA does, to the byte."""
     model = tiny_qlora(bits).bfloat16()
     plain = dequantized(model)
-    planes = [plane for w in quantized_weights(model) for plane in (w.qdata, w.scale)]
+    packed = [plane for w in quantized_weights(model) for plane in (w.qdata, w.scale)]
     names = [name for name, w in model.named_parameters() if isinstance(w, RTNQuantizedTensor)]
     rest = []
-    for m, weights in ((model, planes), (plain, [plain.get_parameter(name) for name in names])):
+    for m, weights in ((model, packed), (plain, [plain.get_parameter(name) for name in names])):
         run = torch.compile(m, backend="aot_eager_decomp_partition", disable=not compiled)  # inductor's choice of what to keep, only faster
         embedded = m.get_input_embeddings()(IDS).detach().requires_grad_()  # else the first layers are in no backward
         found = saved(lambda x, run=run: run(inputs_embeds=x, use_cache=False).logits, embedded)
@@ -123,15 +139,11 @@ def dequantized(model):
 def compare(model, batches, tolerance):
     """Trains QLoRA, and LoRA on the dequantized model, from the same adapters: the same loss at every step, within `tolerance` of it."""
     plain = dequantized(model)
-    before = [(w.qdata.clone(), w.scale.clone()) for w in quantized_weights(model)]
-    weights = quantized_weights(model)
+    before = planes(model)
     losses, expected = train(model, batches), train(plain, batches)
     for got, other in zip(losses, expected, strict=True):
         assert abs(got - other) <= tolerance * other, (losses, expected)
-    for w, now, (qdata, scale) in zip(weights, quantized_weights(model), before, strict=True):
-        assert w is now
-        assert torch.equal(w.qdata, qdata)
-        assert torch.equal(w.scale, scale)
+    assert_untouched(model, before)
     return losses
 
 
@@ -155,23 +167,24 @@ def test_checkpointing_changes_no_loss():
 
 
 def test_checkpointing_keeps_less():
-    kept = [sum(saved(lambda ids, m=tiny_qlora(4, how): m(ids, use_cache=False).logits, IDS).values()) for how in (None, "not reentrant")]
+    kept = []
+    for how in (None, "not reentrant"):
+        model = tiny_qlora(4, how)
+        kept.append(sum(saved(lambda ids, model=model: model(ids, use_cache=False).logits, IDS).values()))
     assert kept[1] < 0.5 * kept[0]
 
 
 def test_optimizers_leave_quantized_weights_alone():
     """Even one that is given every parameter, with weight decay: they have no gradient, and get no state."""
     model = tiny_qlora(4)
-    before = [(w.qdata.clone(), w.scale.clone()) for w in quantized_weights(model)]
+    before = planes(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
     for _ in range(2):
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()
     assert set(optimizer.state) == set(adapters_of(model).values())
-    for w, (qdata, scale) in zip(quantized_weights(model), before, strict=True):
-        assert w.grad is None
-        assert torch.equal(w.qdata, qdata)
-        assert torch.equal(w.scale, scale)
+    assert all(w.grad is None for w in quantized_weights(model))
+    assert_untouched(model, before)
 
 
 def test_compiled_qlora_learns_the_same():
@@ -186,16 +199,32 @@ def test_compiled_qlora_learns_the_same():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_qlora_of_a_real_model(dtype, tolerance):
     """SmolLM2 on the State of the Union. In bf16 the two round differently: our kernel does not round q * S, a dequantized weight is."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
-        folder, text = smollm2(), state_of_the_union()
+        model, batches = smollm2_qlora(dtype)
     except ModelUnavailable as reason:
         pytest.skip(str(reason))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    quantize_(model, rtn(4, 64), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head")
-    model = lora(model, target_modules="all-linear")
-    ids = AutoTokenizer.from_pretrained(folder)(text[:40_000], return_tensors="pt").input_ids[0]
-    batches = [*ids[: 4 * 256].view(4, 2, 128)]
     losses = compare(model, batches * 2, tolerance)
     assert all(again < 0.9 * first for first, again in zip(losses[:4], losses[4:], strict=True)), losses
+
+
+# ------------------------------------------------------------------------------------------- among ranks
+
+on_ranks = functools.cache(run_all)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", CASES)
+def test_on_ranks(name):
+    failed = on_ranks(2, slow=False)
+    assert name not in failed, failed[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_on_ranks_slowly(name):
+    try:
+        smollm2(), state_of_the_union()
+    except ModelUnavailable as reason:
+        pytest.skip(str(reason))
+    failed = on_ranks(2, slow=True)
+    assert name not in failed, failed[name]
