@@ -67,7 +67,7 @@ S round_scale(float exact) {
 
 struct Division {
   float s;
-  Float8 operator()(Float8 r) const { return r / s; }
+  void operator()(Float8& r) const { r /= s; }  // by reference: without AVX, GCC warns of vectors that are passed
 };
 
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -77,10 +77,9 @@ struct Division {
 // below 1/2, which round to 0, may be off.
 struct Reciprocal {
   float s, inverse;
-  Float8 operator()(Float8 r) const {
-    Float8 q = r * inverse;
-    for (int j = 0; j < 8; ++j) q[j] = __builtin_fmaf(__builtin_fmaf(-q[j], s, r[j]), inverse, q[j]);
-    return q;
+  void operator()(Float8& r) const {
+    const Float8 q = r * inverse;
+    for (int j = 0; j < 8; ++j) r[j] = __builtin_fmaf(__builtin_fmaf(-q[j], s, r[j]), inverse, q[j]);
   }
 };
 #endif
@@ -99,7 +98,8 @@ struct Chunk {
     for (int i = 0; i < 16 / BITS; ++i) {
       Float8 r;
       load(w + 8 * i, r);
-      Int8 q = Int8(divide(r) + 0x1.8p23f);
+      divide(r);
+      Int8 q = Int8(r + 0x1.8p23f);
       q = q < QMAX ? q : QMAX - Int8{};
       q = q > QMIN ? q : QMIN - Int8{};
       words |= (Uint8(q) & ((1u << BITS) - 1)) << (BITS * i);
