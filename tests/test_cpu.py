@@ -329,6 +329,22 @@ def test_quantize(library, dtype, bits, group_size, method):
             assert_same(qdata, expected_qdata)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_quotient_rounds_as_a_division(library, dtype, bits):
+    """Every mantissa as a row's largest weight, over every mantissa of what may round to one or more: quotients that are ties included."""
+    mantissas = torch.arange(128 if dtype == torch.bfloat16 else 1024)[:: 1 if dtype == torch.bfloat16 else 8]
+    one = torch.tensor(1.0, dtype=dtype).view(torch.int16).item()
+    largest = (one + mantissas).to(torch.int16).view(dtype)
+    others = torch.cat([largest * 2.0**-e for e in range(bits + 1)]).expand(len(largest), -1)
+    w = torch.cat([largest[:, None], torch.where(others <= largest[:, None], others, -others / 2)], dim=1)
+    for scaled in (w, -w * 2**4, w * 2**-8):
+        qdata, scale = cpu.quantize(scaled, bits, -1, "absmax", dtype)
+        expected_qdata, expected_scale = reference.quantize(scaled, bits, -1, "absmax", dtype)
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(qdata, expected_qdata)
+
+
 @each_group_size
 @each_bits
 @each_dtype

@@ -19,8 +19,8 @@ STRICT = ["-W", "error", *(argument for allowed in ALLOWED for argument in ("-W"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
 
 
-def run(command: list[str], cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def run(command: list[str], cwd: Path, **environment: str) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -58,5 +58,14 @@ def test_readme_commands(tmp_path):
 
 @pytest.mark.parametrize("tutorial", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem)
 def test_tutorial(tutorial, tmp_path):
-    assert len(tutorial.read_text(encoding="utf-8").splitlines()) < 80
-    assert run([sys.executable, *STRICT, str(tutorial)], tmp_path)
+    lines = tutorial.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 80
+    how, file = lines[2].rsplit(maxsplit=1)
+    assert file == f"tutorials/{tutorial.name}"
+    if how == "python":
+        assert run([sys.executable, *STRICT, str(tutorial)], tmp_path)
+    else:  # its processes inherit no -W
+        torchrun, *options = how.split()
+        assert torchrun == "torchrun"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(tutorial)]
+        assert run(command, tmp_path, PYTHONWARNINGS=",".join(["error", *ALLOWED]))

@@ -1,0 +1,122 @@
+"""What training and serving around quantized weights costs, section by section.
+
+    python -m benchmarks.distributed [SECTION ...] [--json FILE] [--threads 2] [--runs 3]
+
+refresh: fresh bf16 weights, as a trainer sends them after each of its steps, into a model that is quantized, compiled and answering: by
+`copy_`, and by building and quantizing another model. Of the ways to build one, the constructor fills it with random numbers first;
+on meta it is only its weights and `quantize_`. The ways take turns; medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.machine import machine
+from rtn_tensor import RTNQuantizedTensor, quantize_, rtn_int4
+from rtn_tensor.kernels import cpu
+from rtn_tensor.tables import table
+
+# ------------------------------------------------------------------------------------------- refresh
+
+LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "vocab_size": 32000, "num_hidden_layers": 8}
+IDS = torch.arange(16)[None]
+
+
+def refresh(runs: int) -> list[dict]:
+    """Seconds, and seconds until the first answer of the compiled model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**LLAMA)
+
+    def quantized(model: nn.Module) -> nn.Module:
+        quantize_(model, rtn_int4(), lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
+        return model.eval()
+
+    def on_meta(state: dict) -> nn.Module:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).bfloat16()
+        with torch.device("cpu"):  # made of no weight, it is not in the state dict
+            model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        model.load_state_dict(state, assign=True)
+        return quantized(model)
+
+    def by_constructor(state: dict) -> nn.Module:
+        model = LlamaForCausalLM(config).bfloat16()
+        model.load_state_dict(state)
+        return quantized(model)
+
+    def copy(state: dict) -> nn.Module:
+        for name, p in live.named_parameters():
+            p.copy_(state[name])
+        return live
+
+    def fresh() -> dict:
+        return {name: torch.empty(p.shape, dtype=torch.bfloat16).normal_(std=0.02) for name, p in empty.state_dict().items()}
+
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(config)
+    live = on_meta(fresh())
+    compiled = torch.compile(live)
+    compiled(IDS, use_cache=False)
+    ways = {"copy_ into the live model": copy, "built on meta, assigned, quantize_": on_meta, "built, loaded, quantize_": by_constructor}
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(runs):
+        state = fresh()
+        for way, run in ways.items():
+            started = time.perf_counter()
+            model = run(state)
+            took = time.perf_counter() - started
+            answers = compiled if model is live else torch.compile(model)
+            with torch._dynamo.config.patch(error_on_recompile=model is live):
+                answers(IDS, use_cache=False)
+            found[way].append((took, time.perf_counter() - started))
+            for name, p in model.named_parameters():  # the same bits, whatever the way
+                assert torch.equal(p, live.get_parameter(name)), name
+            del model, answers
+    packed = sum(p.numel() for p in live.parameters() if isinstance(p, RTNQuantizedTensor))
+    total = sum(p.numel() for p in live.parameters())
+    rows = []
+    for way, times in found.items():
+        took, answering = (statistics.median(column) for column in zip(*times, strict=True))
+        rows.append({"way": way, "parameters": total, "quantized": packed, "seconds": took, "answering": answering})
+    ours = rows[0]
+    print(f"refresh of {total / 1e6:.0f} M parameters, {packed / 1e6:.0f} M of them in int4")
+    columns = [[r["way"], *(f"{r[key]:.2f} ({r[key] / ours[key]:.1f})" for key in ("seconds", "answering"))] for r in rows]
+    print(table(["way", "seconds (times ours)", "until the compiled model answers"], columns))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- all
+
+SECTIONS = {"refresh": refresh}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
+    parser.add_argument("--runs", type=int, default=3, metavar="R", help="of which the median is taken (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows, machine and versions there; other sections stay")
+    args = parser.parse_args()
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    for name in args.sections or SECTIONS:
+        rows = SECTIONS[name](args.runs)
+        results[name] = {"machine": machine() | {"instruction_set": cpu.isa()}, "runs": args.runs, "rows": rows}
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
