@@ -5,21 +5,29 @@
 refresh: fresh bf16 weights, as a trainer sends them after each of its steps, into a model that is quantized, compiled and answering: by
 `copy_`, and by building and quantizing another model. Of the ways to build one, the constructor fills it with random numbers first;
 on meta it is only its weights and `quantize_`. The ways take turns; medians.
+
+fsdp2: a stack of Llama-shaped MLPs on two gloo ranks of this machine, one thread each, in bf16, int8 and int4: bytes that a rank sends and
+receives to gather the weights of a forward pass, and seconds of one and of a training step (forward and backward, to adapters below).
 """
 
 import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from benchmarks.machine import machine
-from rtn_tensor import RTNQuantizedTensor, quantize_, rtn_int4
+from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4
 from rtn_tensor.kernels import cpu
 from rtn_tensor.tables import table
 
@@ -93,9 +101,90 @@ def refresh(runs: int) -> list[dict]:
     return rows
 
 
+# ------------------------------------------------------------------------------------------- FSDP2
+
+RANKS, WIDTH, INNER, BLOCKS, TOKENS = 2, 2048, 5632, 4, 64
+KINDS = {"bf16": None, "int8, group_size 128": rtn(8), "int4, group_size 128": rtn(4)}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(WIDTH, 2 * INNER, bias=False), nn.Linear(INNER, WIDTH, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return x + self.down(nn.functional.silu(gate) * up)
+
+
+def _rank(rank: int, folder: str, runs: int, results) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    gathered = [0]
+
+    class Counted(DefaultAllGather):
+        def __call__(self, output_tensor, *args, **kwargs):
+            gathered[0] += output_tensor.nbytes
+            return super().__call__(output_tensor, *args, **kwargs)
+
+    models: dict[str, nn.Module] = {}
+    for kind, config in KINDS.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Block() for _ in range(BLOCKS))).bfloat16()
+        for block in model[1:]:
+            block.requires_grad_(False)
+            if config is not None:
+                quantize_(block, config)
+            fully_shard(block).set_custom_all_gather(Counted())
+        models[kind] = model
+    x = torch.randn(TOKENS, WIDTH).bfloat16()
+    found: dict[str, list] = {kind: [] for kind in KINDS}
+    for run in range(runs + 1):
+        for kind, model in models.items():
+            dist.barrier()
+            gathered[0], started = 0, time.perf_counter()
+            with torch.no_grad():
+                model(x)
+            forward, sent = time.perf_counter() - started, gathered[0]
+            dist.barrier()
+            started = time.perf_counter()
+            model(x).float().square().mean().backward()
+            if run:  # the first is warming up
+                found[kind].append((sent, forward, time.perf_counter() - started))
+    if rank == 0:
+        results.put(found)
+    dist.destroy_process_group()
+
+
+def fsdp2(runs: int) -> list[dict]:
+    results = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(_rank, (folder, runs, results), nprocs=RANKS, join=False, start_method="spawn")
+        found = results.get()
+        while not context.join():  # type: ignore[union-attr]
+            pass
+    rows = []
+    for kind, times in found.items():
+        sent, forward, step = (statistics.median(column) for column in zip(*times, strict=True))
+        rows.append({"weights": kind, "bytes": sent, "forward": forward, "step": step})
+    dense = rows[0]
+    print(f"FSDP2, {RANKS} ranks, {BLOCKS} MLPs of {WIDTH} x {INNER}, {TOKENS} tokens a rank")
+    columns = [
+        [
+            r["weights"],
+            f"{r['bytes'] / 1e6:,.1f} ({r['bytes'] / dense['bytes']:.3f})",
+            *(f"{r[key]:.2f} ({dense[key] / r[key]:.1f})" for key in ("forward", "step")),
+        ]
+        for r in rows
+    ]
+    print(table(["weights", "MB gathered (of bf16)", "s a forward (times as fast)", "s a step (times as fast)"], columns))
+    return rows
+
+
 # ------------------------------------------------------------------------------------------- all
 
-SECTIONS = {"refresh": refresh}
+SECTIONS = {"refresh": refresh, "fsdp2": fsdp2}
 
 
 @torch.no_grad()

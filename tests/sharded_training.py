@@ -2,15 +2,13 @@
 
 import copy
 import functools
-import tempfile
 import warnings
 
 import peft
-import sharded
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from sharded import layers, mlp, parallel, quantized, same, x_of
+from ranks import Cases
+from sharded_models import layers, mlp, parallel, quantized, quantized_weights, same, x_of
 from tiny_llama import tiny_llama
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
@@ -26,25 +24,7 @@ from rtn_tensor import RTNQuantizedTensor, quantize_, rtn
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 64], [8, 9, 64, 3, 17, 300], [12, 1, 7, 31, 31, 2], [6, 6, 19, 20, 21, 22]])
 
-CASES, SLOW = {}, {}
-
-
-def case(function):
-    CASES[function.__name__] = function
-    return function
-
-
-def run(rank, ranks, folder, results, slow):
-    sharded.CASES = SLOW if slow else CASES
-    sharded.run(rank, ranks, folder, results)
-
-
-def run_all(ranks, slow):
-    """{case: traceback} of those that failed on any rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = mp.get_context("spawn").SimpleQueue()
-        mp.start_processes(run, (ranks, folder, results, slow), nprocs=ranks, start_method="spawn")
-        return results.get()
+case = Cases(2)
 
 
 # ------------------------------------------------------------------------------------------- models and steps
@@ -97,17 +77,11 @@ def adapters_of(model):
     return found
 
 
-def quantized_weights(model):
-    """Every quantized parameter, as this rank has it."""
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    found = [w for w in local if isinstance(w, RTNQuantizedTensor)]
-    assert found
-    return found
-
-
 def planes(model):
-    """Copies."""
-    return [(w.qdata.clone(), w.scale.clone()) for w in quantized_weights(model)]
+    """Copies of what this rank has."""
+    local = [w.to_local() if isinstance(w, DTensor) else w for w in quantized_weights(model)]
+    assert local
+    return [(w.qdata.clone(), w.scale.clone()) for w in local]
 
 
 def assert_untouched(model, before):
@@ -186,16 +160,6 @@ def adapters_saved(ranks, folder):
         assert state.keys() == adapters_of(alone).keys()
         alone.load_state_dict(state, strict=False)
         same(y, alone(IDS).logits)
-
-
-def real_model(ranks, folder):
-    """SmolLM2 with checkpointing."""
-    (alone, batches), (model, _) = smollm2_qlora(torch.float32), smollm2_qlora(torch.float32)
-    shard(checkpointed(model, "not reentrant"))
-    compare(model, alone, batches, ranks, 1e-4)
-
-
-SLOW["real_model"] = real_model
 
 
 # ------------------------------------------------------------------------------------------- fresh weights into a live model

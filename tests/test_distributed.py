@@ -1,4 +1,4 @@
-"""FSDP2, tensor parallelism and distributed checkpoints, on gloo ranks of this machine; the cases are in sharded_*.py."""
+"""FSDP2, tensor parallelism, distributed checkpoints and training, on gloo ranks of this machine; the cases are in sharded_*.py."""
 
 import functools
 
@@ -10,7 +10,7 @@ if not torch.distributed.is_available():
 
 from ranks import cases, run_all
 
-MODULES = ("sharded_fsdp", "sharded_tp", "sharded_load", "sharded_transformers", "sharded_2d")
+MODULES = ("sharded_fsdp", "sharded_tp", "sharded_load", "sharded_transformers", "sharded_training", "sharded_2d")
 CASES = [(module, name, ranks) for module in MODULES for ranks in cases(module).ranks for name in cases(module)]
 
 

@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import functools
 
 import pytest
 import torch
@@ -13,15 +12,13 @@ if not torch.distributed.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
 pytest.importorskip("peft")
 
+from ranks import run_all
+from sharded_models import quantized_weights
 from sharded_training import (
-    CASES,
     IDS,
-    SLOW,
     adapters_of,
     assert_untouched,
     planes,
-    quantized_weights,
-    run_all,
     smollm2_qlora,
     tiny_qlora,
     train,
@@ -187,6 +184,7 @@ def test_optimizers_leave_quantized_weights_alone():
     assert_untouched(model, before)
 
 
+@pytest.mark.slow
 def test_compiled_qlora_learns_the_same():
     losses = []
     for compiled in (False, True):
@@ -209,22 +207,11 @@ def test_qlora_of_a_real_model(dtype, tolerance):
 
 # ------------------------------------------------------------------------------------------- among ranks
 
-on_ranks = functools.cache(run_all)
-
-
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", CASES)
-def test_on_ranks(name):
-    failed = on_ranks(2, slow=False)
-    assert name not in failed, failed[name]
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_on_ranks_slowly(name):
+def test_real_model_on_ranks():
     try:
         smollm2(), state_of_the_union()
     except ModelUnavailable as reason:
         pytest.skip(str(reason))
-    failed = on_ranks(2, slow=True)
-    assert name not in failed, failed[name]
+    assert not run_all(2, ["sharded_real_model"])

@@ -30,7 +30,7 @@ dist.broadcast_object_list(shared)
 folder = Path(shared[0])
 
 
-# 2. A module of your own. Its plan cuts `up` by rows and `down` by columns, so that one sum among the ranks ends both. A cut by columns must
+# 2. A module of your own. Its plan cuts `up` by rows and `down` by columns, so one sum among the ranks ends both. A cut by columns must
 # fall between groups: 512 / 2 is a multiple of 128.
 class MLP(nn.Module):
     def __init__(self):
