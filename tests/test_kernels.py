@@ -319,7 +319,7 @@ def test_embedding(kernel, op, device, bits, dtype, group_size):
 @each_bits
 @each_dtype
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("group_size", [96, -1] if triton.interpreting() else GROUP_SIZES)  # there a case takes 2 s, and they are alike
 def test_quantize(kernel, op, device, bits, dtype, method, group_size):
     """Bit for bit what the reference gives on the CPU (test_reference holds that to the formulas), odd groups included."""
     w = torch.randn(3, 5, 1000) * torch.rand(3, 5, 1)
