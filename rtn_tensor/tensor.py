@@ -169,7 +169,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         if out is not None:  # over the same memory as the first time, filled again
             out = out.to_local() if hasattr(out, "to_local") else out  # a DTensor, under tensor parallelism
             if out.scale.dtype != scale.dtype:
-                with torch.autograd._unsafe_preserve_version_counter(out.scale):  # the same numbers again, for a backward that saved them
+                # The same numbers again: a backward that saved them is not to see a change.
+                with torch.autograd.grad_mode._unsafe_preserve_version_counter(out.scale):
                     out.scale.copy_(scale[: len(out.scale)])
             return None
         return type(self)(qdata, scale.to(param_dtype), **attributes), outputs
