@@ -152,6 +152,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     tokens, top_k = top_k_index.shape
     experts, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
     x = hidden_states
+    has_norm = getattr(self, "has_post_expert_norm", False)  # transformers' from 5.20 on
     learned = [t for t in (x, weights, up_bias, down_bias) if t is not None and t.requires_grad]
     activation = _known_activation(self)
     fused = (
@@ -162,7 +163,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     )
     if fused:
         assert activation is not None
-        router = None if self.has_post_expert_norm else weights
+        router = None if has_norm else weights
         y = run(x, up, down, up_bias, down_bias, experts, router, top_k, activation)
         if router is None:
             y = self.post_expert_norm(y) * weights[:, None]
@@ -172,7 +173,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     h = _product(x[pairs // top_k].to(up.dtype), up, offs, self.is_transposed, up_bias, of_row)
     h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
     y = _product(h.to(down.dtype), down, offs, self.is_transposed, down_bias, of_row)
-    if self.has_post_expert_norm:
+    if has_norm:
         y = self.post_expert_norm(y)
     y = y * weights[pairs][:, None]
     back = torch.empty_like(pairs, dtype=torch.int64).scatter_(0, pairs.long(), torch.arange(len(pairs), device=pairs.device))

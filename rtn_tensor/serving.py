@@ -12,9 +12,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from rtn_tensor.checkpoint import empty_model
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import FORMATS
-from rtn_tensor.sources import sources
+from rtn_tensor.pretrained import renaming
+from rtn_tensor.sources import saved_attributes
 
 FORMAT_KEYS = ("bits", "group_size", "scale_method")
 KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules", "kernel")
@@ -131,7 +133,9 @@ class Options:
 
     def _of_part(self, part: str, name: str, by_default: bool) -> RTNConfig | None:
         if self.default is None:
-            return self.saved.get(f"{part}.weight") or self.saved.get(part)
+            weight = f"{part}.weight" if f"{part}.weight" in self.saved else part
+            self._matched.add(weight)
+            return self.saved.get(weight)
         named, config = self.rule(part, name)
         return config if named else self.default if by_default else None
 
@@ -143,13 +147,19 @@ class Options:
                 return True, config
         return False, None
 
-    def unmatched(self) -> list[str]:
-        """The patterns that no layer matched so far."""
-        return [pattern for pattern, _ in self.rules if pattern not in self._matched and not self._hidden(pattern)]
+    def check(self) -> None:
+        """To be called when all layers are made.
 
-    def _hidden(self, pattern: str) -> bool:
-        """Whether an earlier rule has the same pattern."""
-        return [p for p, _ in self.rules].count(pattern) > 1
+        Raises:
+            ValueError: a rule matches no layer, or a weight of a quantized folder has no place.
+        """
+        if unknown := [pattern for pattern, _ in self.rules if pattern not in self._matched]:
+            raise ValueError(
+                f"quantization_config: no layer matches {', '.join(map(repr, unknown))}, or an earlier rule matches all that do; names are "
+                "as in 'model.layers.0.mlp.down_proj', and * matches any text"
+            )
+        if lost := [name for name in self.saved if name not in self._matched]:
+            raise ValueError(f"{lost[0]} (of {len(lost)} such) is quantized in the folder, and no layer here can take it; serve the float folder")
 
     # --------------------------------------------------------------------------------------- what is said of it
 
@@ -208,7 +218,7 @@ def is_saved(config: Mapping[str, Any]) -> bool:
 
 
 def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
-    """The format of each quantized weight of a folder, by its name.
+    """The format of each quantized weight of a folder, by its name there.
 
     Raises:
         FileNotFoundError: `path` is no folder on this machine, or holds no checkpoint.
@@ -217,10 +227,8 @@ def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
     if not Path(path).is_dir():
         raise FileNotFoundError(f"{path} is no folder on this machine; download the quantized model first, and give its folder")
     formats = {}
-    for name, source in sources(path).items():
-        if source.quantized:
-            w: Any = source.map()
-            if w.transposed:
-                raise ValueError(f"{name} is saved as [in_features, out_features]; serve the float folder instead, with quantization='rtn'")
-            formats[name] = RTNConfig(w.bits, w.group_size, w.scale_method)
+    for name, about in saved_attributes(path, lambda: renaming(empty_model(path))).items():
+        if about["transposed"]:
+            raise ValueError(f"{name} is saved as [in_features, out_features]; serve the float folder instead, with quantization='rtn'")
+        formats[name] = RTNConfig(about["bits"], about["group_size"], about["scale_method"])
     return formats

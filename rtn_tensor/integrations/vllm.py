@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
@@ -18,7 +19,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
@@ -92,8 +93,8 @@ class RTNQuantizationConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
-        if isinstance(layer, VocabParallelEmbedding):  # an lm_head, too
-            return self._embedding_method(layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding):  # an lm_head, too; Llama gives its embedding no name
+            return self._embedding_method(layer, prefix or "model.embed_tokens")
         if not isinstance(layer, LinearBase):
             return None
         head, _, last = prefix.rpartition(".")
@@ -131,23 +132,19 @@ class RTNQuantizationConfig(QuantizationConfig):
             raise ValueError(f"{prefix}: quantized experts of this model cannot be loaded; serve the float folder, with quantization='rtn'")
         if layer.ckpt_gate_proj_name == "w1":
             self.experts_names = ("w13", "w2")
-        return RTNExpertsMethod(self, up, down, layer.moe_config, prefix)
+        return RTNExpertsMethod(self, up, down, layer, prefix)
 
     def tell(self) -> None:
         """Says once, when all layers are made, what was quantized.
 
         Raises:
-            ValueError: a pattern matched no layer.
+            ValueError: as `Options.check`.
         """
-        if self.told:
-            return
-        self.told = True
-        if (unmatched := self.options.unmatched()) and get_pp_group().world_size == 1:
-            raise ValueError(
-                f"quantization_config: no layer matches {', '.join(map(repr, unmatched))}; names are vLLM's, as in "
-                "'model.layers.0.mlp.down_proj', and * matches any text"
-            )
-        logger.info(self.options.summary())
+        if not self.told:
+            self.told = True
+            if get_pp_group().world_size == 1:  # else this rank has only some layers
+                self.options.check()
+            logger.info(self.options.summary())
 
 
 # ------------------------------------------------------------------------------------------- parameters
@@ -178,7 +175,9 @@ def _take_planes(layer: nn.Module, name: str, k: int, config: RTNConfig, fqn: st
     return RTNQuantizedTensor(qdata, scale, config.bits, config.group_size, config.scale_method, k)
 
 
-def _quantized(w: Tensor, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
+def _quantized(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
+    if not get_layerwise_info(layer).load_numel and get_current_vllm_config().load_config.load_format != "dummy":
+        raise ValueError(f"{fqn}: nothing was loaded, or not by its weight_loader, as this model's own code may do; name the layer in ignore")
     if not is_finite(w):
         raise ValueError(f"{fqn} holds NaN or inf; repair the checkpoint, or name the layer in ignore")
     return RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
@@ -235,7 +234,7 @@ class RTNLinearMethod(LinearMethodBase):
         if self.saved:
             w = _take_planes(layer, "_weight", self.in_features, self.config, fqn)
         else:
-            w = _quantized(layer.weight.data, self.config, fqn)
+            w = _quantized(layer, layer.weight.data, self.config, fqn)
         _put(layer, "weight", w, fqn, output_dim=0, input_dim=1, weight_loader=self.weight_loader)
         layer._already_called_process_weights_after_loading = True
 
@@ -253,13 +252,18 @@ class RTNLinearMethod(LinearMethodBase):
 
 
 class RTNExpertsMethod(FusedMoEMethodBase):
-    """The experts of a layer: `w13_weight [E, 2 I, H]` and `w2_weight [E, H, I]`, biases where the model has them."""
+    """The experts of a layer: `w13_weight [E, 2 I, H]` and `w2_weight [E, H, I]`, biases where the model has them.
 
-    def __init__(self, parent: RTNQuantizationConfig, up: RTNConfig, down: RTNConfig, moe: Any, name: str):
-        super().__init__(moe)
+    GPT-OSS's code copies into its parameters without asking their loaders, past vLLM's layerwise loading. There they are quantized from the
+    start, and what is copied into them is on the way; such a model cannot be reloaded.
+    """
+
+    def __init__(self, parent: RTNQuantizationConfig, up: RTNConfig, down: RTNConfig, layer: Any, name: str):
+        super().__init__(layer.moe_config)
         self.parent, self.configs, self.name = parent, {"w13": up, "w2": down}, name
         self.saved = parent.options.default is None
-        self.uses_meta_device = not self.saved
+        self.at_once = layer.activation.value == "swigluoai"
+        self.uses_meta_device = not self.saved and not self.at_once
 
     def create_weights(
         self,
@@ -277,8 +281,12 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         for w, shape in self.shapes.items():
             config = self.configs[w]
             self.parent.options.note(self.name, config, shape[0] * shape[1] * shape[2], shape[0] * shape[1], params_dtype.itemsize)
-            device = None if self.saved else "meta"
-            if self.saved:
+            device = "meta" if self.uses_meta_device else None
+            if self.at_once:
+                format = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
+                _put(layer, f"{w}_weight", RTNQuantizedTensor.empty(*shape, **format, dtype=params_dtype), self._fqn(w))
+                parameters = [getattr(layer, f"{w}_weight")]
+            elif self.saved:
                 planes = _add_planes(layer, f"{w}_weight", shape, config, params_dtype)
                 kind = "CHANNEL" if config.group_size == -1 else "GROUP"
                 planes["scale"].quant_method = FusedMoeWeightScaleSupported[kind].value
@@ -291,19 +299,26 @@ class RTNExpertsMethod(FusedMoEMethodBase):
                 layer.register_parameter(f"{w}_bias", parameters[-1])
             for parameter in parameters:
                 set_weight_attrs(parameter, extra_weight_attrs)
-        if not self.saved:
+        if self.uses_meta_device:
             initialize_online_processing(layer)
+
+    def _fqn(self, w: str) -> str:
+        return f"{self.name}.{'gate_up_proj' if w == 'w13' else 'down_proj'}"
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         self.parent.tell()
         for w, config in self.configs.items():
-            fqn = f"{self.name}.{'gate_up_proj' if w == 'w13' else 'down_proj'}"
+            fqn = self._fqn(w)
+            if self.at_once:
+                if not is_finite(getattr(layer, f"{w}_weight").scale):
+                    raise ValueError(f"{fqn} holds NaN or inf, or nothing was loaded; repair the checkpoint, or name the layer in ignore")
+                continue
             if self.saved:
                 q = _take_planes(layer, f"{w}_weight", self.shapes[w][-1], config, fqn)
             else:
-                q = _quantized(getattr(layer, f"{w}_weight").data, config, fqn)
+                q = _quantized(layer, getattr(layer, f"{w}_weight").data, config, fqn)
             _put(layer, f"{w}_weight", q, fqn, weight_loader=self.weight_loader)
         layer._already_called_process_weights_after_loading = True
 
