@@ -194,7 +194,7 @@ def saved_attributes(path: str | os.PathLike, renaming: Callable[[], Callable[[s
     metadata's, and is asked for where they differ.
 
     Raises:
-        FileNotFoundError, ValueError: as `sources`; and a weight is in the metadata and not in the files.
+        FileNotFoundError, ValueError: as `sources`.
     """
     found, formats = _read(Path(path))
     planes = {fqn: plane_names(fqn)[0] for fqn in formats}
@@ -204,8 +204,7 @@ def saved_attributes(path: str | os.PathLike, renaming: Callable[[], Callable[[s
         names = {new(name): name for name in found}
     attributes = {}
     for fqn, plane in planes.items():
-        if plane not in names:
-            raise ValueError(f"{path} lacks {plane}, which its metadata names; download the checkpoint again")
-        module, _, name = names[plane].rpartition(".")
-        attributes[f"{module}.{name.removeprefix('_').removesuffix('_qdata')}"] = formats[fqn]
+        if plane in names:  # else the weight is shared, and saved under its other name
+            module, _, name = names[plane].rpartition(".")
+            attributes[f"{module}.{name.removeprefix('_').removesuffix('_qdata')}"] = formats[fqn]
     return attributes

@@ -86,6 +86,7 @@ class RTNQuantizationConfig(QuantizationConfig):
         """Experts' planes are named as vLLM's own loader names fused experts, and then what our parameters are called beyond that."""
         import regex  # vLLM's own
 
+        self.tell()  # all layers are made, and loading begins
         up, down = self.experts_names
         names = {rf"\.experts\._gate_up_proj_(qdata|scale)$": rf".experts.{up}_\1", rf"\.experts\._down_proj_(qdata|scale)$": rf".experts.{down}_\1"}
         return WeightsMapper(orig_to_new_regex={regex.compile(old): new for old, new in names.items()})
@@ -135,7 +136,7 @@ class RTNQuantizationConfig(QuantizationConfig):
         return RTNExpertsMethod(self, up, down, layer, prefix)
 
     def tell(self) -> None:
-        """Says once, when all layers are made, what was quantized.
+        """Says once, when all layers are made, what is quantized.
 
         Raises:
             ValueError: as `Options.check`.
