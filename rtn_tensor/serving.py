@@ -131,6 +131,32 @@ class Options:
             raise ValueError(f"{name} is one layer here, and its parts would be of different formats ({each}); {how}")
         return next(iter(found.values()))
 
+    def of_linear(
+        self, name: str, fused: Mapping[str, Sequence[str]], in_features: int, out_features: int, itemsize: int
+    ) -> RTNConfig | None:
+        """`of` a linear layer; `fused` has the parts of fused layers by the last part of their names. One that stays float is noted."""
+        head, dot, last = name.rpartition(".")
+        parts = [f"{head}{dot}{part}" for part in fused.get(last, [last])]
+        by_default = worth_it(name, in_features, out_features)
+        config = self.of(name, parts, by_default)
+        if config is None and not by_default and self.default is not None and not self.rule(*parts, name)[0]:
+            self.note(name, None, in_features * out_features, out_features, itemsize)
+        return config
+
+    def of_experts(self, name: str) -> tuple[RTNConfig, RTNConfig] | None:
+        """`of` the experts of a layer: of gate and up, which may be named as `name`.gate_up_proj, and of down, `name`.down_proj.
+
+        Raises:
+            ValueError: only one of the two would be quantized.
+        """
+        up, down = (self.of(name, [f"{name}.{part}"]) for part in ("gate_up_proj", "down_proj"))
+        if up is None and down is None:
+            return None
+        if up is None or down is None:
+            kept = "gate_up_proj" if up is None else "down_proj"
+            raise ValueError(f"{name}: {kept} would stay float, and the other not; give both a format, or neither")
+        return up, down
+
     def _of_part(self, part: str, name: str, by_default: bool) -> RTNConfig | None:
         if self.default is None:
             weight = f"{part}.weight" if f"{part}.weight" in self.saved else part
@@ -159,7 +185,9 @@ class Options:
                 "as in 'model.layers.0.mlp.down_proj', and * matches any text"
             )
         if lost := [name for name in self.saved if name not in self._matched]:
-            raise ValueError(f"{lost[0]} (of {len(lost)} such) is quantized in the folder, and no layer here can take it; serve the float folder")
+            raise ValueError(
+                f"{lost[0]} (of {len(lost)} such) is quantized in the folder, and no layer here can take it; serve the float folder"
+            )
 
     # --------------------------------------------------------------------------------------- what is said of it
 
@@ -181,9 +209,8 @@ class Options:
         before, after = self._bytes
         quantized = ", ".join(f"{count} {what}" for what, count in sorted(self._formats.items())) or "no layer"
         kept = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in sorted(self._kept.items()))
-        return (
-            f"rtn: {quantized}; {before / 1e6:,.1f} MB of weights are {after / 1e6:,.1f} MB"
-            + (f"; float, as routers and layers of fewer than {SMALLEST} rows or columns are by default: {kept}" if kept else "")
+        return f"rtn: {quantized}; {before / 1e6:,.1f} MB of weights are {after / 1e6:,.1f} MB" + (
+            f"; float, as routers and layers of fewer than {SMALLEST} rows or columns are by default: {kept}" if kept else ""
         )
 
 

@@ -41,6 +41,7 @@ LAYERS = [
     "evaluate",
     "tune",
     "serving",
+    "integrations",
     "integrations.*",
     "cli",
     "__main__",

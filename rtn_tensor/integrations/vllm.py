@@ -28,7 +28,7 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.moe import run
 from rtn_tensor.quantize import is_finite
-from rtn_tensor.serving import Options, check_cut, is_saved, saved_formats, worth_it
+from rtn_tensor.serving import Options, check_cut, is_saved, saved_formats
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows no others
@@ -88,25 +88,22 @@ class RTNQuantizationConfig(QuantizationConfig):
 
         self.tell()  # all layers are made, and loading begins
         up, down = self.experts_names
-        names = {rf"\.experts\._gate_up_proj_(qdata|scale)$": rf".experts.{up}_\1", rf"\.experts\._down_proj_(qdata|scale)$": rf".experts.{down}_\1"}
+        names = {
+            r"\.experts\._gate_up_proj_(qdata|scale)$": rf".experts.{up}_\1",
+            r"\.experts\._down_proj_(qdata|scale)$": rf".experts.{down}_\1",
+        }
         return WeightsMapper(orig_to_new_regex={regex.compile(old): new for old, new in names.items()})
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding):  # an lm_head, too; Llama gives its embedding no name
             return self._embedding_method(layer, prefix or "model.embed_tokens")
         if not isinstance(layer, LinearBase):
             return None
-        head, _, last = prefix.rpartition(".")
-        parts = [f"{head}.{part}" if head else part for part in self.packed_modules_mapping.get(last, [last])]
-        by_default = worth_it(prefix, layer.input_size, layer.output_size)
-        config = self.options.of(prefix, parts, by_default)
-        if config is None:
-            if not by_default and self.options.default is not None and not self.options.rule(*parts, prefix)[0]:
-                self.options.note(prefix, None, layer.input_size * layer.output_size, layer.output_size, layer.params_dtype.itemsize)
-            return UnquantizedLinearMethod()
-        return RTNLinearMethod(self, config, prefix)
+        sizes = layer.input_size, layer.output_size, layer.params_dtype.itemsize
+        config = self.options.of_linear(prefix, self.packed_modules_mapping, *sizes)
+        return UnquantizedLinearMethod() if config is None else RTNLinearMethod(self, config, prefix)
 
     def _embedding_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         config = self.options.of(prefix, by_default=False)
@@ -119,11 +116,9 @@ class RTNQuantizationConfig(QuantizationConfig):
         return None if config is None else RTNLinearMethod(self, config, prefix)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
-        up, down = (self.options.of(prefix, [f"{prefix}.{name}"]) for name in ("gate_up_proj", "down_proj"))
-        if up is None and down is None:
+        configs = self.options.of_experts(prefix)
+        if configs is None:
             return UnquantizedFusedMoEMethod(layer.moe_config)
-        if up is None or down is None:
-            raise ValueError(f"{prefix}: {'gate_up_proj' if up is None else 'down_proj'} would stay float, and the other not; give both a format")
         if layer.activation.value not in ACTIVATIONS:
             raise ValueError(
                 f"{prefix}: experts with the activation {layer.activation.value!r} are not supported, only {', '.join(ACTIVATIONS)}; "
@@ -133,7 +128,7 @@ class RTNQuantizationConfig(QuantizationConfig):
             raise ValueError(f"{prefix}: quantized experts of this model cannot be loaded; serve the float folder, with quantization='rtn'")
         if layer.ckpt_gate_proj_name == "w1":
             self.experts_names = ("w13", "w2")
-        return RTNExpertsMethod(self, up, down, layer, prefix)
+        return RTNExpertsMethod(self, configs, layer, prefix)
 
     def tell(self) -> None:
         """Says once, when all layers are made, what is quantized.
@@ -169,7 +164,7 @@ def _add_planes(layer: nn.Module, name: str, shape: tuple[int, ...], config: RTN
     return planes
 
 
-def _take_planes(layer: nn.Module, name: str, k: int, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
+def _take_planes(layer: Any, name: str, k: int, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
     qdata, scale = (layer._parameters.pop(f"{name}_{plane}").data for plane in ("qdata", "scale"))
     if not is_finite(scale):
         raise ValueError(f"{fqn}: a scale does not fit {scale.dtype}; serve it with dtype='bfloat16'")
@@ -178,13 +173,15 @@ def _take_planes(layer: nn.Module, name: str, k: int, config: RTNConfig, fqn: st
 
 def _quantized(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
     if not get_layerwise_info(layer).load_numel and get_current_vllm_config().load_config.load_format != "dummy":
-        raise ValueError(f"{fqn}: nothing was loaded, or not by its weight_loader, as this model's own code may do; name the layer in ignore")
+        raise ValueError(
+            f"{fqn}: nothing was loaded, or not by its weight_loader, as this model's own code may do; name the layer in ignore"
+        )
     if not is_finite(w):
         raise ValueError(f"{fqn} holds NaN or inf; repair the checkpoint, or name the layer in ignore")
     return RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
 
 
-def _put(layer: nn.Module, name: str, w: RTNQuantizedTensor, fqn: str, **attributes: Any) -> None:
+def _put(layer: Any, name: str, w: RTNQuantizedTensor, fqn: str, **attributes: Any) -> None:
     """`w` as the parameter `name`, with what vLLM's loaders ask of one: fresh float weights copied into it are quantized."""
     parameter: Any = nn.Parameter(w, requires_grad=False)
     parameter.fqn = fqn  # for errors
@@ -227,7 +224,7 @@ class RTNLinearMethod(LinearMethodBase):
             shared = plane == "scale" and self.config.group_size == -1  # by all columns, so by all ranks that have some of them
             set_weight_attrs(parameter, {"output_dim": 0, **({} if shared else {"input_dim": 1}), **extra_weight_attrs})
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         self.parent.tell()
@@ -259,9 +256,10 @@ class RTNExpertsMethod(FusedMoEMethodBase):
     start, and what is copied into them is on the way; such a model cannot be reloaded.
     """
 
-    def __init__(self, parent: RTNQuantizationConfig, up: RTNConfig, down: RTNConfig, layer: Any, name: str):
+    def __init__(self, parent: RTNQuantizationConfig, configs: tuple[RTNConfig, RTNConfig], layer: Any, name: str):
         super().__init__(layer.moe_config)
-        self.parent, self.configs, self.name = parent, {"w13": up, "w2": down}, name
+        self.parent, self.name = parent, name
+        self.configs: dict[str, RTNConfig] = dict(zip(("w13", "w2"), configs, strict=True))
         self.saved = parent.options.default is None
         self.at_once = layer.activation.value == "swigluoai"
         self.uses_meta_device = not self.saved and not self.at_once
@@ -336,6 +334,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         router: Tensor | None = topk_weights.reshape(-1)
         if layer.apply_router_weight_on_input:
             x, router = x * topk_weights.to(x.dtype), None  # of one expert a token
-        biases = (getattr(layer, f"{w}_bias", None) for w in ("w13", "w2"))
-        y = run(x, layer.w13_weight, layer.w2_weight, *biases, experts, router, top_k, ACTIVATIONS[layer.activation.value])
+        up_bias, down_bias = (getattr(layer, f"{w}_bias", None) for w in ("w13", "w2"))
+        activation = ACTIVATIONS[layer.activation.value]
+        y = run(x, layer.w13_weight, layer.w2_weight, up_bias, down_bias, experts, router, top_k, activation)
         return y.view(tokens, top_k, y.shape[-1]).sum(1)
