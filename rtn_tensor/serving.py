@@ -19,7 +19,7 @@ from rtn_tensor.pretrained import renaming
 from rtn_tensor.sources import saved_attributes
 
 FORMAT_KEYS = ("bits", "group_size", "scale_method")
-KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules", "kernel")
+KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what engines call the linears that choose among experts
 SMALLEST = 32  # of a layer with fewer inputs or outputs nothing is saved: it has less than a group, or a handful of rows
 
@@ -70,13 +70,11 @@ class Options:
     Attributes:
         default: the format of what no rule names; None for a folder that is quantized already.
         rules: (pattern, format or None for float), of which the first that matches a layer's name counts.
-        kernel: "rtn", this library's own, or "marlin".
         saved: of a folder that is quantized already, the format of each weight by its name.
     """
 
     default: RTNConfig | None
     rules: Rules = field(default_factory=list)
-    kernel: str = "rtn"
     saved: dict[str, RTNConfig] = field(default_factory=dict)
     _matched: set[str] = field(default_factory=set)
     _formats: Counter[str] = field(default_factory=Counter)
@@ -96,9 +94,6 @@ class Options:
         given = {key: config[key] for key in FORMAT_KEYS if key in config}
         default = _format(given, base, "quantization_config")
         base = {key: getattr(default, key) for key in FORMAT_KEYS}
-        kernel = config.get("kernel", "rtn")
-        if kernel not in ("rtn", "marlin"):
-            raise ValueError(f"quantization_config: kernel={kernel!r} is not supported; use 'rtn' or 'marlin'")
         lists = {key: config.get(key) or [] for key in ("ignore", "rules")}
         for key, value in lists.items():
             if not isinstance(value, Sequence) or isinstance(value, str):
@@ -109,7 +104,7 @@ class Options:
             if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
                 raise ValueError(f"{where} is {rule!r}; it takes [pattern, {{'bits': 8}}], or [pattern, null] for float")
             rules.append((_pattern(rule[0], where), None if rule[1] is None else _format(rule[1], base, where)))
-        return cls(default, rules, kernel)
+        return cls(default, rules)
 
     # --------------------------------------------------------------------------------------- what becomes of a layer
 

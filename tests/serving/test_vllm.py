@@ -378,7 +378,6 @@ def ask(server, client, messages):
         ({"rules": [["*.o_proj", {"bits": 5}]]}, "rules[0]: bits=5 is not supported"),
         ({"rules": [["*.o_proj"]]}, "rules[0] is ['*.o_proj']; it takes [pattern, {'bits': 8}]"),
         ({"rules": [["re:(", None]]}, "rules[0], 're:(', is no regular expression"),
-        ({"kernel": "fast"}, "kernel='fast' is not supported"),
         ({"ignore": ["*.no_proj"]}, "no layer matches '*.no_proj'"),
         (
             {"bits": 4, "rules": [["*.q_proj", {"bits": 8}]]},
