@@ -331,7 +331,8 @@ def test_server(folder, tmp_path):
         port = s.getsockname()[1]
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(path), "--quantization", "rtn", "--port", str(port)]
     options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--served-model-name", "tiny"]
-    env = os.environ | {"RTN_NUM_BITS": "4", "RTN_GROUP_SIZE": "64", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(tmp_path)}
+    options += ["--hf-overrides", json.dumps(rtn(group_size=64)["hf_overrides"])]
+    env = os.environ | {"RTN_NUM_BITS": "4", "RTN_GROUP_SIZE": "32", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(tmp_path)}
     with subprocess.Popen([*command, *options], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
@@ -363,6 +364,13 @@ def ask(server, client, messages):
         except openai.APIConnectionError:
             assert time.monotonic() < until
             time.sleep(1)
+
+
+def test_tutorial():
+    tutorial = HERE.parents[1] / "tutorials" / "07_serve_with_vllm.py"
+    done = subprocess.run([sys.executable, str(tutorial)], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from the quantized folder: the same" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------- what is refused
