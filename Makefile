@@ -64,6 +64,7 @@ $(SERVING_INSTALLED): tests/serving/requirements.txt tests/serving/requirements.
 	@$(PYTHON) -m venv .venv-vllm
 	@$(SERVING)/python -m pip install -qq --disable-pip-version-check --no-deps -r tests/serving/requirements.txt
 	@$(SERVING)/python tests/serving/requirements.py > .venv-vllm/requirements.txt
-	@$(SERVING)/python -m pip install -qq --disable-pip-version-check -r .venv-vllm/requirements.txt -c tests/serving/requirements.txt
+	@$(SERVING)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts \
+		-r .venv-vllm/requirements.txt -c tests/serving/requirements.txt
 	@$(SERVING)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving [--json FILE] [--model FOLDER] [--batches 1 4 8 16] [--runs 5] [--gpu]
 
-To be run where vLLM is installed (`make test-serving` makes such an environment for CPUs, .venv-vllm). Each row is a process of its own, and
-what it measures is what `vllm bench latency` does: prompts of 256 tokens, 32 more of each, all at once. The model is SmolLM2-135M; with --gpu
-it is --model, and the setting is that of vLLM's pull request 26051 (Llama-3.1-8B on one H100: bf16 .236/.260/.284/.336 s at batches of
-1/4/8/16, int4 .139/.180/.230/.331 s).
+To be run where vLLM is installed (`make test-serving` makes such an environment for CPUs, .venv-vllm). Each row is a process of its own,
+and what it measures is what `vllm bench latency` does: prompts of 256 tokens, 32 more of each, all at once. The model is SmolLM2-135M; with
+--gpu it is --model, and the setting is that of vLLM's pull request 26051 (Llama-3.1-8B on one H100: bf16 .236/.260/.284/.336 s at batches
+of 1/4/8/16, int4 .139/.180/.230/.331 s).
 """
 
 import argparse
@@ -71,7 +71,8 @@ def measure(name: str, model: Path, batches: list[int], runs: int) -> list[dict]
     from vllm import LLM, SamplingParams
 
     asked = CONFIGS[name]
-    options = {"hf_overrides": {"quantization_config": {"quant_method": "rtn", "group_size": GROUP_SIZE, **asked}}} if "bits" in asked else {}
+    config = {"quant_method": "rtn", "group_size": GROUP_SIZE, **asked}
+    options: dict[str, Any] = {"hf_overrides": {"quantization_config": config}} if "bits" in asked else {}
     # No prefix is kept: each run computes its prompts anew.
     llm = LLM(str(model), dtype="bfloat16", max_model_len=512, max_num_seqs=max(batches), enable_prefix_caching=False, seed=0, **options)
     sampling = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
@@ -84,8 +85,8 @@ def measure(name: str, model: Path, batches: list[int], runs: int) -> list[dict]
             llm.generate([{"prompt_token_ids": ids} for ids in prompts[:batch]], sampling, use_tqdm=False)
             seconds.append(time.perf_counter() - started)
         median = statistics.median(seconds[1:])
-        row = {"weights": name, "batch": batch, "seconds": median, "fastest": min(seconds[1:]), "tokens_per_second": batch * OUTPUT / median}
-        rows.append(row)
+        speed = {"seconds": median, "fastest": min(seconds[1:]), "tokens_per_second": batch * OUTPUT / median}
+        rows.append({"weights": name, "batch": batch, **speed})
     return rows
 
 
