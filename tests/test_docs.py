@@ -28,7 +28,7 @@ def run(command: list[str], cwd: Path, **environment: str) -> str:
 def test_readme_has_only_kinds_of_blocks_that_are_run_here():
     assert {kind for kind, _ in BLOCKS} <= {"python", "sh", "text"}
     shell = "".join(text for kind, text in BLOCKS if kind == "sh").splitlines()
-    assert {line.split()[0] for line in shell if line} <= {"make", "pip", "python", "rtn-tensor"}
+    assert {line.split()[0] for line in shell if line} <= {"make", "pip", "python", "rtn-tensor", "vllm"}
 
 
 def test_readme_python_commands_name_files_that_are_there():

@@ -1,0 +1,1 @@
+"""What other programs load to use this library: leaves, which nothing here imports."""

@@ -1,0 +1,256 @@
+"""What a plugin for a serving engine is told, and decides by it: which layers are quantized, and how.
+
+The engines' own classes are in `integrations/`; here is what all of them share, and it imports none of them.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from rtn_tensor.checkpoint import empty_model
+from rtn_tensor.config import RTNConfig
+from rtn_tensor.formats import FORMATS
+from rtn_tensor.pretrained import renaming
+from rtn_tensor.sources import saved_attributes
+
+FORMAT_KEYS = ("bits", "group_size", "scale_method")
+KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules")
+ROUTERS = ("gate", "router", "shared_expert_gate")  # what engines call the linears that choose among experts
+SMALLEST = 32  # of a layer with fewer inputs or outputs nothing is saved: it has less than a group, or a handful of rows
+
+Rules = list[tuple[str, RTNConfig | None]]
+
+
+# ------------------------------------------------------------------------------------------- what is asked for
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} is no number; use {name}={default}, or unset it") from None
+
+
+def _format(given: Any, base: Mapping[str, Any], where: str) -> RTNConfig:
+    if not isinstance(given, Mapping) or (unknown := set(given) - set(FORMAT_KEYS)):
+        got = f"has {', '.join(map(repr, sorted(unknown)))}" if isinstance(given, Mapping) else f"is {given!r}"
+        raise ValueError(f"{where} {got}; it takes {', '.join(map(repr, FORMAT_KEYS))}")
+    try:
+        return RTNConfig(**{**base, **given})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _pattern(given: Any, where: str) -> str:
+    if not isinstance(given, str):
+        raise ValueError(f"{where} is {given!r}; use a layer's name, with * for any text, or 're:' and a regular expression")
+    if given.startswith("re:"):
+        try:
+            re.compile(given[3:])
+        except re.error as error:
+            raise ValueError(f"{where}, {given!r}, is no regular expression: {error}") from None
+    return given
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """As in `rtn-tensor quantize --skip` and in `FqnToConfig`: the whole name, * for any text, or a regular expression after "re:"."""
+    return bool(re.fullmatch(pattern[3:], name)) if pattern.startswith("re:") else fnmatchcase(name, pattern)
+
+
+@dataclass
+class Options:
+    """Which layers are quantized, and how.
+
+    Attributes:
+        default: the format of what no rule names; None for a folder that is quantized already.
+        rules: (pattern, format or None for float), of which the first that matches a layer's name counts.
+        saved: of a folder that is quantized already, the format of each weight by its name.
+    """
+
+    default: RTNConfig | None
+    rules: Rules = field(default_factory=list)
+    saved: dict[str, RTNConfig] = field(default_factory=dict)
+    _matched: set[str] = field(default_factory=set)
+    _formats: Counter[str] = field(default_factory=Counter)
+    _kept: Counter[str] = field(default_factory=Counter)
+    _bytes: list[int] = field(default_factory=lambda: [0, 0])
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> "Options":
+        """From the quantization_config that a user gives; what it leaves out is RTN_NUM_BITS (8), RTN_GROUP_SIZE (128), "absmax".
+
+        Raises:
+            ValueError: an unknown key or an unfit value; it says which, and what is allowed.
+        """
+        if unknown := set(config) - set(KEYS):
+            raise ValueError(f"quantization_config has {', '.join(map(repr, sorted(unknown)))}; it takes {', '.join(map(repr, KEYS))}")
+        base = {"bits": _from_environment("RTN_NUM_BITS", 8), "group_size": _from_environment("RTN_GROUP_SIZE", 128)}
+        given = {key: config[key] for key in FORMAT_KEYS if key in config}
+        default = _format(given, base, "quantization_config")
+        base = {key: getattr(default, key) for key in FORMAT_KEYS}
+        lists = {key: config.get(key) or [] for key in ("ignore", "rules")}
+        for key, value in lists.items():
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise ValueError(f"quantization_config: {key} is {value!r}; it takes a list")
+        rules: Rules = [(_pattern(pattern, f"ignore[{i}]"), None) for i, pattern in enumerate(lists["ignore"])]
+        for i, rule in enumerate(lists["rules"]):
+            where = f"rules[{i}]"
+            if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
+                raise ValueError(f"{where} is {rule!r}; it takes [pattern, {{'bits': 8}}], or [pattern, null] for float")
+            rules.append((_pattern(rule[0], where), None if rule[1] is None else _format(rule[1], base, where)))
+        return cls(default, rules)
+
+    # --------------------------------------------------------------------------------------- what becomes of a layer
+
+    def of(self, name: str, parts: Sequence[str] = (), by_default: bool = True) -> RTNConfig | None:
+        """The format of the layer `name`, or None where it stays float.
+
+        Args:
+            name: the engine's name of the layer.
+            parts: the names of those that it is made of, where the engine fuses several (q, k and v, say).
+            by_default: whether it is quantized where no rule names it.
+
+        Raises:
+            ValueError: its parts would be different.
+        """
+        found = {part: self._of_part(part, name, by_default) for part in parts or (name,)}
+        if len(set(found.values())) > 1:
+            each = ", ".join(f"{part.rpartition('.')[2]} {describe(config)}" for part, config in found.items())
+            how = "quantize the folder again with one format" if self.default is None else "give all of them one"
+            raise ValueError(f"{name} is one layer here, and its parts would be of different formats ({each}); {how}")
+        return next(iter(found.values()))
+
+    def of_linear(
+        self, name: str, fused: Mapping[str, Sequence[str]], in_features: int, out_features: int, itemsize: int
+    ) -> RTNConfig | None:
+        """`of` a linear layer; `fused` has the parts of fused layers by the last part of their names. One that stays float is noted."""
+        head, dot, last = name.rpartition(".")
+        parts = [f"{head}{dot}{part}" for part in fused.get(last, [last])]
+        by_default = worth_it(name, in_features, out_features)
+        config = self.of(name, parts, by_default)
+        if config is None and not by_default and self.default is not None and not self.rule(*parts, name)[0]:
+            self.note(name, None, in_features * out_features, out_features, itemsize)
+        return config
+
+    def of_experts(self, name: str) -> tuple[RTNConfig, RTNConfig] | None:
+        """`of` the experts of a layer: of gate and up, which may be named as `name`.gate_up_proj, and of down, `name`.down_proj.
+
+        Raises:
+            ValueError: only one of the two would be quantized.
+        """
+        up, down = (self.of(name, [f"{name}.{part}"]) for part in ("gate_up_proj", "down_proj"))
+        if up is None and down is None:
+            return None
+        if up is None or down is None:
+            kept = "gate_up_proj" if up is None else "down_proj"
+            raise ValueError(f"{name}: {kept} would stay float, and the other not; give both a format, or neither")
+        return up, down
+
+    def _of_part(self, part: str, name: str, by_default: bool) -> RTNConfig | None:
+        if self.default is None:
+            weight = f"{part}.weight" if f"{part}.weight" in self.saved else part
+            self._matched.add(weight)
+            return self.saved.get(weight)
+        named, config = self.rule(part, name)
+        return config if named else self.default if by_default else None
+
+    def rule(self, *names: str) -> tuple[bool, RTNConfig | None]:
+        """Whether a rule matches one of `names`, which all mean one layer, and what the first that does says."""
+        for pattern, config in self.rules:
+            if any(_matches(pattern, name) for name in names):
+                self._matched.add(pattern)
+                return True, config
+        return False, None
+
+    def check(self) -> None:
+        """To be called when all layers are made.
+
+        Raises:
+            ValueError: a rule matches no layer, or a weight of a quantized folder has no place.
+        """
+        if unknown := [pattern for pattern, _ in self.rules if pattern not in self._matched]:
+            raise ValueError(
+                f"quantization_config: no layer matches {', '.join(map(repr, unknown))}, or an earlier rule matches all that do; names are "
+                "as in 'model.layers.0.mlp.down_proj', and * matches any text"
+            )
+        if lost := [name for name in self.saved if name not in self._matched]:
+            raise ValueError(
+                f"{lost[0]} (of {len(lost)} such) is quantized in the folder, and no layer here can take it; serve the float folder"
+            )
+
+    # --------------------------------------------------------------------------------------- what is said of it
+
+    def note(self, name: str, config: RTNConfig | None, weights: int, rows: int, itemsize: int) -> None:
+        """Remembers, for `summary`, a layer of `weights` elements in `rows` rows that becomes `config`, or stays float by default."""
+        before = after = weights * itemsize
+        if config is None:
+            self._kept[re.sub(r"\.\d+(?=\.)", ".*", name)] += 1
+        elif rows:
+            k = weights // rows
+            groups = 1 if config.group_size == -1 else -(-k // config.group_size)
+            after = rows * (FORMATS[config.bits].row_bytes(k) + groups * itemsize)
+            self._formats[describe(config)] += 1
+        self._bytes[0] += before
+        self._bytes[1] += after
+
+    def summary(self) -> str:
+        """One line: what was quantized, what it saves, and what stayed float because of what it is."""
+        before, after = self._bytes
+        quantized = ", ".join(f"{count} {what}" for what, count in sorted(self._formats.items())) or "no layer"
+        kept = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in sorted(self._kept.items()))
+        return f"rtn: {quantized}; {before / 1e6:,.1f} MB of weights are {after / 1e6:,.1f} MB" + (
+            f"; float, as routers and layers of fewer than {SMALLEST} rows or columns are by default: {kept}" if kept else ""
+        )
+
+
+def describe(config: RTNConfig | None) -> str:
+    """As in "int4 g128"."""
+    return "float" if config is None else f"int{config.bits} g{config.group_size}" + (" signed" if config.scale_method == "signed" else "")
+
+
+def worth_it(name: str, in_features: int, out_features: int) -> bool:
+    """Whether a linear layer is quantized where no rule names it: all but routers, whose errors send tokens elsewhere, and the smallest."""
+    return name.rpartition(".")[2] not in ROUTERS and min(in_features, out_features) >= SMALLEST
+
+
+def check_cut(name: str, config: RTNConfig, in_features: int, of_rank: int) -> None:
+    """Raises ValueError where tensor parallelism, which gives each rank `of_rank` of a layer's columns, would cut inside a group."""
+    unit = FORMATS[config.bits].chunk if config.group_size == -1 else config.group_size
+    if of_rank != in_features and of_rank % unit:
+        fits = [size for size in (128, 64, 32) if of_rank % size == 0]
+        how = f"use group_size {' or '.join(map(str, fits))}" if fits else "keep the layer float, or use fewer ranks"
+        raise ValueError(
+            f"{name}: tensor parallelism gives each rank {of_rank} of its {in_features} columns, a cut inside a group of {unit}; {how}"
+        )
+
+
+# ------------------------------------------------------------------------------------------- folders that are quantized
+
+
+def is_saved(config: Mapping[str, Any]) -> bool:
+    """Whether a folder's quantization_config is of weights that `save`, `rtn-tensor quantize` or transformers wrote quantized."""
+    ours = re.search("RTN(Int[48]Weight)?Config", str(config.get("quant_type", "")))
+    return config.get("quant_method") == "torchao" and ours is not None
+
+
+def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
+    """The format of each quantized weight of a folder, by its name there.
+
+    Raises:
+        FileNotFoundError: `path` is no folder on this machine, or holds no checkpoint.
+        ValueError: weights of an order that engines do not have.
+    """
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is no folder on this machine; download the quantized model first, and give its folder")
+    formats = {}
+    for name, about in saved_attributes(path, lambda: renaming(empty_model(path))).items():
+        if about["transposed"]:
+            raise ValueError(f"{name} is saved as [in_features, out_features]; serve the float folder instead, with quantization='rtn'")
+        formats[name] = RTNConfig(about["bits"], about["group_size"], about["scale_method"])
+    return formats

@@ -1,0 +1,137 @@
+"""What plugins for serving engines decide, without an engine. The engines themselves: `make test-serving`."""
+
+import re
+
+import pytest
+from tiny_llama import tiny_llama
+from tiny_moe import tiny_moe
+from torchao.quantization import FqnToConfig
+
+from rtn_tensor import quantize_, rtn, rtn_int4, rtn_int8, save
+from rtn_tensor.serving import Options, check_cut, is_saved, saved_formats, worth_it
+
+NAME = "model.layers.3.self_attn.qkv_proj"
+PARTS = [f"model.layers.3.self_attn.{part}_proj" for part in "qkv"]
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    monkeypatch.delenv("RTN_NUM_BITS", raising=False)
+    monkeypatch.delenv("RTN_GROUP_SIZE", raising=False)
+
+
+def test_what_is_left_out_is_the_old_variables(monkeypatch):
+    assert Options.read({}).default == rtn(8, 128)
+    monkeypatch.setenv("RTN_NUM_BITS", "4")
+    monkeypatch.setenv("RTN_GROUP_SIZE", "-1")
+    assert Options.read({}).default == rtn(4, -1)
+    assert Options.read({"bits": 8, "scale_method": "signed"}).default == rtn(8, -1, "signed")
+    monkeypatch.setenv("RTN_NUM_BITS", "four")
+    with pytest.raises(ValueError, match="RTN_NUM_BITS='four' is no number; use RTN_NUM_BITS=8, or unset it"):
+        Options.read({})
+
+
+def test_the_first_rule_that_matches_counts():
+    rules = [["*.3.*", {"bits": 8}], ["re:.*q_proj", None], ["*", {"group_size": 32}]]
+    options = Options.read({"bits": 4, "ignore": ["lm_head"], "rules": rules})
+    assert options.of("lm_head") is None
+    assert options.of("model.layers.3.mlp.down_proj") == rtn_int8()
+    assert options.of("model.layers.4.self_attn.q_proj") is None
+    assert options.of("model.layers.4.mlp.gate", by_default=False) == rtn_int4(32)
+    options.check()
+
+
+def test_by_default():
+    options = Options.read({"bits": 4})
+    assert options.of("a") == rtn_int4()
+    assert options.of("a", by_default=False) is None
+
+
+def test_parts_of_a_fused_layer():
+    assert Options.read({"ignore": ["*.[qkv]_proj"]}).of(NAME, PARTS) is None
+    assert Options.read({"rules": [[NAME, {"bits": 4}]]}).of(NAME, PARTS) == rtn_int4()
+    options = Options.read({"rules": [["*.v_proj", {"bits": 4, "scale_method": "signed"}], ["*.k_proj", None]]})
+    expected = "(q_proj int8 g128, k_proj float, v_proj int4 g128 signed); give all of them one"
+    with pytest.raises(ValueError, match=re.escape(f"{NAME} is one layer here, and its parts would be of different formats {expected}")):
+        options.of(NAME, PARTS)
+
+
+def test_rules_that_match_nothing_are_refused():
+    options = Options.read({"ignore": ["*.o_proj"], "rules": [["*.o_proj", {"bits": 4}]]})
+    with pytest.raises(ValueError, match=r"no layer matches '\*\.o_proj'"):
+        options.check()
+    options.of("a.o_proj")
+    options.check()
+
+
+def test_experts():
+    options = Options.read({"bits": 4, "rules": [["a.experts.down_proj", {"bits": 8}], ["b.experts", None], ["c.*.down_proj", None]]})
+    assert options.of_experts("a.experts") == (rtn_int4(), rtn_int8())
+    assert options.of_experts("b.experts") is None
+    with pytest.raises(ValueError, match="c.experts: down_proj would stay float, and the other not"):
+        options.of_experts("c.experts")
+
+
+def test_layers_that_stay_float():
+    assert worth_it("model.layers.0.mlp.gate_proj", 64, 64)
+    assert not worth_it("model.layers.0.mlp.gate", 2048, 128)
+    assert not worth_it("model.layers.0.mlp.shared_expert_gate", 2048, 1)
+    assert not worth_it("proj", 2048, 31)
+    assert not worth_it("proj", 31, 2048)
+
+
+def test_summary():
+    options = Options.read({})
+    for layer in range(2):
+        options.note(f"model.layers.{layer}.mlp.down_proj", rtn_int4(128), 96 * 512, 96, 2)
+        options.note(f"model.layers.{layer}.mlp.gate", None, 4 * 512, 4, 2)
+    options.note("lm_head", rtn_int8(-1, "signed"), 1000 * 512, 1000, 2)
+    assert options.summary() == (
+        "rtn: 2 int4 g128, 1 int8 g-1 signed; 1.2 MB of weights are 0.6 MB; float, as routers and layers of fewer than 32 rows or columns "
+        "are by default: model.layers.*.mlp.gate (2)"
+    )
+
+
+@pytest.mark.parametrize("config", [rtn_int4(64), rtn_int8(64)])
+def test_cuts(config):
+    check_cut("a", config, 256, 128)
+    check_cut("a", config, 96, 96)
+    expected = "a: tensor parallelism gives each rank 96 of its 192 columns, a cut inside a group of 64; use group_size 32"
+    with pytest.raises(ValueError, match=expected):
+        check_cut("a", config, 192, 96)
+    check_cut("a", rtn(config.bits, -1), 192, 96)
+    with pytest.raises(ValueError, match="keep the layer float, or use fewer ranks"):
+        check_cut("a", rtn_int4(-1), 96, 48)
+
+
+def test_formats_of_a_folder(tmp_path):
+    model = tiny_llama()
+    quantize_(model, FqnToConfig({r"re:.*down_proj": rtn_int8(32), "model.embed_tokens": rtn_int4(-1, "signed")}))
+    save(model, tmp_path / "saved")
+    assert saved_formats(tmp_path / "saved") == {
+        "model.layers.0.mlp.down_proj.weight": rtn_int8(32),
+        "model.layers.1.mlp.down_proj.weight": rtn_int8(32),
+        "model.embed_tokens.weight": rtn_int4(-1, "signed"),
+    }
+    assert is_saved(model.config.to_dict() | {"quant_method": "torchao", "quant_type": {"default": {"_type": "RTNInt4WeightConfig"}}})
+    assert not is_saved({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}})
+    with pytest.raises(FileNotFoundError, match="is no folder on this machine"):
+        saved_formats(tmp_path / "nothing")
+
+
+def test_formats_are_found_under_the_names_in_the_files(tmp_path):
+    """transformers writes Mixtral's experts under an older name than its own."""
+    model = tiny_moe("Mixtral")
+    quantize_(model, rtn_int4(32))
+    save(model, tmp_path / "saved")
+    names = set(saved_formats(tmp_path / "saved"))
+    assert "model.layers.0.block_sparse_moe.experts.gate_up_proj" in names
+    assert not any(".mlp." in name for name in names)
+
+
+def test_experts_whose_dims_are_swapped_are_refused(tmp_path):
+    model = tiny_moe("GptOss")
+    quantize_(model, rtn_int4(32))
+    save(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"is saved as \[in_features, out_features\]; serve the float folder instead"):
+        saved_formats(tmp_path / "saved")
