@@ -388,10 +388,10 @@ torch.library.register_vmap("rtn::embedding", _embedding_vmap, lib=_library)
 
 
 @_define("quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)")
-def _quantize(w, bits, group_size, scale_method, scale_dtype):
+def _quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     rows, k = w.shape[:-1].numel(), w.shape[-1]
     problem = make_problem("quantize", w.dtype, rows, k, w, w, bits, group_size)._replace(scale_dtype=scale_dtype)
-    return choose(problem).quantize(w, bits, group_size, scale_method, scale_dtype)
+    return choose(problem).quantize(w, bits, group_size, scale_method, scale_dtype, out)
 
 
 def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -400,6 +400,19 @@ def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dty
     if tracing(w):
         return _ops.quantize.default(w, bits, group_size, scale_method, scale_dtype)
     return _quantize(w, bits, group_size, scale_method, scale_dtype)
+
+
+def quantize_(w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, scale_method: str) -> None:
+    """`quantize` into planes that are there."""
+    w = w.detach()
+    if tracing(w, qdata, scale) or not (qdata.is_contiguous() and scale.is_contiguous()):
+        new_qdata, new_scale = quantize(w, bits, group_size, scale_method, scale.dtype)
+        qdata.copy_(new_qdata)
+        scale.copy_(new_scale)
+        return
+    _quantize(w, bits, group_size, scale_method, scale.dtype, (qdata, scale))
+    if not qdata.is_inference():
+        torch.autograd.graph.increment_version((qdata, scale))  # a backward that saved them is to see the change
 
 
 @torch.library.register_fake("rtn::quantize", lib=_library)

@@ -23,14 +23,17 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(short, (rounded.float() + scale.sign() * ulp).to(dtype), rounded)
 
 
-def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(
+    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Rounds `w [..., N, K]` to (qdata, scale), in fp32 whatever its dtype, so bit-exact on every device.
 
         absmax: S = 2 max|w| / (2^b - 1)        (arXiv 2505.15909)
         signed: S = w_ext / -2^(b-1), w_ext the element of largest magnitude with its sign (of a tie, the negative one)
         q = clamp(rint(w / S), -2^(b-1), 2^(b-1) - 1), with the S that `scale_dtype` holds
 
-    An all-zero group gets S = 1; one that holds a NaN or inf gets S = NaN and q = 0.
+    An all-zero group gets S = 1; one that holds a NaN or inf gets S = NaN and q = 0. `out`: planes, contiguous, that are filled and given
+    back in the place of new ones.
     """
     fmt = FORMATS[bits]
     k = w.shape[-1]
@@ -50,7 +53,8 @@ def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dty
     exact = torch.where((low == 0) & (high == 0), 1.0, torch.where(exact.isinf(), torch.nan, exact))
     scale = round_scale(exact, scale_dtype)
     q = (w_groups / scale.float().unsqueeze(-1)).round().clamp(fmt.qmin, fmt.qmax).nan_to_num(nan=0.0)
-    return pack(q.to(torch.int8).flatten(-2)[..., :k], bits), scale.contiguous()
+    qdata = pack(q.to(torch.int8).flatten(-2)[..., :k], bits)
+    return (qdata, scale.contiguous()) if out is None else (out[0].copy_(qdata), out[1].copy_(scale))
 
 
 def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:

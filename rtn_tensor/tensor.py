@@ -682,13 +682,13 @@ def _(func, types, args, kwargs):
             raise _error(
                 dst, f"cannot copy_ {src!r} into {dst!r}: the formats differ; copy_ from src.dequantize() to requantize", TypeError
             )
-        qdata, scale = src.qdata, _convert_scale(src, dst.scale.dtype)
+        scale = _convert_scale(src, dst.scale.dtype)
+        dst.qdata.copy_(src.qdata)
+        dst.scale.copy_(scale)
     else:
         w = src.to(dst.qdata.device)
         _check_dtype(w.dtype)
-        qdata, scale = ops.quantize(w.mT if dst.transposed else w, dst.bits, dst.group_size, dst.scale_method, dst.scale.dtype)
-    dst.qdata.copy_(qdata)
-    dst.scale.copy_(scale)
+        ops.quantize_(w.mT if dst.transposed else w, dst.qdata, dst.scale, dst.bits, dst.group_size, dst.scale_method)
     return dst
 
 

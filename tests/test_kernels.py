@@ -340,6 +340,23 @@ def test_quantize(kernel, op, device, bits, dtype, method, group_size):
             torch.testing.assert_close(scale.cpu(), expected_scale, rtol=0, atol=0, equal_nan=True)
 
 
+@having("quantize")
+@each_bits
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_quantize_into_planes_that_are_there(kernel, op, device, bits, group_size):
+    for dtype, scale_dtype in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)):
+        w = torch.randn(2, 5, 100).to(dtype).to(device)
+        if reason := why_not(kernel, make_problem(op, dtype, 10, 100, w, w, bits, group_size)):
+            pytest.skip(reason)
+        expected = kernel.quantize(w, bits, group_size, "absmax", scale_dtype)
+        planes = [torch.zeros(4, *plane.shape[1:], dtype=plane.dtype, device=device) for plane in expected]
+        out = tuple(plane[1:3] for plane in planes)
+        assert all(a is b for a, b in zip(kernel.quantize(w, bits, group_size, "absmax", scale_dtype, out), out, strict=True))
+        for plane, filled in zip(planes, expected, strict=True):
+            assert torch.equal(plane[1:3], filled)
+            assert not plane[[0, 3]].any()
+
+
 # ------------------------------------------------------------------------------------------- the list and the choice
 
 

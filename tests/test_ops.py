@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rtn_tensor import ops
+from rtn_tensor import RTNQuantizedTensor, ops
 from rtn_tensor.formats import FORMATS
 
 rtn = torch.ops.rtn
@@ -289,3 +289,12 @@ def test_gradient_has_the_dtype_of_x():
     y = ops.linear(x, w.qdata, w.scale, None, 4, 32)
     y.sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16
+
+
+def test_a_backward_sees_weights_that_were_quantized_anew():
+    w = RTNQuantizedTensor.from_float(torch.randn(32, 64), group_size=32)
+    x = torch.randn(3, 64, requires_grad=True)
+    y = F.linear(x, w)
+    w.copy_(torch.randn(32, 64))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

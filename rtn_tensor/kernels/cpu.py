@@ -155,10 +155,14 @@ def _planes(
     _check(getattr(library(), function)(arguments))
 
 
-def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(
+    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     *rows, k = w.shape
-    qdata = torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8)
-    scale = torch.empty(*rows, groups(k, group_size), dtype=scale_dtype)
+    qdata, scale = out or (
+        torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8),
+        torch.empty(*rows, groups(k, group_size), dtype=scale_dtype),
+    )
     if qdata.numel() or scale.numel():
         w2, q2, s2 = _dense_rows(w).reshape(-1, k), qdata.view(-1, qdata.shape[-1]), scale.view(-1, scale.shape[-1])
         _planes("rtn_quantize", w2, q2, s2, bits, group_size, scale_method == "signed", None)

@@ -60,8 +60,10 @@ def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_si
     return _launch().embedding(indices, qdata, scale, bits, group_size, k)
 
 
-def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _launch().quantize(w, bits, group_size, scale_method, scale_dtype)
+def quantize(
+    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    return _launch().quantize(w, bits, group_size, scale_method, scale_dtype, out)
 
 
 def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:

@@ -277,10 +277,14 @@ def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int
     return dx
 
 
-def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize(
+    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     *rows, k = w.shape
-    qdata = torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8, device=w.device)
-    scale = torch.empty(*rows, groups(k, group_size), dtype=scale_dtype, device=w.device)
+    qdata, scale = out or (
+        torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8, device=w.device),
+        torch.empty(*rows, groups(k, group_size), dtype=scale_dtype, device=w.device),
+    )
     if not qdata.numel():
         return qdata, scale.fill_(1)
     w_RK = dense_rows(w).reshape(-1, k)
