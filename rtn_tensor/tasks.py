@@ -11,6 +11,7 @@ https://github.com/EleutherAI/lm-evaluation-harness
 """
 
 import difflib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,20 +49,21 @@ class Score:
         """What is kept of the reference's score: `(ratio, its standard error)`, where 1 is all of it.
 
         The ratio is accuracy over accuracy, or the reference's perplexity over this one. Both models scored the same items, so the error
-        is of their paired differences, to first order: it is far smaller than the two errors together.
+        is of their paired differences, to first order: it is far smaller than the two errors together. Both are NaN where the reference's
+        accuracy is 0.
 
         Raises:
-            ValueError: the scores are not of the same metric of as many items of the same task, or the reference's accuracy is 0.
+            ValueError: the scores are not of the same metric of as many items of the same task.
         """
         mine, other = (self.task, self.metric, len(self.items)), (reference.task, reference.metric, len(reference.items))
         if mine != other:
             raise ValueError(f"{mine[0]} {mine[1]} over {mine[2]} items cannot be compared with {other[0]} {other[1]} over {other[2]}")
         pairs = list(zip(self.items, reference.items, strict=True))
         if self.metric == "perplexity":
-            ratio = self.value and reference.value / self.value
+            ratio = reference.value / self.value
             return ratio, ratio * _stderr([a - b for a, b in pairs])
         if not reference.value:
-            raise ValueError(f"{reference.task}: the reference's {reference.metric} is 0, of which no part can be kept; take more items")
+            return math.nan, math.nan
         ratio = self.value / reference.value
         return ratio, _stderr([a - ratio * b for a, b in pairs]) / reference.value
 
@@ -70,9 +72,9 @@ def _stderr(items: Sequence[float]) -> float:
     return stdev(items) / math.sqrt(len(items)) if len(items) > 1 else math.nan
 
 
-def text_score(losses: torch.Tensor) -> Score:
-    """The score of a text, from `evaluate.token_losses` [S]. Its standard error takes the tokens for independent."""
-    return Score("perplexity", "perplexity", tuple((-losses).tolist()))
+def text_score(name: str, losses: torch.Tensor) -> Score:
+    """The perplexity of a text, from `evaluate.token_losses` [S]. Its standard error takes the tokens for independent."""
+    return Score(name, "perplexity", tuple((-losses).tolist()))
 
 
 def run_tasks(
@@ -94,13 +96,12 @@ def run_tasks(
         FileNotFoundError: `data` lacks a task's file.
         ImportError: the harness is not installed.
     """
-    from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    from lm_eval import evaluate  # pyright: ignore[reportMissingImports]  (an extra)
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}; it must be at least 1, or None for all items")
-    manager = TaskManager()
+    manager = _manager()
     names = {task: NAMES.get(task, task) for task in tasks}
     for task, name in names.items():
         if name not in manager.all_subtasks:
@@ -109,9 +110,11 @@ def run_tasks(
     # A group is the harness's way to change some fields of its tasks.
     members = [{"task": name, "num_fewshot": 0, **(_local(Path(data), task) if data else {})} for task, name in names.items()]
     loaded = manager.load({"group": "rtn", "task": members})
+    wrapped: Any = HFLM  # its decorator hides its parameters
     # The model's own dtype would round log-likelihoods to two or three digits.
-    scorer = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
-    samples = evaluate(scorer, {"tasks": loaded["tasks"]}, limit=limit, bootstrap_iters=0)["samples"]
+    scorer = wrapped(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+    found: Any = evaluate(scorer, {"tasks": loaded["tasks"]}, limit=limit, bootstrap_iters=0)
+    samples = found["samples"]
     scores = []
     for task, name in names.items():
         metrics = [metric for metric in METRICS if metric in samples[name][0]]
@@ -119,6 +122,14 @@ def run_tasks(
             raise ValueError(f"{task} has none of the metrics {', '.join(METRICS)}; it is scored in another way")
         scores += [Score(task, metric, tuple(float(sample[metric]) for sample in samples[name])) for metric in metrics]
     return scores
+
+
+@functools.cache
+def _manager() -> Any:
+    """It reads some thousands of files."""
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    return TaskManager()
 
 
 def _local(data: Path, task: str) -> dict[str, Any]:
@@ -147,24 +158,24 @@ def average_recovery(scores: Sequence[Score], references: Sequence[Score]) -> tu
 
 
 def rows(scores: Sequence[Score], references: Sequence[Score] | None = None) -> list[dict]:
-    """What `show` prints, as JSON wants it: a row a score, with the reference's and the recovery where there is a reference."""
+    """What `show` prints, for JSON: a row a score, with the reference's and the recovery where there is a reference. NaN is None."""
     result = []
     for i, score in enumerate(scores):
         row = {"task": score.task, "metric": score.metric, "n": len(score.items), "value": score.value, "stderr": score.stderr}
         if references:
             ratio, error = score.recovery(references[i])
             row |= {"reference": references[i].value, "recovery": ratio, "recovery_stderr": error}
-        result.append(row)
+        result.append({key: None if isinstance(cell, float) and math.isnan(cell) else cell for key, cell in row.items()})
     return result
 
 
 def show(scores: Sequence[Score], references: Sequence[Score] | None = None) -> str:
-    """A table of `rows`; accuracies and recoveries in percent, each after it its standard error."""
+    """A table of `rows`; accuracies and recoveries in percent, each with its standard error after it."""
 
-    def cell(score_row: dict, key: str, error: str | None) -> str:
-        percent = 1 if score_row["metric"] == "perplexity" and key != "recovery" else 100
-        text = f"{percent * score_row[key]:.2f}"
-        return text + f" +- {percent * score_row[error]:.2f}" if error else text
+    def cell(row: dict, key: str, error: str | None) -> str:
+        percent = 1 if row["metric"] == "perplexity" and key != "recovery" else 100
+        numbers = [row[key], row[error]] if error else [row[key]]
+        return " +- ".join("?" if number is None else f"{percent * number:.2f}" for number in numbers)
 
     columns = [("value", "stderr")] + ([("reference", None), ("recovery", "recovery_stderr")] if references else [])
     lines = [[r["task"], r["metric"], str(r["n"]), *(cell(r, *column) for column in columns)] for r in rows(scores, references)]

@@ -39,13 +39,14 @@ LAYERS = [
     "checkpoint",
     "decode",
     "evaluate",
+    "tasks",
     "tune",
     "integrations.*",
     "cli",
     "__main__",
 ]
 LEAVES = "integrations.*"  # nothing imports these
-LAZY = {"triton", "transformers", "vllm", "peft", "safetensors", "tqdm"}  # imported in the functions that need them
+LAZY = {"triton", "transformers", "vllm", "peft", "safetensors", "tqdm", "lm_eval"}  # imported in the functions that need them
 # Modules of Triton kernels, which import triton.
 DEVICE_CODE = {f"kernels.triton.{name}" for name in ("words", "linear_kernel", "grouped_kernel", "planes_kernel", "launch")}
 
@@ -126,7 +127,7 @@ def test_the_checks_can_fail():
 
 
 def test_import_is_silent_and_light():
-    heavy = sorted(LAZY - {"triton", "safetensors", "tqdm"})  # torch and torchao import these three
+    heavy = sorted(LAZY - {"triton", "safetensors", "tqdm", "lm_eval"})  # torch and torchao import these three
     program = f"import sys, rtn_tensor; assert not set(sys.modules) & set({heavy}), set(sys.modules) & set({heavy})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
