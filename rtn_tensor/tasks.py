@@ -110,6 +110,10 @@ def run_tasks(
     # A group is the harness's way to change some fields of its tasks.
     members = [{"task": name, "num_fewshot": 0, **(_local(Path(data), task) if data else {})} for task, name in names.items()]
     loaded = manager.load({"group": "rtn", "task": members})
+    for task, name in names.items():
+        listed = [entry["metric"] for entry in loaded["tasks"][name].config.metric_list or ()]
+        if not set(METRICS) & set(listed):
+            raise ValueError(f"{task} is scored by {', '.join(listed)}; only tasks with {', '.join(METRICS)} are understood here")
     wrapped: Any = HFLM  # its decorator hides its parameters
     # The model's own dtype would round log-likelihoods to two or three digits.
     scorer = wrapped(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
@@ -118,8 +122,6 @@ def run_tasks(
     scores = []
     for task, name in names.items():
         metrics = [metric for metric in METRICS if metric in samples[name][0]]
-        if not metrics:
-            raise ValueError(f"{task} has none of the metrics {', '.join(METRICS)}; it is scored in another way")
         scores += [Score(task, metric, tuple(float(sample[metric]) for sample in samples[name])) for metric in metrics]
     return scores
 
@@ -136,7 +138,7 @@ def _local(data: Path, task: str) -> dict[str, Any]:
     file = data / f"{task}.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; write the task's rows there, or leave the folder out to fetch them from the hub")
-    splits = {"training_split": None, "validation_split": None, "test_split": "test"}
+    splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "test"}
     return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(file)}}, **splits}
 
 

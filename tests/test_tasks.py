@@ -242,8 +242,9 @@ def test_a_text():
 @pytest.mark.filterwarnings("default")
 def test_what_is_refused(harness, data, tokenizer, tmp_path):
     model = tiny_llama()
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "1 + 1", "answer": "#### 2"}) + "\n")
     messages = []
-    for tasks, options in ((["hellaswog"], {}), (["piqa"], {"limit": 0}), (["hellaswag"], {"data": data})):
+    for tasks, options in ((["hellaswog"], {}), (["piqa"], {"limit": 0}), (["hellaswag"], {"data": data}), (["gsm8k"], {"data": tmp_path})):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             run_tasks(model, tokenizer, tasks, **options)
         messages.append(str(caught.value).replace(str(data), "FOLDER"))
@@ -252,5 +253,6 @@ def test_what_is_refused(harness, data, tokenizer, tmp_path):
         """\
 lm-evaluation-harness has no task 'hellaswog'; did you mean hellaswag or hellaswag_vi or hellaswag_uk?
 limit=0; it must be at least 1, or None for all items
-FOLDER/hellaswag.jsonl does not exist; write the task's rows there, or leave the folder out to fetch them from the hub""",
+FOLDER/hellaswag.jsonl does not exist; write the task's rows there, or leave the folder out to fetch them from the hub
+gsm8k is scored by exact_match; only tasks with acc_norm, acc, perplexity are understood here""",
     )
