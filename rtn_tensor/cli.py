@@ -1,7 +1,8 @@
-"""The command `rtn-tensor`: quantize, inspect, perplexity, generate, explain, tune."""
+"""The command `rtn-tensor`: quantize, inspect, perplexity, evaluate, generate, explain, tune."""
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
@@ -15,12 +16,13 @@ from torch import nn
 
 from rtn_tensor.checkpoint import WEIGHT_FILES, empty_model, load, save
 from rtn_tensor.config import SCALE_METHODS, rtn
-from rtn_tensor.evaluate import generate, perplexity
+from rtn_tensor.evaluate import generate, perplexity, token_losses
 from rtn_tensor.formats import FORMATS
 from rtn_tensor.kernels import explain
 from rtn_tensor.pretrained import but_the_output, ends
 from rtn_tensor.quantize import report
 from rtn_tensor.tables import table
+from rtn_tensor.tasks import Score, average_recovery, rows, run_tasks, show, text_score
 from rtn_tensor.tensor import FLOAT_DTYPES
 from rtn_tensor.tune import TOKENS, tune, tuned_folder
 
@@ -126,6 +128,30 @@ def _perplexity(args: argparse.Namespace) -> tuple[Any, str]:
     return {"perplexity": value, "tokens": ids.numel(), "window": args.window, "stride": args.stride}, f"{value:.3f}"
 
 
+def _evaluate(args: argparse.Namespace) -> tuple[Any, str]:
+    tasks = list(dict.fromkeys(filter(None, args.tasks.split(","))))
+    if ("perplexity" in tasks) != bool(args.text):
+        raise ValueError("the task perplexity and --text FILE go together; add the one that is missing")
+    text = _read(args.text) if args.text else ""
+
+    def scores(path: str) -> list[Score]:
+        model, tokenizer = _load(path), _tokenizer(path)
+        done = []
+        if text:
+            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: args.max_tokens]
+            done.append(text_score("perplexity", token_losses(model, ids, progress=_progress("window"))))
+        others = [task for task in tasks if task != "perplexity"]
+        return done + (run_tasks(model, tokenizer, others, args.limit, args.data, args.batch_size) if others else [])
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    found = scores(args.path)
+    references = scores(args.against) if args.against else None
+    result: dict[str, Any] = {"scores": rows(found, references)}
+    if references:
+        result["average_recovery"], result["average_recovery_stderr"] = average_recovery(found, references)
+    return result, show(found, references)
+
+
 def _generate(args: argparse.Namespace) -> tuple[Any, str]:
     model = _load(args.path)
     result = generate(model, _tokenizer(args.path), args.prompt, args.max_new_tokens, args.compile)
@@ -213,6 +239,21 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--stride", type=int, default=512, help="tokens from one window to the next")
     sub.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
 
+    sub = command("evaluate", _evaluate, "Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.")
+    sub.add_argument("path", help="folder of the model, quantized or not")
+    sub.add_argument(
+        "--tasks",
+        metavar="LIST",
+        default="lambada,hellaswag,arc_easy,arc_challenge,piqa,winogrande",
+        help="comma-separated names of the harness, or perplexity",
+    )
+    sub.add_argument("--against", metavar="FOLDER", help="a model of which to give the recovery rate, scored on the same items")
+    sub.add_argument("--limit", metavar="N", type=int, help="use only the first items of each task")
+    sub.add_argument("--data", metavar="FOLDER", help="folder of TASK.jsonl, the rows of each dataset; else they come from the hub")
+    sub.add_argument("--batch-size", metavar="B", type=int, default=8, help="options scored at once")
+    sub.add_argument("--text", metavar="FILE", help="UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart")
+    sub.add_argument("--max-tokens", metavar="T", type=int, help="use only the first tokens of the text")
+
     sub = command("generate", _generate, "Continue a prompt, greedily.")
     sub.add_argument("path", help="folder of the model, quantized or not")
     sub.add_argument("prompt", help="text; the user's turn, if the model has a chat template")
@@ -253,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, say) has all it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError as error:
-        return _fail(f"{error}; pip install 'rtn-tensor[cli]' brings it")
+        return _fail(f"{error}; pip install 'rtn-tensor[{'evaluate' if args.run is _evaluate else 'cli'}]' brings it")
     except (OSError, ValueError, TypeError) as error:
         return _fail(str(error))
     return 0

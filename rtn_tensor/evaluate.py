@@ -15,10 +15,10 @@ ROWS = 256  # logits turned to fp32 at once: with a vocabulary of 150k that is 1
 
 
 @torch.inference_mode()
-def perplexity(
+def token_losses(
     model: nn.Module, input_ids: Tensor, window: int = 1024, stride: int = 512, progress: Callable[[list[int]], Iterable[int]] | None = None
-) -> float:
-    """exp(mean negative log-likelihood per token) over a sliding window.
+) -> Tensor:
+    """The negative log-likelihood, in nats, of each token that a sliding window scores: fp32, [S], in the order of the text.
 
     A window covers `window` tokens and starts `stride` tokens after the one before; it scores only the tokens that no earlier window
     scored, so all but the first window's have at least `window - stride` tokens of context. The first token is not scored; where stride
@@ -51,7 +51,7 @@ def perplexity(
     last = max(0, -(-(length - window) // stride))  # index of the first window that reaches the end
     starts = [stride * i for i in range(last + 1)]
 
-    nll, scored, done = 0.0, 0, 0  # `done`: tokens of the windows so far
+    losses, done = [], 0  # `done`: tokens of the windows so far
     for start in progress(starts) if progress else starts:
         tokens = ids[start : start + window]
         first = max(done - start, 1)
@@ -59,9 +59,15 @@ def perplexity(
         logits = model(tokens[None], use_cache=False).logits[0, first - 1 : -1]
         targets = tokens[first:]
         for part, target in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
-            nll += F.cross_entropy(part.float(), target, reduction="sum").item()
-        scored += targets.numel()
-    return math.exp(nll / scored)
+            losses.append(F.cross_entropy(part.float(), target, reduction="none").cpu())
+    return torch.cat(losses)
+
+
+def perplexity(
+    model: nn.Module, input_ids: Tensor, window: int = 1024, stride: int = 512, progress: Callable[[list[int]], Iterable[int]] | None = None
+) -> float:
+    """exp(mean of `token_losses`), which takes and raises the same."""
+    return math.exp(token_losses(model, input_ids, window, stride, progress).double().mean().item())
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ positional arguments:
     inspect   List every weight of a model: shape, bits, bytes.
     perplexity
               Measure a model's perplexity on a text, by sliding window.
+    evaluate  Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.
     generate  Continue a prompt, greedily.
     explain   Say which kernel runs a layer, and why each other does not.
     tune      Measure how the GPU's kernels are best launched, for a model or sizes of weights,
@@ -163,6 +164,34 @@ options:
   --stride STRIDE       tokens from one window to the next (default: 512)
   --max-tokens MAX_TOKENS
                         use only the first tokens of the text
+""",
+    )
+
+
+def test_help_evaluate(capsys):
+    assert_expected_inline(
+        help_of(capsys, "evaluate"),
+        """\
+usage: rtn-tensor evaluate [-h] [--json] [--tasks LIST] [--against FOLDER] [--limit N]
+                           [--data FOLDER] [--batch-size B] [--text FILE] [--max-tokens T]
+                           path
+
+Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.
+
+positional arguments:
+  path              folder of the model, quantized or not
+
+options:
+  -h, --help        show this help message and exit
+  --json            print JSON
+  --tasks LIST      comma-separated names of the harness, or perplexity (default:
+                    lambada,hellaswag,arc_easy,arc_challenge,piqa,winogrande)
+  --against FOLDER  a model of which to give the recovery rate, scored on the same items
+  --limit N         use only the first items of each task
+  --data FOLDER     folder of TASK.jsonl, the rows of each dataset; else they come from the hub
+  --batch-size B    options scored at once (default: 8)
+  --text FILE       UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart
+  --max-tokens T    use only the first tokens of the text
 """,
     )
 
@@ -321,6 +350,43 @@ def test_perplexity(run, quantized):
     status, out, _ = run("perplexity", quantized, "--text", text, "--window", 16, "--stride", 8, "--max-tokens", 30, "--json")
     assert status == 0
     assert json.loads(out) == {"perplexity": perplexity(model, ids[:30], 16, 8), "tokens": 30, "window": 16, "stride": 8}
+
+
+def test_evaluate_a_text(run, source, quantized):
+    text = quantized.parent / "text.txt"
+    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    value, reference = (perplexity(load(folder), ids) for folder in (quantized, source))
+    status, out, _ = run("evaluate", quantized, "--tasks", "perplexity", "--text", text, "--against", source, "--json")
+    assert status == 0
+    (row,) = json.loads(out)["scores"]
+    assert (row["task"], row["metric"], row["n"]) == ("perplexity", "perplexity", ids.numel() - 1)
+    assert (row["value"], row["reference"]) == (pytest.approx(value), pytest.approx(reference))
+    assert row["recovery"] == pytest.approx(reference / value)
+    status, out, _ = run("evaluate", quantized, "--tasks", "perplexity", "--text", text)
+    assert status == 0
+    assert out.splitlines()[0].split() == ["task", "metric", "n", "value"]
+    assert f"{value:.2f}" in out
+    assert run("evaluate", quantized, "--tasks", "perplexity")[::2] == (
+        1,
+        "rtn-tensor: error: the task perplexity and --text FILE go together; add the one that is missing\n",
+    )
+
+
+@pytest.mark.filterwarnings("default")  # the harness's own
+def test_evaluate_a_task(run, source, quantized):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install 'rtn-tensor[evaluate]'")
+    words = TEXT.split()
+    (source.parent / "lambada.jsonl").write_text("".join(json.dumps({"text": " ".join(words[: i + 3])}) + "\n" for i in range(6)))
+    options = ("--tasks", "lambada", "--data", source.parent, "--limit", 4)
+    status, out, _ = run("evaluate", quantized, "--against", source, *options, "--json")
+    assert status == 0
+    assert [(row["task"], row["metric"], row["n"]) for row in json.loads(out)["scores"]] == [
+        ("lambada", "acc", 4),
+        ("lambada", "perplexity", 4),
+    ]
+    status, out, _ = run("evaluate", quantized, *options)
+    assert status == 0
+    assert [line.split()[:3] for line in out.splitlines()[2:]] == [["lambada", "acc", "4"], ["lambada", "perplexity", "4"]]
 
 
 def test_generate(run, quantized):

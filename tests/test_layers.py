@@ -39,6 +39,7 @@ LAYERS = [
     "checkpoint",
     "decode",
     "evaluate",
+    "tasks",
     "tune",
     "serving",
     "integrations",
@@ -47,7 +48,7 @@ LAYERS = [
     "__main__",
 ]
 LEAVES = "integrations.*"  # nothing imports these
-LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "tqdm"}  # imported in the functions that need them
+LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "tqdm", "lm_eval"}  # imported in the functions that need them
 # Modules of Triton kernels, which import triton.
 DEVICE_CODE = {f"kernels.triton.{name}" for name in ("words", "linear_kernel", "grouped_kernel", "planes_kernel", "launch")}
 
@@ -132,7 +133,7 @@ def test_the_checks_can_fail():
 
 
 def test_import_is_silent_and_light():
-    heavy = sorted(LAZY - {"triton", "safetensors", "tqdm"})  # torch and torchao import these three
+    heavy = sorted(LAZY - {"triton", "safetensors", "tqdm", "lm_eval"})  # torch and torchao import these three
     program = f"import sys, rtn_tensor; assert not set(sys.modules) & set({heavy}), set(sys.modules) & set({heavy})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

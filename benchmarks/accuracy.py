@@ -1,0 +1,90 @@
+"""What SmolLM2-135M keeps of its accuracy: zero-shot tasks and perplexity on two texts, beside bf16's, item by item.
+
+    python -m benchmarks.accuracy [--peer NAME=FOLDER ...] [--only NAME ...] [--limit 100] [--json FILE] [--threads 2]
+
+Every linear layer but lm_head is quantized. A peer is a transformers folder of the same model by another method, as
+`benchmarks.accuracy_peers` makes them; it is measured as it is. Needs the extra `evaluate`, pyarrow and mwparserfromhell.
+"""
+
+import argparse
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.machine import machine
+from benchmarks.real_model import smollm2, state_of_the_union, task_data, wikipedia
+from rtn_tensor import quantize_, rtn_int4, rtn_int8
+from rtn_tensor.evaluate import token_losses
+from rtn_tensor.tasks import Score, average_recovery, rows, run_tasks, show, text_score
+
+CONFIGS = {
+    "bf16": None,
+    "int4 g64 signed": rtn_int4(group_size=64, scale_method="signed"),
+    "int8 g128": rtn_int8(group_size=128),
+    "int4 g32 signed": rtn_int4(group_size=32, scale_method="signed"),
+    "int4 g64 absmax": rtn_int4(group_size=64),
+}
+TASKS = ["lambada", "hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
+TEXTS = {"wikipedia": (wikipedia, 8192), "sotu": (state_of_the_union, 4096)}  # the first so many tokens
+WINDOW, STRIDE = 1024, 512
+
+
+def is_layer(module: nn.Module, fqn: str) -> bool:
+    return isinstance(module, nn.Linear) and fqn != "lm_head"
+
+
+def measure(model, tokenizer, limit: int) -> list[Score]:
+    scores = []
+    for name, (text, tokens) in TEXTS.items():
+        ids = torch.tensor(tokenizer(text()[: 20 * tokens], verbose=False)["input_ids"])[:tokens]
+        scores.append(text_score(name, token_losses(model, ids, WINDOW, STRIDE)))
+        print(f"      {name}: {scores[-1].value:.3f}", flush=True)
+    return scores + (run_tasks(model, tokenizer, TASKS, limit, task_data()) if limit else [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peer", metavar="NAME=FOLDER", action="append", default=[], help="also measure this folder; may repeat")
+    parser.add_argument("--only", metavar="NAME", action="append", default=[], help="of ours, only bf16 and these; may repeat")
+    parser.add_argument("--limit", type=int, default=100, metavar="N", help="items a task; 0: perplexities only (default: 100)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, the machine and the versions there, after each row")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2())
+    ours = [name for name in CONFIGS if not args.only or name in ("bf16", *args.only)]
+    folders = dict.fromkeys(ours, str(smollm2())) | dict(peer.split("=", 1) for peer in args.peer)
+    about = {"machine": machine(), "model": "SmolLM2-135M-Instruct"}
+    about |= {"tokens": {name: tokens for name, (_, tokens) in TEXTS.items()}, "window": WINDOW, "stride": STRIDE}
+    results, reference = [], None
+    for name, folder in folders.items():
+        started = time.perf_counter()
+        print(f"\n{name}", flush=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        bits = None
+        if CONFIGS.get(name):
+            layers = [row for row in quantize_(model, CONFIGS[name], filter_fn=is_layer).rows if row.bits]
+            bits = 16 * sum(row.bytes_after for row in layers) / sum(row.bytes_before for row in layers)
+        scores = measure(model, tokenizer, args.limit)
+        reference = reference or scores
+        print(show(scores, reference), flush=True)
+        row = {"weights": name, "bits_per_weight": bits, "limit": args.limit, "scores": rows(scores, reference)}
+        row["seconds"] = time.perf_counter() - started
+        if args.limit:
+            row["average_recovery"], row["average_recovery_stderr"] = average_recovery(scores, reference)
+        results.append(row)
+        if args.json:
+            args.json.write_text(json.dumps(about | {"rows": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
