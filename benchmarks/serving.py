@@ -26,7 +26,7 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2
 from rtn_tensor import RTNQuantizedTensor, load, rtn_int4
-from rtn_tensor.formats import unpack
+from rtn_tensor.formats import pack_gptq, unpack
 from rtn_tensor.tables import table
 
 INPUT, OUTPUT = 256, 32
@@ -51,9 +51,8 @@ def write_gptq(model: Path, to: Path) -> None:
                 tensors[name] = w.clone()
             continue
         n, k = w.shape
-        fields = (unpack(w.qdata, 4, k).int() + 8).view(n, k // 8, 8) << torch.arange(0, 32, 4, dtype=torch.int32)
         prefix, groups = name.removesuffix("weight"), k // GROUP_SIZE
-        tensors[f"{prefix}qweight"] = fields.sum(-1, dtype=torch.int32).t().contiguous()
+        tensors[f"{prefix}qweight"] = pack_gptq(unpack(w.qdata, 4, k), 4).t().contiguous()
         tensors[f"{prefix}scales"] = w.scale.t().contiguous()
         tensors[f"{prefix}qzeros"] = torch.full((groups, n // 8), 0x77777777, dtype=torch.int32)  # one less than the zero, 8, in each field
         tensors[f"{prefix}g_idx"] = torch.arange(k, dtype=torch.int32) // GROUP_SIZE
