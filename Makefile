@@ -41,7 +41,7 @@ test-all: test test-slow
 test-serving: $(INSTALLED) $(SERVING_INSTALLED)
 	@$(BIN)/python -c "from benchmarks.real_model import smollm2; smollm2()"
 	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_sglang.py
-	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_vllm.py
+	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_vllm.py tests/serving/test_vllm_kernels.py
 
 clean:
 	rm -rf .venv .venv-vllm .cache build dist *.egg-info .pytest_cache .ruff_cache

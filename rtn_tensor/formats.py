@@ -74,3 +74,12 @@ def unpack(qdata: Tensor, bits: int, k: int) -> Tensor:
     # Shifting a field to the top and back extends its sign.
     fields = [((words << (16 - bits * (i + 1))) >> (16 - bits)).to(torch.int8) for i in range(16 // bits)]
     return torch.stack(fields, dim=-2).flatten(-3)[..., :k]
+
+
+def pack_gptq(q: Tensor, bits: int) -> Tensor:
+    """Packs `q [..., K]` int8, each in [qmin, qmax], into `[..., K * bits / 32]` int32, as GPTQ checkpoints do: a word holds 32 / bits
+    consecutive elements, the first in its lowest bits, each as q - qmin. K is a multiple of 32 / bits."""
+    fields = (q - FORMATS[bits].qmin).view(torch.uint8)  # int8 wraps around where qmin is -128
+    if bits == 4:
+        fields = fields[..., ::2] | (fields[..., 1::2] << 4)
+    return fields.contiguous().view(torch.int32)

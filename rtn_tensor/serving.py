@@ -82,14 +82,19 @@ class Options:
     _bytes: list[int] = field(default_factory=lambda: [0, 0])
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "Options":
+    def read(cls, config: Mapping[str, Any], own: Sequence[str] = ()) -> "Options":
         """From the quantization_config that a user gives; what it leaves out is RTN_NUM_BITS (8), RTN_GROUP_SIZE (128), "absmax".
+
+        Args:
+            config: what is given.
+            own: keys that the engine's plugin reads itself.
 
         Raises:
             ValueError: an unknown key or an unfit value; it says which, and what is allowed.
         """
-        if unknown := set(config) - set(KEYS):
-            raise ValueError(f"quantization_config has {', '.join(map(repr, sorted(unknown)))}; it takes {', '.join(map(repr, KEYS))}")
+        keys = (*KEYS, *own)
+        if unknown := set(config) - set(keys):
+            raise ValueError(f"quantization_config has {', '.join(map(repr, sorted(unknown)))}; it takes {', '.join(map(repr, keys))}")
         base = {"bits": _from_environment("RTN_NUM_BITS", 8), "group_size": _from_environment("RTN_GROUP_SIZE", 128)}
         given = {key: config[key] for key in FORMAT_KEYS if key in config}
         default = _format(given, base, "quantization_config")

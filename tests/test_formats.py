@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rtn_tensor.formats import FORMATS, groups, pack, unpack
+from rtn_tensor.formats import FORMATS, groups, pack, pack_gptq, unpack
 
 
 def position(bits: int, k: int) -> tuple[int, int]:
@@ -91,6 +91,15 @@ def test_non_contiguous(bits):
     cut = qdata[1:, 16:48]
     assert not cut.is_contiguous()
     assert torch.equal(unpack(cut, bits, 2 * fmt.chunk - 1), q[1:, fmt.chunk : 3 * fmt.chunk - 1])
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+def test_gptq(bits):
+    """Against Python's own integers."""
+    fmt, each = FORMATS[bits], 32 // bits
+    q = torch.arange(fmt.qmin, fmt.qmax + 1).repeat(2, 5)[:, : 5 * each].to(torch.int8)
+    words = [[sum((int(x) - fmt.qmin) << (bits * i) for i, x in enumerate(word)) for word in row.split(each)] for row in q]
+    assert torch.equal(pack_gptq(q, bits), torch.tensor(words).to(torch.int32))
 
 
 @pytest.mark.parametrize(

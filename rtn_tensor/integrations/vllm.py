@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -21,18 +22,24 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
 from vllm.model_executor.models.utils import WeightsMapper
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter, PackedvLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.scalar_type import scalar_types
 
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.formats import FORMATS, groups, pack_gptq, unpack
 from rtn_tensor.moe import run
 from rtn_tensor.quantize import is_finite
-from rtn_tensor.serving import Options, check_cut, is_saved, saved_formats
+from rtn_tensor.serving import Options, check_cut, describe, is_saved, saved_formats
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows no others
 
+KERNELS = {
+    "rtn": "this library's",
+    "vllm": "vLLM's for mixed precision: Machete or Marlin on CUDA, its own int4 on a CPU; --linear-backend names one",
+}
+TYPES = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}  # q - qmin, without a sign
 ACTIVATIONS = {"silu": "silu", "swigluoai": "gpt_oss"}  # vLLM's names of `reference.ACTIVATIONS`
 
 
@@ -42,11 +49,15 @@ def register() -> None:
 
 
 class RTNQuantizationConfig(QuantizationConfig):
-    """What vLLM asks, layer by layer, how to quantize. See `rtn_tensor.serving.Options`."""
+    """What vLLM asks, layer by layer, how to quantize, and whose kernels run. See `rtn_tensor.serving.Options`, and `KERNELS`."""
 
-    def __init__(self, options: Options | None = None):
+    def __init__(self, options: Options | None = None, kernel: str = "rtn"):
         super().__init__()
+        if kernel not in KERNELS:
+            allowed = ", or ".join(f"{name!r} ({whose})" for name, whose in KERNELS.items())
+            raise ValueError(f"quantization_config: kernel={kernel!r} is not supported; use {allowed}")
         self.options = Options.read({}) if options is None else options
+        self.kernel = kernel
         self.tied = False
         self.embedding: RTNConfig | None = None
         self.experts_names = ("gate_up_proj", "down_proj")  # what the model calls its experts' weights where they are fused
@@ -68,7 +79,9 @@ class RTNQuantizationConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RTNQuantizationConfig":
-        return cls(Options(default=None) if is_saved(config) else Options.read(config))
+        if is_saved(config):
+            return cls(Options(default=None))
+        return cls(Options.read(config, own=("kernel",)), config.get("kernel", "rtn"))
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None) -> str | None:
@@ -113,12 +126,19 @@ class RTNQuantizationConfig(QuantizationConfig):
             if config is not None and self.options.default is not None:
                 raise ValueError(f"{prefix} is the embedding, too, in this model; name the embedding in a rule like this one, or neither")
             config = self.embedding
+        if config is not None and self.kernel == "vllm" and not isinstance(layer, ParallelLMHead):
+            raise ValueError(f"{prefix}: vLLM has no kernel for a quantized embedding; leave it float, or drop kernel='vllm'")
         return None if config is None else RTNLinearMethod(self, config, prefix)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
         configs = self.options.of_experts(prefix)
         if configs is None:
             return UnquantizedFusedMoEMethod(layer.moe_config)
+        if self.kernel == "vllm":
+            raise ValueError(
+                f"{prefix}: kernel='vllm' is not supported for experts; drop it, as this library's kernels run them, or name {prefix!r} in "
+                "ignore to keep them float"
+            )
         if layer.activation.value not in ACTIVATIONS:
             raise ValueError(
                 f"{prefix}: experts with the activation {layer.activation.value!r} are not supported, only {', '.join(ACTIVATIONS)}; "
@@ -190,14 +210,28 @@ def _put(layer: Any, name: str, w: RTNQuantizedTensor, fqn: str, **attributes: A
     layer.register_parameter(name, parameter)
 
 
+def add_packed(layer: nn.Module, w: RTNQuantizedTensor, weight_loader: Any) -> None:
+    """`w [N, K]` as the parameters that vLLM's kernels make theirs of: `weight_packed [N, K * bits / 32]` int32, `weight_scale [N, G]`."""
+    packed = pack_gptq(unpack(w.qdata, w.bits, w.in_features), w.bits)
+    about = {"output_dim": 0, "weight_loader": weight_loader}
+    weight = PackedvLLMParameter(data=packed, input_dim=1, packed_dim=1, packed_factor=32 // w.bits, **about)
+    layer.register_parameter("weight_packed", weight)
+    if w.group_size == -1:
+        layer.register_parameter("weight_scale", ChannelQuantScaleParameter(data=w.scale, **about))
+    else:
+        layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=w.scale, input_dim=1, **about))
+
+
 # ------------------------------------------------------------------------------------------- linear layers, embeddings
 
 
 class RTNLinearMethod(LinearMethodBase):
-    """A linear layer of any kind, an embedding, or an lm_head, whose `weight [N, K]` becomes an `RTNQuantizedTensor`."""
+    """A linear layer of any kind, an embedding, or an lm_head, whose `weight [N, K]` becomes an `RTNQuantizedTensor`, or, for a kernel of
+    vLLM's, what it makes of `weight_packed` and `weight_scale`."""
 
     def __init__(self, parent: RTNQuantizationConfig, config: RTNConfig, name: str):
         self.parent, self.config, self.name = parent, config, name
+        self.kernel: MPLinearKernel | None = None  # ours
         self.saved = parent.options.default is None
         self.uses_meta_device = not self.saved  # float weights come to be for one layer at a time, when all of its own are there
 
@@ -215,6 +249,8 @@ class RTNLinearMethod(LinearMethodBase):
         shape = n, k = sum(output_partition_sizes), input_size_per_partition
         self.parent.options.note(self.name, self.config, n * k, n, params_dtype.itemsize)
         self.in_features, self.weight_loader = k, extra_weight_attrs["weight_loader"]
+        if self.parent.kernel == "vllm":
+            self.kernel = self._vllm_kernel((input_size, output_size), (k, n), params_dtype)
         if not self.saved:
             data = torch.empty(shape, dtype=params_dtype, device="meta")
             layer.register_parameter("weight", ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=self.weight_loader))
@@ -233,11 +269,37 @@ class RTNLinearMethod(LinearMethodBase):
             w = _take_planes(layer, "_weight", self.in_features, self.config, fqn)
         else:
             w = _quantized(layer, layer.weight.data, self.config, fqn)
-        _put(layer, "weight", w, fqn, output_dim=0, input_dim=1, weight_loader=self.weight_loader)
+        if self.kernel is None:
+            _put(layer, "weight", w, fqn, output_dim=0, input_dim=1, weight_loader=self.weight_loader)
+        else:
+            layer._parameters.pop("weight", None)
+            add_packed(layer, w, self.weight_loader)
+            self.kernel.process_weights_after_loading(layer)
         layer._already_called_process_weights_after_loading = True
 
+    def _vllm_kernel(self, full: tuple[int, int], of_rank: tuple[int, int], dtype: torch.dtype) -> MPLinearKernel:
+        """vLLM's kernel for a weight of `full` (in_features, out_features), of which this rank has `of_rank`.
+
+        Raises:
+            ValueError: it has none; the message has each one's reason.
+        """
+        size = self.config.group_size
+        problem = MPLinearLayerConfig(full, of_rank, TYPES[self.config.bits], dtype, size, zero_points=False)
+        try:
+            if dtype == torch.float32:
+                raise ValueError("they take dtype='bfloat16' and 'float16'")
+            if of_rank[0] % (unit := 32 // self.config.bits if size == -1 else size):
+                raise ValueError(f"its {of_rank[0]} columns are no multiple of {unit}")
+            return choose_mp_linear_kernel(problem)(problem, "weight_packed", "weight_scale", "weight_zero_point")
+        except ValueError as error:
+            what = describe(self.config)
+            raise ValueError(
+                f"{self.name}: vLLM has no kernel for this layer in {what}; name it in ignore, give it another format, or drop "
+                f"kernel='vllm'. {error}"
+            ) from None
+
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, layer.weight, bias)
+        return F.linear(x, layer.weight, bias) if self.kernel is None else self.kernel.apply_weights(layer, x, bias)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return F.embedding(input_, layer.weight)
