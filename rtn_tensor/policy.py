@@ -1,4 +1,4 @@
-"""Which weights are quantized, and how: the default choice, ordered rules over names, and rules that keep some layers or modules precise."""
+"""Which weights are quantized, and how: the default choice, ordered rules over names, and rules that keep layers or modules precise."""
 
 import difflib
 import re
