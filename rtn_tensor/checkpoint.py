@@ -202,9 +202,8 @@ def fqn_config(model: nn.Module | str | os.PathLike, rules: Rules, filter_fn: Fi
 
     Raises as `load` does for rules.
     """
-    if not isinstance(model, nn.Module):
-        model = empty_model(model)
-    found = targets_of(model, rules, _filter(model, rules, filter_fn))
+    module = model if isinstance(model, nn.Module) else empty_model(model)
+    found = targets_of(module, rules, _filter(module, rules, filter_fn))
     # torchao names a module for its "weight", and any other parameter by its own name.
     return FqnToConfig(OrderedDict((t.fqn.removesuffix(".weight"), t.config) for t in found))
 

@@ -148,7 +148,7 @@ def _cost(target: Target, fisher: Tensor, config: RTNConfig) -> float:
 # ------------------------------------------------------------------------------------------- the choice
 
 
-def spend(costs: Sequence[Mapping[RTNConfig, float]], bits: Sequence[Mapping[RTNConfig, int]], budget: float) -> list[RTNConfig]:
+def spend(costs: Sequence[Mapping[RTNConfig, float]], bits: Sequence[Mapping[RTNConfig, float]], budget: float) -> list[RTNConfig]:
     """A format for each weight so that their bits are at most `budget` and the sum of their costs is small: from the fewest bits on, the
     step that saves most a bit, along each weight's convex hull of (bits, cost).
 
@@ -160,9 +160,9 @@ def spend(costs: Sequence[Mapping[RTNConfig, float]], bits: Sequence[Mapping[RTN
     Raises:
         ValueError: the budget is less than the smallest formats take.
     """
-    hulls: list[list[tuple[int, float, RTNConfig]]] = []
+    hulls: list[list[tuple[float, float, RTNConfig]]] = []
     for cost, size in zip(costs, bits, strict=True):
-        hull: list[tuple[int, float, RTNConfig]] = []
+        hull: list[tuple[float, float, RTNConfig]] = []
         for point in sorted(((size[c], cost[c], c) for c in cost), key=lambda p: p[:2]):
             if hull and point[1] >= hull[-1][1]:
                 continue
@@ -182,7 +182,7 @@ def spend(costs: Sequence[Mapping[RTNConfig, float]], bits: Sequence[Mapping[RTN
     return [hull[i][2] for hull, i in zip(hulls, at, strict=True)]
 
 
-def _slope(a: tuple[int, float, RTNConfig], b: tuple[int, float, RTNConfig]) -> float:
+def _slope(a: tuple[float, float, RTNConfig], b: tuple[float, float, RTNConfig]) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
 

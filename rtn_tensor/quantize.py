@@ -231,9 +231,9 @@ def quantize_(
 
     Raises:
         TypeError: `config` is not one of the above.
-        ValueError: a rule matches no weight (the error gives the nearest names); a weight is unfit (the error names each): already quantized,
-            of another dtype, NaN or inf inside, not a matrix, or not of an nn.Linear or nn.Embedding; or `filter_fn` is given with
-            `FqnToConfig`.
+        ValueError: a rule matches no weight (the error gives the nearest names); a weight is unfit (the error names each): already
+            quantized, of another dtype, NaN or inf inside, not a matrix, or not of an nn.Linear or nn.Embedding; or `filter_fn` is given
+            with `FqnToConfig`.
     """
     targets = targets_of(model, config, filter_fn)
     if fully_sharded(model) and any(not t.parameter.is_meta for t in targets):  # type: ignore[union-attr]
