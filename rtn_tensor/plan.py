@@ -22,6 +22,8 @@ from rtn_tensor.quantize import Target, targets_of
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("absmax", "signed")), rtn(8, 128))
+Table = Mapping[str, Mapping[RTNConfig, float]]  # of weights' names and formats
+Fuse = Mapping[str, Sequence[str]]
 SHADES = " ░▒▓█"
 
 
@@ -35,9 +37,26 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         tokens: what was measured on, as in "2048 random tokens".
     """
 
-    def __init__(self, rules: Iterable[tuple[str, RTNConfig | None]], bits_per_weight: float, sensitivity: dict, tokens: str):
-        super().__init__(rules)
-        self.bits_per_weight, self.sensitivity, self.tokens = bits_per_weight, sensitivity, tokens
+    def __init__(self, budget: float, sensitivity: Table, bits: Table, counts: Mapping[str, int], fuse: Fuse, tokens: str):
+        self.sensitivity, self.tokens = sensitivity, tokens
+        self._bits, self._counts, self._fuse = bits, counts, fuse
+        total = sum(counts.values())
+        fused = {part: whole for whole, parts in fuse.items() for part in parts}
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in sensitivity:
+            head, _, last = name.removesuffix(".weight").rpartition(".")
+            groups[f"{head}.{fused.get(last, last)}"].append(name)
+        costs, sizes = ([_sum([table[name] for name in names]) for names in groups.values()] for table in (sensitivity, bits))
+        if budget * total < (least := sum(min(size.values()) for size in sizes)):
+            raise ValueError(f"bits_per_weight={budget} is too few; the smallest of the options take {least / total:.4f}")
+        chosen = spend(costs, sizes, budget * total)
+        configs = {name: config for names, config in zip(groups.values(), chosen, strict=True) for name in names}
+        super().__init__((name, configs[name]) for name in sensitivity)
+        self.bits_per_weight = sum(bits[name][config] for name, config in configs.items()) / total
+
+    def at(self, bits_per_weight: float) -> "Plan":
+        """The plan for another budget, by the same sensitivity: nothing is measured again. Raises ValueError for one too small."""
+        return Plan(bits_per_weight, self.sensitivity, self._bits, self._counts, self._fuse, self.tokens)
 
     @property
     def divergence(self) -> float:
@@ -173,13 +192,17 @@ def spend(costs: Sequence[Mapping[RTNConfig, float]], bits: Sequence[Mapping[RTN
     at = [0] * len(hulls)
     used = sum(hull[0][0] for hull in hulls)
     if used > budget:
-        raise ValueError(f"the smallest formats take {used} bits, and the budget is {int(budget)}")
+        raise ValueError(f"the smallest formats take {used:.0f} bits, and the budget is {budget:.0f}")
     steps = sorted((_slope(a, b), i, j) for i, hull in enumerate(hulls) for j, (a, b) in enumerate(zip(hull, hull[1:], strict=False)))
     for _, i, j in steps:
         more = hulls[i][j + 1][0] - hulls[i][j][0]
         if at[i] == j and used + more <= budget:
             at[i], used = j + 1, used + more
     return [hull[i][2] for hull, i in zip(hulls, at, strict=True)]
+
+
+def _sum(tables: Sequence[Mapping[RTNConfig, float]]) -> dict[RTNConfig, float]:
+    return {option: sum(table[option] for table in tables) for option in tables[0]}
 
 
 def _slope(a: tuple[float, float, RTNConfig], b: tuple[float, float, RTNConfig]) -> float:
@@ -192,7 +215,7 @@ def plan(
     *,
     options: Sequence[RTNConfig] = OPTIONS,
     text: Tensor | None = None,
-    fuse: Mapping[str, Sequence[str]] | None = None,
+    fuse: Fuse | None = None,
     filter_fn: FilterFn | None = None,
     sequences: int = 32,
     length: int = 64,
@@ -235,28 +258,11 @@ def plan(
         for p, required in before:
             p.requires_grad_(required)
     costs = {t.fqn: {option: _cost(t, fisher, option) for option in options} for t, fisher in zip(targets, fishers, strict=True)}
-
-    fused = {part: whole for whole, parts in (fuse or {}).items() for part in parts}
-    groups: dict[str, list[Target]] = defaultdict(list)
-    for t in targets:
-        head, _, last = t.fqn.removesuffix(".weight").rpartition(".")
-        groups[f"{head}.{fused.get(last, last)}"].append(t)
-    sizes = {t.fqn: _bits(t, options) for t in targets}
-    count = sum(p.numel() for p in parameters)
-    summed = [
-        [{option: sum(table[t.fqn][option] for t in group) for option in options} for group in groups.values()] for table in (costs, sizes)
-    ]
-    try:
-        chosen = spend(summed[0], summed[1], bits_per_weight * count)
-    except ValueError:
-        least = sum(min(size.values()) for size in summed[1]) / count
-        raise ValueError(f"bits_per_weight={bits_per_weight} is too few; the smallest of the options take {least:.4f}") from None
-    configs = {t.fqn: config for group, config in zip(groups.values(), chosen, strict=True) for t in group}
-    used = sum(sizes[name][config] for name, config in configs.items()) / count
-    return Plan(((t.fqn, configs[t.fqn]) for t in targets), used, costs, tokens)
+    bits = {t.fqn: _bits(t, options) for t in targets}
+    return Plan(bits_per_weight, costs, bits, {t.fqn: t.parameter.numel() for t in targets if t.parameter is not None}, fuse or {}, tokens)
 
 
-def _bits(target: Target, options: Sequence[RTNConfig]) -> dict[RTNConfig, int]:
+def _bits(target: Target, options: Sequence[RTNConfig]) -> dict[RTNConfig, float]:
     w = target.parameter
     assert w is not None
     shape = (w.mT if target.transposed else w).shape

@@ -56,7 +56,9 @@ def test_it_is_deterministic_and_leaves_the_model_alone(model, planned):
 
 
 def test_more_bits_cost_less(model):
-    plans = [plan(model, bits, sequences=8) for bits in (4.5, 5.0, 6.0, 20)]
+    first = plan(model, 4.5, sequences=8)
+    plans = [first, *(first.at(bits) for bits in (5.0, 6.0, 20))]
+    assert list(plans[1]) == list(plan(model, 5.0, sequences=8))
     divergences = [p.divergence for p in plans]
     assert divergences == sorted(divergences, reverse=True)
     best = {name: min(costs.values()) for name, costs in plans[-1].sensitivity.items()}
