@@ -217,8 +217,8 @@ def plan(
     text: Tensor | None = None,
     fuse: Fuse | None = None,
     filter_fn: FilterFn | None = None,
-    sequences: int = 32,
-    length: int = 64,
+    sequences: int = 16,
+    length: int = 128,
     seed: int = 0,
     progress: Callable[[list], Iterable] | None = None,
 ) -> Plan:
