@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,8 @@ from torchao.quantization import FqnToConfig
 from rtn_tensor import pretrained
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.moe import use
-from rtn_tensor.quantize import FilterFn, Target, plan, quantize_
+from rtn_tensor.policy import FilterFn, Rules
+from rtn_tensor.quantize import Target, quantize_, targets_of
 from rtn_tensor.sharding import as_part, check_idle, held, place, together
 from rtn_tensor.sources import plane_names, sources
 from rtn_tensor.streaming import Piece, check, on_rank, pieces_by_name, stream
@@ -52,7 +53,7 @@ def _empty(t: Tensor, config: RTNConfig | None, transposed: bool, device: torch.
 
 def load(
     path: str | os.PathLike,
-    config: AOBaseConfig | None = None,
+    config: AOBaseConfig | Rules | None = None,
     model: nn.Module | Callable[[], nn.Module] | None = None,
     device: torch.device | str | None = None,
     *,
@@ -112,7 +113,7 @@ def load(
         raise ValueError(f"{left[0]} was made on meta and is not in the checkpoint; give, as model, a function that makes it")
     if config is not None and any(p.source.quantized for p in pieces):
         raise ValueError(f"{path} is quantized already; load it without a config, or give the float checkpoint")
-    targets = plan(model, config, _filter(model, config, filter_fn)) if config is not None else []
+    targets = targets_of(model, config, _filter(model, config, filter_fn)) if config is not None else []
     configs = {t.fqn: t.config for t in targets}
     fqns: dict[int, list[str]] = defaultdict(list)
     for fqn, t in state.items():
@@ -143,7 +144,7 @@ def _read(
     pieces: list[Piece],
     state: Mapping[str, Tensor],
     fqns: Mapping[int, list[str]],
-    config: AOBaseConfig | None,
+    config: AOBaseConfig | Rules | None,
     targets: list[Target],
     device: torch.device | str | None,
     bar: Callable[[int], Any],
@@ -185,8 +186,26 @@ def _parameter(t: Tensor, old: Tensor, fqn: str, floats: list[str]) -> nn.Parame
     return new
 
 
-def _filter(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> FilterFn | None:
+def _filter(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: FilterFn | None) -> FilterFn | None:
     return filter_fn if filter_fn or isinstance(config, FqnToConfig) else pretrained.but_the_output(model)
+
+
+def fqn_config(model: nn.Module | str | os.PathLike, rules: Rules, filter_fn: FilterFn | None = None) -> FqnToConfig:
+    """torchao's config that says for each weight of `model` what `rules` make of it, for `TorchAoConfig(fqn_config(path, rules))`.
+
+    transformers sorts the keys of the config that it saves. Here each is one weight's name in full, so that their order means nothing.
+
+    Args:
+        model: a module, or a transformers folder.
+        rules: as for `load`.
+        filter_fn: as for `load`.
+
+    Raises as `load` does for rules.
+    """
+    module = model if isinstance(model, nn.Module) else empty_model(model)
+    found = targets_of(module, rules, _filter(module, rules, filter_fn))
+    # torchao names a module for its "weight", and any other parameter by its own name.
+    return FqnToConfig(OrderedDict((t.fqn.removesuffix(".weight"), t.config) for t in found))
 
 
 def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> Any:
@@ -220,7 +239,7 @@ def _bar(what: str, total: int, show: bool | None) -> Iterator[Callable[[int], A
         tqdm.write(f"{what}: {total / 1e6:,.0f} MB in {seconds:.1f} s, {total / 1e6 / seconds:,.0f} MB/s", file=sys.stderr)
 
 
-def _load_gguf(path: Path, config: AOBaseConfig | None, device: Any, dtype: torch.dtype | None, filter_fn: FilterFn | None) -> Any:
+def _load_gguf(path: Path, config: AOBaseConfig | Rules | None, device: Any, dtype: torch.dtype | None, filter_fn: FilterFn | None) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(

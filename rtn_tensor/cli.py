@@ -19,6 +19,7 @@ from rtn_tensor.config import SCALE_METHODS, rtn
 from rtn_tensor.evaluate import generate, perplexity, token_losses
 from rtn_tensor.formats import FORMATS
 from rtn_tensor.kernels import explain
+from rtn_tensor.policy import parse_rule, rules_from_json
 from rtn_tensor.pretrained import but_the_output, ends
 from rtn_tensor.quantize import report
 from rtn_tensor.tables import table
@@ -53,12 +54,12 @@ def _tokenizer(path: str) -> Any:
         raise ValueError(f"{path} has no tokenizer that can be read; copy the model's tokenizer files there ({error})") from error
 
 
-def _read(path: str) -> str:
+def _read(path: str, wanted: str = "--text takes a UTF-8 text file") -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error.reason
-        raise ValueError(f"cannot read {path} ({why}); --text takes a UTF-8 text file") from error
+        raise ValueError(f"cannot read {path} ({why}); {wanted}") from error
 
 
 def _device(text: str) -> torch.device:
@@ -77,27 +78,26 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if action.default else action.help
 
 
-def _selects(model: Any, skip: list[str], embedding: bool) -> Any:
-    """A filter_fn: linears, but those `skip` names; lm_head and the input embedding only where `embedding` says so."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
-    for pattern in skip:
-        if not any(fnmatch(name, pattern) for name in linears):
-            raise ValueError(
-                f"--skip {pattern} matches no layer; names look like {min(linears, default='(none)')!r}, and * matches any text"
-            )
-
+def _selects(model: Any, embedding: bool) -> Any:
+    """A filter_fn: linears, but lm_head and the input embedding only where `embedding` says so."""
     outer, otherwise = ends(model), but_the_output(model)
+    return lambda module, name: (embedding and module in outer) or otherwise(module, name)
 
-    def selects(module: nn.Module, name: str) -> bool:
-        if any(fnmatch(name, pattern) for pattern in skip):
-            return False
-        return (embedding and module in outer) or otherwise(module, name)
 
-    return selects
+def _rules(args: argparse.Namespace) -> Any:
+    """What the options say, as rules: layers that are skipped, single rules, the file's, and the format of the rest."""
+    rest = rtn(args.bits, args.group_size, args.scale_method)
+    rules: list[Any] = [(pattern, None) for pattern in args.skip] + [parse_rule(text, rest) for text in args.rule]
+    if args.rules:
+        try:
+            rules += rules_from_json(json.loads(_read(args.rules, "--rules takes a JSON file")), rest)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{args.rules} is no JSON ({error}); --rules takes a list of [pattern, format]") from None
+    return [*rules, ("*", rest)]
 
 
 def _quantize(args: argparse.Namespace) -> tuple[Any, str]:
-    config = rtn(args.bits, args.group_size, args.scale_method)
+    rules = _rules(args)
     source, destination = Path(args.src), Path(args.dst)
     if destination.exists() and not args.force:
         raise FileExistsError(f"{destination} exists; choose another name, or replace it with --force")
@@ -105,7 +105,7 @@ def _quantize(args: argparse.Namespace) -> tuple[Any, str]:
     if hasattr(model.config, "quantization_config"):
         raise ValueError(f"{source} is already quantized; give the float model")
     _say(f"Loading {source}")
-    load(source, config, model, filter_fn=_selects(model, args.skip, args.embedding))
+    load(source, rules, model, filter_fn=_selects(model, args.embedding))
     _say(f"Writing {destination}")
     save(model, destination, force=args.force)
     result = report(model)
@@ -185,7 +185,7 @@ def _size(text: str) -> tuple[int, int]:
 def _tune(args: argparse.Namespace) -> tuple[Any, str]:
     sizes = list(args.size)
     for path in args.model:
-        selects = _selects(model := empty_model(path), [], False)
+        selects = _selects(model := empty_model(path), False)
         sizes += [tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear) and selects(m, name)]
     if not sizes:
         raise ValueError("nothing to tune for; name a model's folder with --model, or sizes with --size")
@@ -226,6 +226,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--skip", metavar="PATTERN", action="append", default=[], help="layers to keep float, as in 'model.layers.0.*'; may repeat"
     )
+    sub.add_argument(
+        "--rule",
+        metavar="PATTERN=FORMAT",
+        action="append",
+        default=[],
+        help="a format of their own for some layers, as in '*.down_proj=8', '*.0.*=4,32,signed' or 'lm_head=float'; may repeat, and the "
+        "first that matches counts",
+    )
+    sub.add_argument("--rules", metavar="FILE", help='JSON of such rules, as in [["*.down_proj", {"bits": 8}]]')
     sub.add_argument("--embedding", action="store_true", help="quantize the embedding and lm_head too")
     sub.add_argument("--force", action="store_true", help="replace dst, once the new folder is whole")
 

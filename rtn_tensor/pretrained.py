@@ -17,7 +17,7 @@ from torchao.quantization import FqnToConfig
 
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import FORMATS
-from rtn_tensor.quantize import FilterFn, products
+from rtn_tensor.policy import FilterFn, products
 from rtn_tensor.sources import plane_names
 from rtn_tensor.tensor import RTNQuantizedTensor
 

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,23 +14,10 @@ from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
+from rtn_tensor.policy import FilterFn, Rules, find, products, resolve, weights
 from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held
 from rtn_tensor.tables import table
 from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
-
-FilterFn = Callable[[nn.Module, str], bool]
-
-
-def is_linear(module: nn.Module, fqn: str) -> bool:
-    """Every nn.Linear whose weight its module really multiplies by (torchao's rule)."""
-    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
-def products(model: nn.Module) -> FilterFn:
-    """The default `filter_fn`: every linear (`is_linear`) but routers, and the experts of every mixture-of-experts layer."""
-    kept = routers(model)
-    return lambda module, fqn: (is_linear(module, fqn) and module not in kept) or bool(transposed_experts(module))
-
 
 # ------------------------------------------------------------------------------------------- which weights
 
@@ -62,14 +49,14 @@ def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, A
 
 
 def _targets(model: nn.Module, config: RTNConfig, filter_fn: FilterFn) -> Iterator[Target]:
-    for prefix, module in model.named_modules():
-        if not filter_fn(module, prefix):
-            continue
-        for name in transposed_experts(module):
-            yield Target(module, name, f"{prefix}.{name}" if prefix else name, config, by_name=True)
-        # A filter that goes by name alone also selects containers and activations, which have no weight.
-        if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in transposed_experts(module):
-            yield Target(module, "weight", f"{prefix}.weight" if prefix else "weight", config)
+    for w in weights(model, filter_fn):
+        if w.default:
+            yield Target(w.module, w.parameter_name, w.fqn, config, by_name=w.parameter_name in transposed_experts(w.module))
+
+
+def _rule_targets(model: nn.Module, rules: Rules, filter_fn: FilterFn) -> Iterator[Target]:
+    for w, config in resolve(rules, list(weights(model, filter_fn))):
+        yield Target(w.module, w.parameter_name, w.fqn, config, by_name=True)
 
 
 def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
@@ -176,16 +163,19 @@ def _quantized(target: Target) -> Any:
     return new
 
 
-def _unknown(model: nn.Module, config: AOBaseConfig, selected: set[str]) -> list[str]:
+def _unknown(model: nn.Module, config: AOBaseConfig | Rules, selected: set[str]) -> list[str]:
     """Names of what may be experts' weights, and is neither selected nor named by `config`."""
-    keys = config.fqn_to_config if isinstance(config, FqnToConfig) else {}
+    if isinstance(config, FqnToConfig):
+        keys = config.fqn_to_config
+        named = lambda n: n in keys or any(re.fullmatch(k[3:], n) for k in keys if k.startswith("re:"))  # noqa: E731
+    else:
+        rules = config if isinstance(config, Sequence) else []
+        named = lambda n: find(rules, n) is not None  # noqa: E731
     names = [f"{prefix}.{name}" if prefix else name for prefix, module in model.named_modules() for name in unknown_experts(module)]
-    return [
-        n for n in names if n not in selected and n not in keys and not any(re.fullmatch(k[3:], n) for k in keys if k.startswith("re:"))
-    ]
+    return [n for n in names if n not in selected and not named(n)]
 
 
-def plan(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> list[Target]:
+def targets_of(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: FilterFn | None) -> list[Target]:
     """The weights that `quantize_` would quantize, checked; it says what it raises."""
     check_idle(model)
     if isinstance(config, FqnToConfig):
@@ -194,14 +184,17 @@ def plan(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> 
         targets = list(_fqn_targets(model, config))
     elif isinstance(config, RTNConfig):
         targets = list(_targets(model, config, filter_fn or products(model)))
+    elif isinstance(config, Sequence) and not isinstance(config, str):
+        targets = list(_rule_targets(model, config, filter_fn or products(model)))
     else:
-        raise TypeError(f"config is a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...) or FqnToConfig with those")
+        kind = type(config).__name__
+        raise TypeError(f"config is a {kind}; use rtn_int4(), rtn_int8(), rtn(...), a list of rules, or FqnToConfig with those")
     _check(targets)
     if unknown := _unknown(model, config, {t.fqn for t in targets}):
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         warnings.warn(
             f"{unknown[0]}{more} may be experts' weights, but how they are used is not understood, and they stay float; name them in "
-            "FqnToConfig, to quantize them along their last dim",
+            "a rule or FqnToConfig, to quantize them along their last dim",
             stacklevel=3,
         )
     if not targets:  # at the line that called `quantize_` or `load`
@@ -211,7 +204,7 @@ def plan(model: nn.Module, config: AOBaseConfig, filter_fn: FilterFn | None) -> 
 
 def quantize_(
     model: nn.Module,
-    config: AOBaseConfig,
+    config: AOBaseConfig | Rules,
     filter_fn: FilterFn | None = None,
     device: torch.device | str | None = None,
     *,
@@ -224,9 +217,12 @@ def quantize_(
 
     Args:
         model: any module; float32, bfloat16 or float16 weights, on any device (a meta weight becomes an empty quantized one).
-        config: `rtn_int4()`, `rtn_int8()`, `rtn(...)`, or torchao's `FqnToConfig` with those, or None, as values.
+        config: `rtn_int4()`, `rtn_int8()` or `rtn(...)`; or rules, a list of (pattern, such a config or None for float), of which the first
+            that matches a parameter's name or its module's counts; or torchao's `FqnToConfig`. A pattern has shell wildcards, as in
+            "model.layers.0.*", or is a regular expression after "re:". What no rule matches stays float.
         filter_fn: given a module and its name, whether to quantize its weight. By default every nn.Linear, as in torchao, and the experts
-            of every mixture-of-experts layer, but not its router; nn.Embedding can be selected too. Not with `FqnToConfig`.
+            of every mixture-of-experts layer, but not its router; nn.Embedding can be selected too. A rule with wildcards reaches only what
+            this selects, one that has a weight's full name any weight. Not with `FqnToConfig`.
         device: where to move each module just before it is quantized, and the rest of the model at the end.
         progress: wraps the list of weights to come, for instance `tqdm.tqdm`.
 
@@ -235,10 +231,11 @@ def quantize_(
 
     Raises:
         TypeError: `config` is not one of the above.
-        ValueError: a weight is unfit (the error names each): already quantized, of another dtype, NaN or inf inside, not a matrix, or
-            not of an nn.Linear or nn.Embedding; or `filter_fn` is given with `FqnToConfig`.
+        ValueError: a rule matches no weight (the error gives the nearest names); a weight is unfit (the error names each): already
+            quantized, of another dtype, NaN or inf inside, not a matrix, or not of an nn.Linear or nn.Embedding; or `filter_fn` is given
+            with `FqnToConfig`.
     """
-    targets = plan(model, config, filter_fn)
+    targets = targets_of(model, config, filter_fn)
     if fully_sharded(model) and any(not t.parameter.is_meta for t in targets):  # type: ignore[union-attr]
         raise ValueError("the model is sharded by fully_shard, which would look for the float weights' memory; quantize_ it first")
     places: dict[int, list[str]] = defaultdict(list)

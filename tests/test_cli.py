@@ -99,8 +99,8 @@ def test_help_quantize(capsys):
         help_of(capsys, "quantize"),
         """\
 usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
-                           [--scale-method {absmax,signed}] [--skip PATTERN] [--embedding]
-                           [--force]
+                           [--scale-method {absmax,signed}] [--skip PATTERN]
+                           [--rule PATTERN=FORMAT] [--rules FILE] [--embedding] [--force]
                            src dst
 
 Quantize a transformers folder into another.
@@ -119,6 +119,11 @@ options:
   --scale-method {absmax,signed}
                         how a group's scale is found (default: absmax)
   --skip PATTERN        layers to keep float, as in 'model.layers.0.*'; may repeat
+  --rule PATTERN=FORMAT
+                        a format of their own for some layers, as in '*.down_proj=8',
+                        '*.0.*=4,32,signed' or 'lm_head=float'; may repeat, and the first that
+                        matches counts
+  --rules FILE          JSON of such rules, as in [["*.down_proj", {"bits": 8}]]
   --embedding           quantize the embedding and lm_head too
   --force               replace dst, once the new folder is whole
 """,
@@ -305,6 +310,38 @@ def test_quantize_skips(run, source, tmp_path):
     assert list(formats(load(tmp_path / "out"))) == [f"model.layers.1.{name}.weight" for name in kept]
 
 
+def test_quantize_by_rules(run, source, tmp_path):
+    (tmp_path / "rules.json").write_text('[["*.o_proj", {"bits": 8, "scale_method": "absmax"}], ["*.k_proj", null]]')
+    rules = [
+        "--skip",
+        "*.1.mlp.up_proj",
+        "--rule",
+        "model.layers.0.*=8",
+        "--rule",
+        "*down_proj=8,32,absmax",
+        "--rules",
+        tmp_path / "rules.json",
+    ]
+    assert run("quantize", source, tmp_path / "out", *rules, "--group-size", 64, "--scale-method", "signed")[0] == 0
+    model = load(tmp_path / "out")
+    found = {
+        name.removesuffix(".weight"): (w.bits, w.group_size, w.scale_method) for name, w in model.named_parameters() if hasattr(w, "bits")
+    }
+    kinds = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
+    expected = {f"model.layers.0.{kind}": (8, 64, "signed") for kind in kinds}
+    expected |= {f"model.layers.1.{kind}": (4, 64, "signed") for kind in kinds if kind not in ("self_attn.k_proj", "mlp.up_proj")}
+    expected |= {"model.layers.1.self_attn.o_proj": (8, 64, "absmax"), "model.layers.1.mlp.down_proj": (8, 32, "absmax")}
+    assert found == expected
+
+
 def test_quantize_embedding(run, source, tmp_path):
     assert run("quantize", source, tmp_path / "out", "--embedding", "--group-size", 32)[0] == 0
     model = load(tmp_path / "out")
@@ -428,8 +465,14 @@ def test_explain(run, monkeypatch):
             "group_size=48 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row",
         ),
         (
+            ["quantize", "{source}", "{new}", "--rule", "*.up_proj=six"],
+            "'*.up_proj=six' is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or PATTERN=float",
+        ),
+        (["quantize", "{source}", "{new}", "--rules", "{new}"], "cannot read {new} (No such file or directory); --rules takes a JSON file"),
+        (
             ["quantize", "{source}", "{new}", "--skip", "layers.0"],
-            "--skip layers.0 matches no layer; names look like 'lm_head', and * matches any text",
+            "the rule 'layers.0' matches no weight; nearest are 'model.layers.0.mlp.up_proj', 'model.layers.0.mlp.gate_proj', "
+            "'model.layers.0.mlp.down_proj', and * matches any text",
         ),
         (
             ["quantize", "{nan}", "{new}"],

@@ -13,7 +13,7 @@ from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from rtn_tensor import RTNQuantizedTensor, dequantize_, load, moe, ops, quantize_, reference, report, rtn_int4, rtn_int8, save
-from rtn_tensor.quantize import products as chosen
+from rtn_tensor.policy import products as chosen
 
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
 each_model = pytest.mark.parametrize("name", CONFIGS)
@@ -202,7 +202,7 @@ def test_experts_that_are_not_understood_are_named():
         str(caught[0].message).replace("; ", ";\n"),
         """\
 1.w0 and 1 more may be experts' weights, but how they are used is not understood, and they stay float;
-name them in FqnToConfig, to quantize them along their last dim""",
+name them in a rule or FqnToConfig, to quantize them along their last dim""",
     )
     assert caught[0].filename == __file__
     assert_expected_inline(

@@ -300,7 +300,9 @@ cannot quantize, and nothing was changed:
 @pytest.mark.parametrize("config", [Int8WeightOnlyConfig(version=2), "int4", 4, None, rtn_int4])
 def test_other_configs_are_refused(config):
     model = Model()
-    with pytest.raises(TypeError, match=r"^config is a \w+; use rtn_int4\(\), rtn_int8\(\), rtn\(\.\.\.\) or FqnToConfig with those$"):
+    with pytest.raises(
+        TypeError, match=r"^config is a \w+; use rtn_int4\(\), rtn_int8\(\), rtn\(\.\.\.\), a list of rules, or FqnToConfig"
+    ):
         quantize_(model, config)
     assert formats(model) == {}
 

@@ -1,0 +1,125 @@
+"""Perplexity of SmolLM2-135M by how its bits are spent: uniformly, by hand (layers, kinds of modules), and by plans of several sorts.
+
+    python -m benchmarks.selective [--only NAME ...] [--json FILE] [--threads 2]
+
+Every linear layer but lm_head is quantized; the weights are dequantized again before the text is read, as only their values matter here.
+8192 tokens of the Wikipedia text in windows of 1024 that do not overlap. The file is written after each row, and rows that it has are kept.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.machine import machine
+from benchmarks.real_model import smollm2, wikipedia
+from rtn_tensor import RTNQuantizedTensor, dequantize_, plan, quantize_, report, rtn_int4, rtn_int8, select_layers, select_modules
+from rtn_tensor.evaluate import perplexity
+from rtn_tensor.plan import OPTIONS, Plan, spend
+from rtn_tensor.policy import bits_of
+
+TOKENS, WINDOW = 8192, 1024
+ELSEWHERE = 40_000  # tokens from here on, that are not measured, are what a plan from text is made of
+REST = [("lm_head", None), ("*", rtn_int4(64, "signed"))]
+LAYERS = {"first": {"first": 3}, "middle": {"indices": [13, 14, 15]}, "last": {"last": 3}}  # 4.65 bits a weight
+KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BUDGETS = [4.25, 4.375, 4.5, 4.65, 5.0]
+
+
+def made(path: Path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+
+
+def generated(model, sequences: int = 8, length: int = 256) -> torch.Tensor:
+    """What the model itself writes after its first token, drawn from its own distribution."""
+    torch.manual_seed(0)
+    start = torch.full((sequences, 1), model.config.bos_token_id)
+    settings = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
+    return model.generate(start, attention_mask=torch.ones_like(start), min_new_tokens=length - 1, max_new_tokens=length - 1, **settings)
+
+
+def by_weight_error(model, planned: Plan, budget: float) -> list:
+    """The choice of least squared error of the weights, under the same budget and over the same options."""
+    costs, sizes = [], []
+    for name, _ in planned:
+        w = model.get_parameter(name).detach()
+        scale = 1 / float(w.float().square().mean())
+        quantized = {option: _error(w, option) * scale for option in OPTIONS}
+        costs.append(quantized)
+        sizes.append({option: float(bits_of(w.shape, option)) for option in OPTIONS})
+    count = sum(model.get_parameter(name).numel() for name, _ in planned)
+    return [(name, option) for (name, _), option in zip(planned, spend(costs, sizes, budget * count), strict=True)]
+
+
+def _error(w: torch.Tensor, option) -> float:
+    rounded = RTNQuantizedTensor.from_float(w, option.bits, option.group_size, option.scale_method).dequantize()
+    return float((rounded.float() - w.float()).square().sum())
+
+
+def choices(model, ids: torch.Tensor) -> dict:
+    """By name, a function that gives rules; None stays bf16."""
+    measured: dict[str, Plan] = {}
+
+    def planned(source: str, budget: float) -> Plan:
+        if source not in measured:  # the sensitivity is the same for every budget
+            started = time.perf_counter()
+            text = {"random": lambda: None, "text": lambda: ids[ELSEWHERE : ELSEWHERE + 2048].view(8, 256), "own": lambda: generated(model)}
+            measured[source] = plan(model, budget, text=text[source]())
+            print(f"  sensitivity on {source} tokens: {time.perf_counter() - started:.0f} s", flush=True)
+        return measured[source].at(budget)
+
+    rows: dict = {"bf16": None, "int8 g128": lambda: [("lm_head", None), ("*", rtn_int8())]}
+    for size in (64, 32):
+        for method in ("absmax", "signed"):
+            rows[f"int4 g{size} {method}"] = lambda size=size, method=method: [("lm_head", None), ("*", rtn_int4(size, method))]
+    for budget in BUDGETS:
+        rows[f"plan {budget}"] = lambda budget=budget: planned("random", budget)
+    for name, which in LAYERS.items():
+        rows[f"{name} 3 layers"] = lambda which=which: [*select_layers(model, **which, config=rtn_int8(64)), *REST]
+    for kind in KINDS:
+        rows[f"all {kind}"] = lambda kind=kind: [*select_modules(model, [kind], rtn_int8(64)), *REST]
+    for source in ("own", "text"):
+        rows[f"plan 4.5, {source} tokens"] = lambda source=source: planned(source, 4.5)
+    rows["plan 4.5, weight error"] = lambda: by_weight_error(model, planned("random", 4.5), 4.5)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.selective", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", metavar="NAME", nargs="+", help="measure only these rows")
+    parser.add_argument("--json", type=Path, help="write results here, and keep what it has")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    path = smollm2()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(path)(wikipedia(), verbose=False)["input_ids"])
+    data = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}}
+    model = made(path)
+    for name, rules in choices(model, ids).items():
+        if name in data["rows"] or (args.only and name not in args.only):
+            continue
+        row, other = {}, made(path)
+        if rules is not None:
+            rules = rules()
+            result = quantize_(other, rules)
+            quantized = [r for r in result.rows if r.bits]
+            row["bits_per_weight"] = 8 * sum(r.bytes_after for r in quantized) / sum(torch.Size(r.shape).numel() for r in quantized)
+            if isinstance(rules, Plan):
+                row["expected_divergence"] = rules.divergence
+            dequantize_(other)
+            assert not any(r.bits for r in report(other).rows)
+        row["perplexity"] = perplexity(other, ids[:TOKENS], WINDOW, WINDOW)
+        data["rows"][name] = row
+        print(f"{name:>26}  {row.get('bits_per_weight', 16):6.3f}  {row['perplexity']:.3f}", flush=True)
+        if args.json:
+            data |= {"tokens": TOKENS, "window": WINDOW, "machine": machine()}
+            args.json.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
