@@ -145,7 +145,8 @@ def resolve(rules: Rules, found: Sequence[Weight]) -> list[tuple[Weight, RTNConf
 # ------------------------------------------------------------------------------------------- as text
 
 
-def _config(given: Any, default: RTNConfig, where: str) -> RTNConfig:
+def config_from_json(given: Any, default: RTNConfig, where: str) -> RTNConfig:
+    """The format that a mapping of some of `FORMAT_KEYS` gives, the others as in `default`; `where` begins the message of a ValueError."""
     if not isinstance(given, Mapping) or (unknown := set(given) - set(FORMAT_KEYS)):
         got = f"has {', '.join(map(repr, sorted(unknown)))}" if isinstance(given, Mapping) else f"is {given!r}"
         raise ValueError(f"{where} {got}; it takes {', '.join(map(repr, FORMAT_KEYS))}")
@@ -168,7 +169,7 @@ def rules_from_json(given: Any, default: RTNConfig | None = None) -> list[tuple[
     for i, rule in enumerate(given):
         if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
             raise ValueError(f'rules[{i}] is {rule!r}; give [pattern, {{"bits": 8}}], or [pattern, null] for float')
-        rules.append((rule[0], None if rule[1] is None else _config(rule[1], default or rtn(), f"rules[{i}]")))
+        rules.append((rule[0], None if rule[1] is None else config_from_json(rule[1], default or rtn(), f"rules[{i}]")))
     check_rules(rules)
     return rules
 
@@ -195,7 +196,7 @@ def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNCon
         equals = ""
     if not pattern or not equals or len(values) > len(FORMAT_KEYS):
         raise ValueError(f"{text!r} is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or PATTERN=float")
-    return pattern, _config(dict(zip(FORMAT_KEYS, values, strict=False)), default or rtn(), text)
+    return pattern, config_from_json(dict(zip(FORMAT_KEYS, values, strict=False)), default or rtn(), text)
 
 
 # ------------------------------------------------------------------------------------------- selections

@@ -8,22 +8,19 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from rtn_tensor.checkpoint import empty_model
-from rtn_tensor.config import RTNConfig
+from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import FORMATS
+from rtn_tensor.policy import FORMAT_KEYS, Rules, config_from_json, matches, rules_from_json
 from rtn_tensor.pretrained import renaming
 from rtn_tensor.sources import saved_attributes
 
-FORMAT_KEYS = ("bits", "group_size", "scale_method")
 KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what engines call the linears that choose among experts
 SMALLEST = 32  # of a layer with fewer inputs or outputs nothing is saved: it has less than a group, or a handful of rows
-
-Rules = list[tuple[str, RTNConfig | None]]
 
 
 # ------------------------------------------------------------------------------------------- what is asked for
@@ -35,32 +32,6 @@ def _from_environment(name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"{name}={text!r} is no number; use {name}={default}, or unset it") from None
-
-
-def _format(given: Any, base: Mapping[str, Any], where: str) -> RTNConfig:
-    if not isinstance(given, Mapping) or (unknown := set(given) - set(FORMAT_KEYS)):
-        got = f"has {', '.join(map(repr, sorted(unknown)))}" if isinstance(given, Mapping) else f"is {given!r}"
-        raise ValueError(f"{where} {got}; it takes {', '.join(map(repr, FORMAT_KEYS))}")
-    try:
-        return RTNConfig(**{**base, **given})
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _pattern(given: Any, where: str) -> str:
-    if not isinstance(given, str):
-        raise ValueError(f"{where} is {given!r}; use a layer's name, with * for any text, or 're:' and a regular expression")
-    if given.startswith("re:"):
-        try:
-            re.compile(given[3:])
-        except re.error as error:
-            raise ValueError(f"{where}, {given!r}, is no regular expression: {error}") from None
-    return given
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """As in `rtn-tensor quantize --skip` and in `FqnToConfig`: the whole name, * for any text, or a regular expression after "re:"."""
-    return bool(re.fullmatch(pattern[3:], name)) if pattern.startswith("re:") else fnmatchcase(name, pattern)
 
 
 @dataclass
@@ -97,18 +68,11 @@ class Options:
             raise ValueError(f"quantization_config has {', '.join(map(repr, sorted(unknown)))}; it takes {', '.join(map(repr, keys))}")
         base = {"bits": _from_environment("RTN_NUM_BITS", 8), "group_size": _from_environment("RTN_GROUP_SIZE", 128)}
         given = {key: config[key] for key in FORMAT_KEYS if key in config}
-        default = _format(given, base, "quantization_config")
-        base = {key: getattr(default, key) for key in FORMAT_KEYS}
-        lists = {key: config.get(key) or [] for key in ("ignore", "rules")}
-        for key, value in lists.items():
-            if not isinstance(value, Sequence) or isinstance(value, str):
-                raise ValueError(f"quantization_config: {key} is {value!r}; it takes a list")
-        rules: Rules = [(_pattern(pattern, f"ignore[{i}]"), None) for i, pattern in enumerate(lists["ignore"])]
-        for i, rule in enumerate(lists["rules"]):
-            where = f"rules[{i}]"
-            if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2:
-                raise ValueError(f"{where} is {rule!r}; it takes [pattern, {{'bits': 8}}], or [pattern, null] for float")
-            rules.append((_pattern(rule[0], where), None if rule[1] is None else _format(rule[1], base, where)))
+        default = config_from_json(base | given, rtn(), "quantization_config")
+        ignore = config.get("ignore") or []
+        if not isinstance(ignore, Sequence) or isinstance(ignore, str):
+            raise ValueError(f"quantization_config: ignore is {ignore!r}; it takes a list")
+        rules = rules_from_json([[pattern, None] for pattern in ignore]) + rules_from_json(config.get("rules") or [], default)
         return cls(default, rules)
 
     # --------------------------------------------------------------------------------------- what becomes of a layer
@@ -168,7 +132,7 @@ class Options:
     def rule(self, *names: str) -> tuple[bool, RTNConfig | None]:
         """Whether a rule matches one of `names`, which all mean one layer, and what the first that does says."""
         for pattern, config in self.rules:
-            if any(_matches(pattern, name) for name in names):
+            if matches(pattern, *names):
                 self._matched.add(pattern)
                 return True, config
         return False, None
