@@ -61,7 +61,7 @@ class Plan(list[tuple[str, RTNConfig | None]]):
 
     @property
     def divergence(self) -> float:
-        return sum(self.sensitivity[name][config] for name, config in self)
+        return sum(self.sensitivity[name][config] for name, config in self if config)
 
     def cells(self) -> tuple[list[str], list[str], dict[tuple[str, str], tuple[RTNConfig, float]]]:
         """Layers, kinds of modules, and at (layer, kind) the format and the divergence that 4 bits there cost at best."""
