@@ -151,7 +151,7 @@ def test_printed(model):
     planned = plan(model, 5.5, sequences=4, options=[rtn_int4(32, "signed"), rtn_int8()])
     first, *rest = str(planned).splitlines()
     assert first == (
-        f"{planned.bits_per_weight:.3f} bits a weight, an expected divergence of {planned.divergence:.4f} nats a token on 256 random tokens"
+        f"{planned.bits_per_weight:.3f} bits a weight, an expected divergence of {planned.divergence:.4f} nats a token on 512 random tokens"
     )
     assert_expected_inline(
         "\n".join(line.translate(str.maketrans("░▒▓█", "....")).rstrip(" .") for line in rest),
