@@ -136,7 +136,7 @@ def _rank(rank: int, folder: str, runs: int, results) -> None:
             block.requires_grad_(False)
             if config is not None:
                 quantize_(block, config)
-            fully_shard(block).set_custom_all_gather(Counted())
+            fully_shard(block, reshard_after_forward=True).set_custom_all_gather(Counted())
         models[kind] = model
     x = torch.randn(TOKENS, WIDTH).bfloat16()
     found: dict[str, list] = {kind: [] for kind in KINDS}
