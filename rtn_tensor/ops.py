@@ -266,15 +266,18 @@ def _grouped_jvp(ctx, dx, *_):
     return grouped(dx, qdata, scale, offs, ctx.bits, ctx.group_size)
 
 
-def _grouped_vmap(info, in_dims, x, qdata, scale, offs, *others):
-    _check_planes("grouped", in_dims[1:4])
-    # The batch goes next to the rows, which so stay sorted by expert.
-    rows = x.movedim(in_dims[0], 1)
-    y = grouped(rows.flatten(0, 1), qdata, scale, offs * info.batch_size, *others)
-    return y.view(*rows.shape[:2], y.shape[1]), 1
+def _sorted_vmap(name: str, run) -> Any:
+    def vmap(info, in_dims, x, qdata, scale, offs, *others):
+        _check_planes(name, in_dims[1:4])
+        # The batch goes next to the rows, which so stay sorted by expert.
+        rows = x.movedim(in_dims[0], 1)
+        y = run(rows.flatten(0, 1), qdata, scale, offs * info.batch_size, *others)
+        return y.view(*rows.shape[:2], y.shape[1]), 1
+
+    return vmap
 
 
-_grouped_function = _differentiable("grouped", _grouped_setup, _grouped_backward, _grouped_jvp, _grouped_vmap)
+_grouped_function = _differentiable("grouped", _grouped_setup, _grouped_backward, _grouped_jvp, _sorted_vmap("grouped", grouped))
 
 
 @_define("grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k) -> Tensor")
@@ -311,15 +314,9 @@ def _grouped_dx_jvp(ctx, ddy, *_):
     return grouped_dx(ddy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k)
 
 
-def _grouped_dx_vmap(info, in_dims, dy, qdata, scale, offs, *others):
-    _check_planes("grouped_dx", in_dims[1:4])
-    # The batch goes next to the rows, which so stay sorted by expert.
-    rows = dy.movedim(in_dims[0], 1)
-    y = grouped_dx(rows.flatten(0, 1), qdata, scale, offs * info.batch_size, *others)
-    return y.view(*rows.shape[:2], y.shape[1]), 1
-
-
-_grouped_dx_function = _differentiable("grouped_dx", _grouped_dx_setup, _grouped_dx_backward, _grouped_dx_jvp, _grouped_dx_vmap)
+_grouped_dx_function = _differentiable(
+    "grouped_dx", _grouped_dx_setup, _grouped_dx_backward, _grouped_dx_jvp, _sorted_vmap("grouped_dx", grouped_dx)
+)
 
 
 @_define(
