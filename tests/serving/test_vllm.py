@@ -385,7 +385,7 @@ def test_tutorial():
         ({"bits": 4, "groupsize": 64}, "quantization_config has 'groupsize'; it takes 'quant_method', 'bits', 'group_size'"),
         ({"ignore": "lm_head"}, "ignore is 'lm_head'; it takes a list"),
         ({"rules": [["*.o_proj", {"bits": 5}]]}, "rules[0]: bits=5 is not supported"),
-        ({"rules": [["*.o_proj"]]}, "rules[0] is ['*.o_proj']; it takes [pattern, {'bits': 8}]"),
+        ({"rules": [["*.o_proj"]]}, """rules[0] is ['*.o_proj']; give [pattern, {"bits": 8}], or [pattern, null] for float"""),
         ({"rules": [["re:(", None]]}, "rules[0], 're:(', is no regular expression"),
     ],
     ids=lambda value: re.sub(r"\W+", "_", str(value))[:40],
