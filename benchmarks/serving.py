@@ -31,11 +31,12 @@ from rtn_tensor.formats import pack_gptq, unpack
 from rtn_tensor.tables import table
 
 GROUP_SIZE = 64  # which divides SmolLM2's 576 columns, as GPTQ's format wants
+# No quotation marks in the names: Inductor writes the command line into its code.
 CONFIGS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "int8": {"bits": 8},
     "int4": {"bits": 4},
-    "int4, vLLM's own (GPTQ)": {"gptq": True},
+    "int4 by vLLM (GPTQ)": {"gptq": True},
 }
 
 
