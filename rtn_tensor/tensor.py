@@ -205,15 +205,18 @@ def _error(w: Tensor, what: str, kind: type[Exception] = ValueError) -> Exceptio
     return kind(f"{name}: {what}" if name else what)
 
 
+def hung_on(w: Tensor) -> dict[str, Any]:
+    """What users hung on `w`: vLLM's weight_loader, say."""
+    return {name: value for name, value in vars(w).items() if name not in _OWN}
+
+
 def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
-    """A tensor of `w`'s format over other planes; what users hung on `w` (vLLM's weight_loader, say) goes along."""
+    """A tensor of `w`'s format over other planes; what users hung on `w` goes along."""
     attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
     # torch refuses an inference tensor as a view of one that is none, which `w.t()` would be in inference mode.
     with torch.inference_mode(w.is_inference()):
         new = type(w)(qdata, scale, **attributes)
-    for name, value in vars(w).items():
-        if name not in _OWN:
-            setattr(new, name, value)
+    vars(new).update(hung_on(w))
     if w._shares_scale and torch._C._is_alias_of(scale, w.scale):  # type: ignore[attr-defined]  # a copy has a scale of its own
         new._shares_scale = True
     return new
