@@ -50,7 +50,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
     transposed: bool
     version: int = VERSION
     _padded_rows: int
-    _flat: tuple[list[str], dict[str, Any]] | None = None  # what `__tensor_flatten__` gives; nothing in it ever changes
+    _flat: tuple[list[str], tuple] | None = None  # what `__tensor_flatten__` gives; nothing in it ever changes
     _shares_scale = False  # true of some columns of rows that have one scale: to write it would change the other columns
 
     @staticmethod
@@ -117,11 +117,12 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         w = ops.dequantize(self.qdata, self.scale, self.bits, self.group_size, self.in_features, dtype or self.scale.dtype)
         return w.mT if self.transposed else w
 
-    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        # The guards of a compiled call ask twice for every weight; the base would make it anew, 0.8 us each time, and this takes 0.07.
+    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+        # The guards of a compiled call ask twice for every weight, and compare: the base would make it anew, 0.8 us each time, where this
+        # takes 0.07; and a tuple compares in half the time of the base's dict.
         flat = self._flat
         if flat is None:
-            flat = self._flat = self.tensor_data_names, {name: getattr(self, name) for name in self.tensor_attribute_names}
+            flat = self._flat = self.tensor_data_names, tuple(getattr(self, name) for name in self.tensor_attribute_names)
         return flat
 
     def _clear_non_serializable_cached_data(self) -> None:  # before a copy or a file is made of all that lies on the tensor
@@ -130,9 +131,10 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
 
     @classmethod
     def __tensor_unflatten__(cls, tensor_data_dict, tensor_attributes, outer_size, outer_stride):
+        attributes = dict(zip(cls.tensor_attribute_names, tensor_attributes, strict=True))
         # A graph with dynamic shapes gives in_features as the symbol it was traced with; the size it ran with is in outer_size.
-        in_features = outer_size[-2 if tensor_attributes["transposed"] else -1]
-        return super().__tensor_unflatten__(tensor_data_dict, tensor_attributes | {"in_features": in_features}, outer_size, outer_stride)
+        attributes["in_features"] = outer_size[-2 if attributes["transposed"] else -1]
+        return cls(**tensor_data_dict, **attributes)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         parts = [f"shape={tuple(self.shape)}", f"bits={self.bits}", f"group_size={self.group_size}"]
