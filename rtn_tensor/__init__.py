@@ -1,7 +1,7 @@
 """Calibration-free round-to-nearest int4 and int8 weight-only quantization for PyTorch."""
 
 from rtn_tensor import quiet  # noqa: F401  (first: torchao speaks when it is imported)
-from rtn_tensor.checkpoint import fqn_config, load, save
+from rtn_tensor.checkpoint import fqn_config, load, load_from_rank0, save
 from rtn_tensor.config import RTNConfig, rtn, rtn_int4, rtn_int8
 from rtn_tensor.kernels import explain
 from rtn_tensor.plan import plan
@@ -17,6 +17,7 @@ __all__ = [
     "explain",
     "fqn_config",
     "load",
+    "load_from_rank0",
     "plan",
     "quantize_",
     "report",

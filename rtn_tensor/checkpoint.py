@@ -1,4 +1,5 @@
-"""Checkpoints: `load` streams one into a model tensor by tensor, quantizing on the way; `save` writes one.
+"""Checkpoints: `load` streams one into a model tensor by tensor, quantizing on the way; `load_from_rank0` a state dict among ranks; `save`
+writes one.
 
 On disk a quantized weight `a.b.weight` is its two planes, `a.b._weight_qdata` and `a.b._weight_scale`, and a line of JSON in the file's
 metadata, as torchao flattens a tensor subclass; so transformers and torchao read what `save` writes.
@@ -12,6 +13,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,11 @@ from rtn_tensor import pretrained
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.moe import use
 from rtn_tensor.policy import FilterFn, Rules
-from rtn_tensor.quantize import Target, quantize_, targets_of
-from rtn_tensor.sharding import as_part, check_idle, held, place, together
-from rtn_tensor.sources import plane_names, sources
+from rtn_tensor.quantize import Target, is_finite, quantize_, targets_of
+from rtn_tensor.sharding import all_ranks, as_part, check_idle, held, place, ranks_of, together
+from rtn_tensor.sources import Source, plane_names, sources, state_sources
 from rtn_tensor.streaming import Piece, check, on_rank, pieces_by_name, stream
-from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor, hung_on
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 
@@ -118,20 +120,9 @@ def load(
     fqns: dict[int, list[str]] = defaultdict(list)
     for fqn, t in state.items():
         fqns[id(t)].append(fqn)
-    sharded = next((t for t in state.values() if held(t) is not t), None)
-    with together(sharded):
+    with together(next((ranks_of(t) for t in state.values() if held(t) is not t), None)):
         new = _read(pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress))
-
-    parameters: dict[int, Tensor] = {}
-    for fqn, module, name, old in places:
-        t = new[id(old)][configs.get(fqn)]
-        if name in module._buffers:
-            module._buffers[name] = as_part(t, old)
-        else:
-            if id(t) not in parameters:
-                floats = [other for other in fqns[id(old)] if other not in configs]
-                parameters[id(t)] = _parameter(as_part(t, old), old, fqn, floats if config is not None else [])
-            module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
+    _put(places, new, configs, fqns if config is not None else {})
     if device is not None:
         model.to(device)  # the buffers that are not in the checkpoint
     use(model)
@@ -174,11 +165,30 @@ def _read(
     return new
 
 
+def _put(
+    places: list[tuple[str, nn.Module, str, Tensor]],
+    new: Mapping[int, Mapping[RTNConfig | None, Tensor]],
+    configs: Mapping[str, RTNConfig],
+    fqns: Mapping[int, list[str]],
+) -> None:
+    """Puts what `_read` gives in the places of the old tensors; `fqns`, by their ids: where each lies, to tell what was untied."""
+    parameters: dict[int, Tensor] = {}
+    for fqn, module, name, old in places:
+        t = new[id(old)][configs.get(fqn)]
+        if name in module._buffers:
+            module._buffers[name] = as_part(t, old)
+        else:
+            if id(t) not in parameters:
+                floats = [other for other in fqns.get(id(old), []) if other not in configs]
+                parameters[id(t)] = _parameter(as_part(t, old), old, fqn, floats)
+            module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
+
+
 def _parameter(t: Tensor, old: Tensor, fqn: str, floats: list[str]) -> nn.Parameter:
     """`t` as a parameter in the place of `old`, with what was hung on that; `floats`: where it stays float."""
     quantized = isinstance(held(t), RTNQuantizedTensor)
     new: Any = nn.Parameter(t, requires_grad=old.requires_grad and not quantized)
-    vars(new).update(vars(old))
+    vars(new).update(hung_on(old))
     if quantized:
         new.fqn = fqn  # for the errors of a later slice or product
         if floats:
@@ -249,6 +259,96 @@ def _load_gguf(path: Path, config: AOBaseConfig | Rules | None, device: Any, dty
         quantize_(model, config, _filter(model, config, filter_fn), device)
         pretrained.describe(model)
     return model if device is None else model.to(device)
+
+
+# ------------------------------------------------------------------------------------------- from rank 0
+
+
+def _looked_through(state_dict: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """The tensors of a state dict, on meta."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"rank 0 gave a {type(state_dict).__name__}; give it the state dict, the other ranks need none")
+    tensors = {name: t for name, t in state_dict.items() if isinstance(t, Tensor)}
+    for name, t in tensors.items():
+        if held(t) is not t:
+            raise ValueError(f"{name} is a part of a tensor; give whole ones, as get_model_state_dict does with full_state_dict=True")
+        seen = t.scale if isinstance(t, RTNQuantizedTensor) else t
+        if seen.dtype in (*FLOAT_DTYPES, torch.float64) and not is_finite(seen.detach()):
+            raise ValueError(f"{name} holds NaN or inf; nothing was loaded")
+    return {name: t.detach().to("meta") for name, t in tensors.items()}
+
+
+def _kind(t: Tensor) -> str:
+    if not isinstance(t, RTNQuantizedTensor):
+        return "float"
+    return f"bits={t.bits}, group_size={t.group_size}, scale_method={t.scale_method!r}{', transposed' if t.transposed else ''}"
+
+
+def load_from_rank0(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> None:
+    """Fills `model` on all ranks from a whole state dict that only rank 0 has, as `set_model_state_dict(broadcast_from_rank0=True)` does,
+    which can send no quantized weights.
+
+    One tensor at a time is beside the model. Of a quantized one its planes are sent, bit for bit; a float one goes as it is, and where the
+    model's is quantized, each rank quantizes its own part. What has memory is filled where it lies, even in a model that has run; what is
+    on meta gets memory. All ranks of the default process group call it.
+
+    Args:
+        model: sharded by `fully_shard`, `parallelize_module` or both, or not; its weights quantized as those of the state dict are (by
+            `quantize_` on meta, say).
+        state_dict: on rank 0; what is no tensor in it is not sent. That of other ranks is not looked at.
+
+    Raises:
+        TypeError, ValueError: on rank 0 there is no state dict; a tensor is missing, has no place, another shape, other bits, group_size or
+            scale_method, is quantized and the model's is not, is cut inside a group, is a DTensor, or holds NaN or inf. All ranks raise,
+            and `model` is unchanged.
+        RuntimeError: there is no process group; or another rank failed. One that runs out of memory, say, leaves `model` filled in part.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError("load_from_rank0 needs a process group; call init_process_group, or in one process model.load_state_dict")
+    ranks, mine = all_ranks(model), state_dict if torch.distributed.get_rank() == 0 else None
+    box: list[Any] = [None]
+    with together(ranks):
+        if torch.distributed.get_rank() == 0:
+            box = [_looked_through(mine)]
+    torch.distributed.broadcast_object_list(box, src=0)
+    with together(ranks):
+        state = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}  # FSDP2 reshards meanwhile
+        found = {source.name: source for source in state_sources(box[0], Path("rank 0's state_dict"))}
+        pieces = check(pieces_by_name(found, {}, {}), state, pretrained.ignored(model))
+        kinds = [(p.target, _kind(p.source.view()), _kind(held(state[p.target]))) for p in pieces if p.source.quantized]
+        if unlike := [f"{name} has {got}, the model's has {own}" for name, got, own in kinds if got != own]:
+            raise ValueError("quantize_ the model as rank 0's state_dict is; nothing was loaded:\n  " + "\n  ".join(unlike[:10]))
+        parts = [_part_here(piece, state[piece.target]) for piece in pieces]
+    new: dict[int, dict[RTNConfig | None, Tensor]] = {}
+    for piece, part in zip(pieces, parts, strict=True):
+        old = state[piece.target]
+        to = _receive(piece.source, mine, part, held(old), ranks)
+        if old.is_meta:
+            new[id(old)] = {None: to}
+    _put([place for place in _places(model) if id(place[-1]) in new], new, {}, {})
+
+
+def _part_here(piece: Piece, to: Tensor) -> Piece | None:
+    """What of `piece`, a whole tensor on meta, this rank puts into its part of `to`; None where that has no rows."""
+    part = on_rank(piece, piece.source.shape, place(to))
+    if part is not None:
+        part.cut(part.source.view(), part.part)
+    return part
+
+
+def _receive(source: Source, mine: Mapping[str, Any] | None, part: Piece | None, to: Tensor, ranks: Any) -> Tensor:
+    """`to`, or memory in its stead, filled with the `part` of what rank 0 has as `mine`; `source` is a tensor of that, on meta."""
+    with together(ranks, "the model may be filled in part"):
+        if mine is None:
+            whole = torch.empty_like(source.view(), device=ranks.device_type, memory_format=torch.contiguous_format)
+        else:
+            whole = mine[source.name].detach().to(ranks.device_type).contiguous()
+        to = torch.empty_like(to, device=ranks.device_type) if to.is_meta else to
+    torch.distributed.broadcast(whole, src=0)
+    with together(ranks, "the model may be filled in part"):
+        if part is not None:
+            stream([replace(part, source=replace(part.source, view=lambda: whole))], {part.target: [to]}, lambda _: None)
+    return to
 
 
 # ------------------------------------------------------------------------------------------- save

@@ -15,7 +15,7 @@ from torchao.quantization import FqnToConfig, register_quantize_module_handler
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
 from rtn_tensor.policy import FilterFn, Rules, find, products, resolve, weights
-from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held
+from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held, ranks_of
 from rtn_tensor.tables import table
 from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
 
@@ -129,7 +129,7 @@ def _why_unfit(target: Target) -> str | None:
             f"is cut into {columns} columns a rank, inside a group of {group_size}; use a group_size that divides {columns}, -1, or "
             "another number of ranks"
         )
-    if not w.is_meta and not everywhere(is_finite(w.detach()), whole):
+    if not w.is_meta and not everywhere(is_finite(w.detach()), ranks_of(whole)):
         return "holds NaN or inf; repair the checkpoint, or leave the weight out"
     return None
 

@@ -26,8 +26,9 @@ def _by_plane(func, args: tuple, kwargs: dict) -> list[Any]:
 
 
 if torch.distributed.is_available():
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
@@ -38,7 +39,7 @@ if torch.distributed.is_available():
         if func is c10d.broadcast_.default and _sends_a_state_dict():
             raise NotImplementedError(
                 f"broadcast_from_rank0 cannot send a {RTNQuantizedTensor.__name__}: torch makes float tensors for it on the other ranks; "
-                "give every rank the state dict (torch.load(mmap=True) reads what is used), or rtn_tensor.load a folder"
+                "use rtn_tensor.load_from_rank0(model, state_dict)"
             )
         *others, (_, work) = _by_plane(func, args, kwargs)
         for _, other in others:
@@ -115,24 +116,38 @@ def columns_a_rank(w: Any, dim: int) -> int:
     return size
 
 
-def everywhere(ok: bool, w: Any) -> bool:
-    """Whether `ok` is true on every rank that holds a part of `w`, so that all of them raise, or none."""
-    if held(w) is w:
+def ranks_of(w: Any) -> Any:
+    """The mesh of the ranks that hold a part of `w`, None of a plain tensor."""
+    return None if held(w) is w else w.device_mesh
+
+
+def all_ranks(model: nn.Module) -> Any:
+    """The mesh of all ranks, on the kind of device that `model`'s parameters are shared over."""
+    meshes = (ranks_of(w) for w in model.parameters())
+    kinds = [mesh.device_type for mesh in meshes if mesh is not None] or [w.device.type for w in model.parameters() if not w.is_meta]
+    return init_device_mesh(kinds[0] if kinds else "cpu", (torch.distributed.get_world_size(),))
+
+
+def everywhere(ok: bool, ranks: Any) -> bool:
+    """Whether `ok` is true on every rank of the mesh `ranks`, so that all of them raise, or none; None stands for this one alone."""
+    if ranks is None:
         return ok
-    flag = torch.tensor(float(ok), device=w.device_mesh.device_type)
-    return bool(DTensor.from_local(flag, w.device_mesh, [Partial("min")] * w.device_mesh.ndim, run_check=False).full_tensor())
+    flag = torch.tensor(float(ok), device=ranks.device_type)
+    for group in ranks.get_all_groups():
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group)
+    return bool(flag)
 
 
 @contextmanager
-def together(w: Any) -> Iterator[None]:
-    """What raises here on one rank that holds a part of `w` raises on all of them: none is left waiting for another."""
+def together(ranks: Any, otherwise: str = "nothing was changed") -> Iterator[None]:
+    """What raises here on one rank of the mesh `ranks` raises on all of them: none is left waiting for another."""
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    if not everywhere(failure is None, w):
-        raise failure or RuntimeError("another rank failed here, and says why; nothing was changed")
+    if not everywhere(failure is None, ranks):
+        raise failure or RuntimeError(f"another rank failed here, and says why; {otherwise}")
 
 
 def fully_sharded(model: Any) -> dict[str, bool]:

@@ -6,9 +6,10 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,6 +150,11 @@ def _torch_file(file: Path) -> list[Source]:
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}); give a state_dict that torch.save wrote") from error
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    return state_sources(state, file)
+
+
+def state_sources(state: Mapping[str, Any], file: Path) -> list[Source]:
+    """The tensors of a state dict; `file` is what errors say it is."""
     return [
         Source(file, name, tuple(t.shape), t.dtype, t.detach, t.detach, quantized=isinstance(t, RTNQuantizedTensor))
         for name, t in state.items()

@@ -37,7 +37,7 @@ class Piece:
         try:
             return t[part]
         except ValueError as error:  # inside a group
-            raise self.source.error(str(error)) from None
+            raise self.source.error(str(error).removeprefix(f"{self.source.name}: ")) from None
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from rtn_tensor import load, save
+from rtn_tensor import load, load_from_rank0, save
 
 case = Cases(4)
 
@@ -67,3 +67,12 @@ def whole_state_dict_and_load(ranks, folder):
     dist.barrier()
     model = load(f"{folder}/whole", model=both(quantized(mlp().to("meta"))))
     same(model(x_of(64)), whole(x_of(64)))
+    for source in (whole, mlp()):
+        model = both(quantized(mlp().to("meta")))
+        load_from_rank0(model, source.state_dict() if dist.get_rank() == 0 else None)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if dist.get_rank() == 0:
+            for name in ("up.weight", "down.weight"):
+                assert torch.equal(state[name].qdata, whole.get_parameter(name).qdata)
+                assert torch.equal(state[name].scale, whole.get_parameter(name).scale)
+        same(model(x_of(64)), whole(x_of(64)))

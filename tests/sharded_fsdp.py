@@ -170,7 +170,7 @@ def broadcast_from_rank0(ranks, folder):
     whole = quantized(layers(64, 97, 48))
     model = sharded(copy.deepcopy(whole))
     if dist.get_rank() == 0:
-        with pytest.raises(NotImplementedError, match="broadcast_from_rank0 cannot send a RTNQuantizedTensor: .* rtn_tensor.load a folder"):
+        with pytest.raises(NotImplementedError, match="cannot send a RTNQuantizedTensor: .* use rtn_tensor.load_from_rank0"):
             set_model_state_dict(model, whole.state_dict(), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     else:
         dist.broadcast_object_list([None], src=0)  # what comes before

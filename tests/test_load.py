@@ -238,8 +238,8 @@ def test_a_shared_weight_that_is_quantized_at_one_place(tmp_path):
 
 
 def test_quantized_files_of_any_module(tmp_path):
-    model = make_mlp()
-    quantize_(model, FqnToConfig({"1": rtn_int4(32, "signed"), "0": rtn_int8(-1)}))
+    model, config = make_mlp(), FqnToConfig({"1": rtn_int4(32, "signed"), "0": rtn_int8(-1)})
+    quantize_(model, config)
     save(model, tmp_path / "folder")
     torch.save(model.state_dict(), tmp_path / "model.pt")
     save(model, tmp_path / "shards", max_shard_size=5000)
@@ -247,6 +247,9 @@ def test_quantized_files_of_any_module(tmp_path):
     for name in ("folder", "model.pt", "shards"):
         assert_same(load(tmp_path / name, model=on_meta()), model)
         assert_same(load(tmp_path / name, model=make_mlp), model)
+        quantized = on_meta()
+        quantize_(quantized, config)
+        assert_same(load(tmp_path / name, model=quantized), model)
     alone = nn.Linear(64, 8, bias=False)
     quantize_(alone, rtn_int4(32))
     save(alone, tmp_path / "alone")

@@ -1,5 +1,8 @@
 """torchao's own tests of a tensor subclass (torchao.testing.utils) on this one, and torchao's `quantize_`."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -153,10 +156,22 @@ def test_flatten_names_every_plane_and_attribute():
     w = RTNQuantizedTensor.from_float(torch.randn(2, 6, 100), 8, 64, "signed", torch.bfloat16).mT
     planes, attributes = w.__tensor_flatten__()
     assert planes == ["qdata", "scale"]
-    assert attributes == {"bits": 8, "group_size": 64, "scale_method": "signed", "in_features": 100, "transposed": True, "version": 1}
+    assert attributes == (8, 64, "signed", 100, True, 1)
     back = RTNQuantizedTensor.__tensor_unflatten__({p: getattr(w, p) for p in planes}, attributes, w.shape, w.stride())
     assert (back.shape, back.stride(), back.dtype) == (w.shape, w.stride(), w.dtype)
     assert torch.equal(back, w)
+
+
+def test_what_flatten_gives_is_kept_on_its_tensor_alone():
+    w = RTNQuantizedTensor.from_float(torch.randn(4, 128), 4, 64)
+    kept = w.__tensor_flatten__()
+    assert w.__tensor_flatten__() is kept
+    assert b"_flat" not in pickle.dumps(w)
+    w.__tensor_flatten__()
+    for other in (w[:, :64], w.mT, w.bfloat16(), nn.Parameter(w), copy.deepcopy(w.mT), copy.copy(w), pickle.loads(pickle.dumps(w))):
+        attributes = other.__tensor_flatten__()[1]
+        assert attributes is not kept[1]
+        assert attributes == tuple(getattr(other, name) for name in other.tensor_attribute_names)
 
 
 def test_contexts_compare_by_value():
@@ -166,7 +181,7 @@ def test_contexts_compare_by_value():
         return RTNQuantizedTensor.from_float(torch.randn(n, k), **kwargs).__tensor_flatten__()[1]
 
     assert context(6, 100) == context(7, 100)
-    assert hash(tuple(context(6, 100).values())) == hash(tuple(context(7, 100).values()))
+    assert hash(context(6, 100)) == hash(context(7, 100))
     assert context(6, 100) != context(6, 101)
     assert context(6, 100) != context(6, 100, bits=8)
 
