@@ -22,7 +22,7 @@ from rtn_tensor.pretrained import but_the_output
 from rtn_tensor.quantize import Target, targets_of
 from rtn_tensor.tensor import RTNQuantizedTensor
 
-OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("absmax", "signed")), rtn(8, 128))
+OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("signed", "search")), rtn(8, 128))
 Table = Mapping[str, Mapping[RTNConfig, float]]  # of weights' names and formats
 Fuse = Mapping[str, Sequence[str]]
 SHADES = " ░▒▓█"
@@ -81,7 +81,7 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         top = max(cost for _, cost in cells.values()) or 1.0
         lines = [
             f"{self.bits_per_weight:.3f} bits a weight, an expected divergence of {self.divergence:.4f} nats a token on {self.tokens}",
-            "bits, group size, s for signed; shaded by what 4 bits would cost",
+            "bits:group size, + for searched scales; shaded by what 4 bits would cost",
             " ".join(["layer", *(f"{name:>10}" for name in names)]),
         ]
         for layer in layers:
@@ -92,7 +92,7 @@ class Plan(list[tuple[str, RTNConfig | None]]):
                     config, cost = cells[layer, kind]
                     # By the square root, or one weight would leave the others blank.
                     shade = SHADES[round((cost / top) ** 0.5 * (len(SHADES) - 1))]
-                    text = f"{config.bits}:{config.group_size}{'s' if config.scale_method == 'signed' else ''} {shade}"
+                    text = f"{_short(config)} {shade}"
                 row.append(f"{text:>10}")
             lines.append(" ".join(row))
         return "\n".join(lines)
@@ -111,15 +111,18 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         middle = float(shown.nanmean())
         for (layer, kind), (config, _) in cells.items():
             x, y = kinds.index(kind), layers.index(layer)
-            text = f"{config.bits}:{config.group_size}{'s' if config.scale_method == 'signed' else ''}"
             weight = "bold" if config.bits == 8 else "normal"
             color = "black" if float(shown[y, x]) > middle else "white"
-            axes.text(x, y, text, ha="center", va="center", fontsize=7, color=color, weight=weight)
+            axes.text(x, y, _short(config), ha="center", va="center", fontsize=7, color=color, weight=weight)
         axes.set_xticks(range(len(kinds)), names, rotation=30)
         axes.set_yticks(range(len(layers)), layers)
-        axes.set(ylabel="layer", title=f"{self.bits_per_weight:.3f} bits a weight: bits:group size, s for signed")
+        axes.set(ylabel="layer", title=f"{self.bits_per_weight:.3f} bits a weight: bits:group size, + for searched scales")
         figure.colorbar(image, label="log10 of the divergence at 4 bits, nats a token")
         figure.savefig(path, dpi=110)
+
+
+def _short(config: RTNConfig) -> str:
+    return f"{config.bits}:{config.group_size}{'+' if config.scale_method == 'search' else ''}"
 
 
 # ------------------------------------------------------------------------------------------- sensitivity

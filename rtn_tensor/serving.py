@@ -180,7 +180,9 @@ class Options:
 
 def describe(config: RTNConfig | None) -> str:
     """As in "int4 g128"."""
-    return "float" if config is None else f"int{config.bits} g{config.group_size}" + (" signed" if config.scale_method == "signed" else "")
+    if config is None:
+        return "float"
+    return f"int{config.bits} g{config.group_size}" + (f" {config.scale_method}" if config.scale_method != "absmax" else "")
 
 
 def worth_it(name: str, in_features: int, out_features: int) -> bool:

@@ -46,7 +46,7 @@ LINEAR = ("linear", "linear_bias", "linear_autocast")
 # An MoE layer's products: gate and up with each activation, and down; few: of so few rows that they are not sorted.
 GROUPED = ("grouped", *(f"gate_up_{name}" for name in ACTIVATIONS), "down", "few_gate_up", "few_down")
 BACKWARD = ("linear_dx", "grouped_dx")
-PLANES = ("quantize", "quantize_signed", "dequantize", "embedding")
+PLANES = ("quantize", "quantize_signed", "quantize_search", "dequantize", "embedding")
 EXPERTS, TOP_K = 8, 4
 
 
@@ -115,8 +115,8 @@ def call(case: Case) -> None:
         launch.routed(row_x, *planes, None, experts, None, None, router, 1, "", bits, group_size)
     elif how == "grouped_dx":
         launch.grouped_dx(torch.empty(rows, n, dtype=dtype), *planes, offs, bits, group_size, k)
-    elif how in ("quantize", "quantize_signed"):
-        launch.quantize(w, bits, group_size, "signed" if how == "quantize_signed" else "absmax", dtype)
+    elif how.startswith("quantize"):
+        launch.quantize(w, bits, group_size, how.partition("_")[2] or "absmax", dtype)
     elif how == "dequantize":
         launch.dequantize(q, scale, bits, group_size, k, dtype)
     else:

@@ -56,7 +56,7 @@ def test_its_class_has_its_bits():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [-1, 32, 96, 128, 4096])
-@pytest.mark.parametrize("scale_method", ["absmax", "signed"])
+@pytest.mark.parametrize("scale_method", ["absmax", "signed", "search"])
 def test_survives_torchao_dict_and_json(bits, group_size, scale_method):
     config = RTNConfig(bits, group_size, scale_method)
     as_dict = config_to_dict(config)
@@ -92,7 +92,7 @@ def test_group_size_is_checked(group_size):
 
 @pytest.mark.parametrize("scale_method", ["", "mse", "Absmax", None, 4])
 def test_scale_method_is_checked(scale_method):
-    with pytest.raises(ValueError, match=r"^scale_method=.* is not supported; use 'absmax' or 'signed'$"):
+    with pytest.raises(ValueError, match=r"^scale_method=.* is not supported; use one of 'absmax', 'signed', 'search'$"):
         RTNConfig(scale_method=scale_method)
 
 
@@ -108,7 +108,7 @@ def test_messages():
     )
     with pytest.raises(ValueError, match="scale_method") as error:
         rtn_int8(scale_method="hqq")
-    assert_expected_inline(str(error.value), """scale_method='hqq' is not supported; use 'absmax' or 'signed'""")
+    assert_expected_inline(str(error.value), """scale_method='hqq' is not supported; use one of 'absmax', 'signed', 'search'""")
     with pytest.raises(ValueError, match="bits") as error:
         dataclasses.replace(rtn_int4(), bits=3)
     assert_expected_inline(str(error.value), """bits=3 is not supported; use 4 or 8""")

@@ -25,6 +25,7 @@ from bounds import Planes, activations, assert_linear_close, random_planes
 from expecttest import assert_expected_inline
 
 from rtn_tensor import RTNQuantizedTensor, explain, kernels, ops, reference
+from rtn_tensor.config import SCALE_METHODS
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels import cpu
 
@@ -315,7 +316,7 @@ def awkward_weight(k, dtype):
     return w.to(dtype)
 
 
-@pytest.mark.parametrize("method", ["absmax", "signed"])
+@pytest.mark.parametrize("method", SCALE_METHODS)
 @each_group_size
 @each_bits
 @each_dtype

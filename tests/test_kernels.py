@@ -8,12 +8,13 @@ from bounds import Planes, activations, assert_linear_close, random_planes
 from expecttest import assert_expected_inline
 
 from rtn_tensor import RTNQuantizedTensor, explain, kernels, ops, reference
+from rtn_tensor.config import SCALE_METHODS
 from rtn_tensor.formats import FORMATS, groups, pack
 from rtn_tensor.kernels import KERNELS, REFERENCE, Kernel, choose, cpu, dense, make_problem, triton, why_not
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-METHODS = ["absmax", "signed"]
+METHODS = SCALE_METHODS
 GROUP_SIZES = [32, 64, 96, 128, -1]
 
 # M, N, K, group_size: every value of each, with a short last group and a short last chunk in most.

@@ -156,10 +156,10 @@ def test_printed(model):
     assert_expected_inline(
         "\n".join(line.translate(str.maketrans("░▒▓█", "....")).rstrip(" .") for line in rest),
         """\
-bits, group size, s for signed; shaded by what 4 bits would cost
+bits:group size, + for searched scales; shaded by what 4 bits would cost
 layer     q_proj     k_proj     v_proj     o_proj  gate_proj    up_proj  down_proj
-    0    8:128 .    8:128 .    8:128 .    4:32s .    4:32s .    4:32s .    4:32s
-    1    4:32s .    4:32s .    4:32s .    4:32s .    4:32s .    4:32s .    4:32s""",
+    0    8:128 .    8:128 .    8:128 .     4:32 .     4:32 .     4:32 .     4:32
+    1     4:32 .     4:32 .     4:32 .     4:32 .     4:32 .     4:32 .     4:32""",
     )
 
 

@@ -6,11 +6,12 @@ import torch
 from bounds import Planes, activations, assert_linear_close, random_planes
 
 from rtn_tensor import reference
+from rtn_tensor.config import SCALE_METHODS
 from rtn_tensor.formats import FORMATS, pack, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUP_SIZES = [32, 64, 96, 128, -1]
-METHODS = ["absmax", "signed"]
+METHODS = ["absmax", "signed"]  # those of one formula; "search" chooses among six
 
 
 def fake_quantize(w, bits, group_size, method, scale_dtype):
@@ -114,7 +115,46 @@ def test_signed_tie_takes_the_negative_one(bits):
 
 
 @pytest.mark.parametrize("bits", FORMATS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_search_takes_the_least_loss(bits, group_size, scale_dtype, dtype):
+    """Group by group and in fp64: S is one of the six, none of which has less loss, and q is what rounding by it gives."""
+    chosen = set()
+    for n, k in [(1, 1), (5, 31), (7, 576), (3, 1000)]:
+        w = (torch.randn(n, k) ** 3 * torch.rand(n, 1)).to(dtype)
+        qdata, scale = reference.quantize(w, bits, group_size, "search", scale_dtype)
+        q, got = unpack(qdata, bits, k).double(), scale.double()
+        _, signed = fake_quantize(w, bits, group_size, "signed", torch.float32)
+        size = k if group_size == -1 else group_size
+        for j, (group, levels) in enumerate(zip(w.double().split(size, -1), q.split(size, -1), strict=True)):
+            factors = torch.tensor([1.0, 0.95, 0.9, 0.85, 0.8, 1.05])
+            tried = (signed[:, j, None] * factors).to(scale_dtype).double()  # [n, 6]
+            all_q = (group[:, None] / tried[..., None]).round().clamp(FORMATS[bits].qmin, FORMATS[bits].qmax)
+            # As the number of the S before it is rounded counts, not the rounded one.
+            error = (group[:, None] / tried[..., None] - all_q) * factors.double()[:, None]
+            loss = (group.abs()[:, None] * error**2).sum(-1)
+            mine = (got[:, j, None] - tried).abs().argmin(-1, keepdim=True)
+            assert torch.equal(got[:, j, None], tried.gather(-1, mine))
+            quantum = group.abs().amax(-1, keepdim=True) * group.shape[-1] * 2.0**-16
+            assert (loss.gather(-1, mine) <= loss.amin(-1, keepdim=True) * (1 + 1e-5) + quantum).all()
+            assert torch.equal(levels, all_q.gather(1, mine[..., None].expand(-1, -1, group.shape[-1]))[:, 0])
+            chosen |= set(mine.flatten().tolist())
+    assert len(chosen) > (2 if bits == 4 else 1)
+
+
+def test_search_is_better_than_signed():
+    w = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
+
+    def loss(method):
+        qdata, scale = reference.quantize(w, 4, 64, method, torch.bfloat16)
+        return float((w.abs() * (w - reference.dequantize(qdata, scale, 4, 64, 1024, torch.float32)) ** 2).sum())
+
+    assert loss("search") < 0.95 * loss("signed") < 0.95 * loss("absmax")
+
+
+@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("method", SCALE_METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_groups(bits, method, dtype):
     w = torch.zeros(3, 100, dtype=dtype)
@@ -132,7 +172,7 @@ def test_zero_groups(bits, method, dtype):
 
 
 @pytest.mark.parametrize("bits", FORMATS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCALE_METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_subnormal_weights_keep_their_group(bits, method, dtype):
     """Groups whose extreme is 1 ... 400 of the smallest subnormal, of either sign: S is never 0 and nothing is NaN or inf."""
@@ -183,7 +223,7 @@ def test_overflowing_scale_is_the_largest_finite(method):
     assert unpack(qdata, 4, 64)[1, 32] == -8
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCALE_METHODS)
 @pytest.mark.parametrize("bits", FORMATS)
 def test_largest_fp32_does_not_overflow(bits, method):
     largest = torch.finfo(torch.float32).max
@@ -194,7 +234,7 @@ def test_largest_fp32_does_not_overflow(bits, method):
 
 
 @pytest.mark.parametrize("bits", FORMATS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCALE_METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf_spoil_their_group_only(bits, method, dtype, bad):

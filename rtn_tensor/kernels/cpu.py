@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import reference
+from rtn_tensor.config import SCALE_METHODS
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels.problem import Kernel, Problem
 
@@ -133,7 +134,7 @@ def routed(*args: Any) -> Tensor:
 
 
 def _planes(
-    function: str, w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, signed: bool, indices: Tensor | None
+    function: str, w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, scale_method: int, indices: Tensor | None
 ) -> None:
     """`w [R, K]` against `qdata [R or more, B]` and `scale [R or more, G]`, whose last dims are dense."""
     arguments = _PLANES.pack(
@@ -149,7 +150,7 @@ def _planes(
         w.stride(0),
         qdata.stride(0),
         scale.stride(0),
-        signed,
+        scale_method,
         torch.get_num_threads(),
     )
     _check(getattr(library(), function)(arguments))
@@ -165,7 +166,7 @@ def quantize(
     )
     if qdata.numel() or scale.numel():
         w2, q2, s2 = _dense_rows(w).reshape(-1, k), qdata.view(-1, qdata.shape[-1]), scale.view(-1, scale.shape[-1])
-        _planes("rtn_quantize", w2, q2, s2, bits, group_size, scale_method == "signed", None)
+        _planes("rtn_quantize", w2, q2, s2, bits, group_size, SCALE_METHODS.index(scale_method), None)
     return qdata, scale
 
 
@@ -173,7 +174,7 @@ def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int,
     w = torch.empty(*qdata.shape[:-1], k, dtype=dtype)
     if w.numel():
         q2, s2 = qdata.reshape(-1, qdata.shape[-1]), _dense_rows(scale).reshape(-1, scale.shape[-1])
-        _planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, False, None)
+        _planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, 0, None)
     return w
 
 
@@ -184,7 +185,7 @@ def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_si
         if low < 0 or high >= qdata.shape[0]:
             raise IndexError(f"embedding index {low if low < 0 else high} is out of range: the weight has {qdata.shape[0]} rows")
         flat = indices.reshape(-1).to(torch.int64).contiguous()
-        _planes("rtn_dequantize", w.view(-1, k), qdata, _dense_rows(scale), bits, group_size, False, flat)
+        _planes("rtn_dequantize", w.view(-1, k), qdata, _dense_rows(scale), bits, group_size, 0, flat)
     return w
 
 

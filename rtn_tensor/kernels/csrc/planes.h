@@ -15,6 +15,7 @@ namespace rtn {
 namespace {
 
 constexpr uint32_t INF_BITS = 0x7F800000;
+enum { ABSMAX, SIGNED, SEARCH };  // config.SCALE_METHODS
 
 // The compiler's own vectors of eight: field i of the eight words of a chunk is eight neighbours.
 typedef float Float8 __attribute__((vector_size(32)));
@@ -146,8 +147,49 @@ float max_magnitude(const T* w, int64_t size) {
   return to_float(largest);
 }
 
+// reference._loss of every scale that scale_method "search" tries, in one pass: the least of them. `extreme / QMIN` is the first.
 template <class T, class S, int BITS>
-S group_scale(const T* w, int64_t size, bool signed_scale) {
+S searched_scale(const T* w, int64_t size, float extreme) {
+  constexpr float QMIN = -(1 << (BITS - 1)), QMAX = (1 << (BITS - 1)) - 1;
+  constexpr int TRIED = 6, TWENTIETHS[TRIED] = {20, 19, 18, 17, 16, 21};
+  S scale[TRIED];
+  float s[TRIED];
+  int64_t loss[TRIED] = {};
+  for (int i = 0; i < TRIED; ++i) {
+    const float exact = extreme / QMIN * (TWENTIETHS[i] / 20.0f);
+    scale[i] = round_scale<S>(exact == 0.0f ? Limits<float>::ulp : exact);
+    s[i] = to_float(scale[i]);
+  }
+  for (int64_t k = 0; k < size; k += 8) {
+    T some[8] = {};
+    if (size - k < 8) memcpy(some, w + k, (size - k) * sizeof(T));
+    Float8 x;
+    load(size - k < 8 ? some : w + k, x);
+    Float8 share = x / extreme;
+    share = share < 0.0f ? -share : share;
+    for (int i = 0; i < TRIED; ++i) {
+      const Float8 level = x / s[i];
+      Float8 q = level > QMIN ? level : QMIN - Float8{};
+      q = q < QMAX ? q : QMAX - Float8{};
+      q = (q + 0x1.8p23f) - 0x1.8p23f;
+      const Float8 error = level - q;
+      Float8 part = error * error * share * 65536.0f;
+      part = part < 0x1p24f ? part : 0x1p24f - Float8{};
+      const Int8 whole = __builtin_convertvector(part, Int8);
+      int32_t sum = 0;  // of eight numbers up to 2^24
+      for (int j = 0; j < 8; ++j) sum += whole[j];
+      loss[i] += sum;
+    }
+  }
+  int best = 0;
+  for (int i = 1; i < TRIED; ++i) {
+    if (loss[i] * TWENTIETHS[i] * TWENTIETHS[i] < loss[best] * TWENTIETHS[best] * TWENTIETHS[best]) best = i;
+  }
+  return scale[best];
+}
+
+template <class T, class S, int BITS>
+S group_scale(const T* w, int64_t size, int64_t scale_method) {
   constexpr float QMIN = -(1 << (BITS - 1)), QMAX = (1 << (BITS - 1)) - 1;
   const float largest = max_magnitude(w, size);
   const uint32_t magnitude = as_bits(largest);
@@ -156,7 +198,7 @@ S group_scale(const T* w, int64_t size, bool signed_scale) {
     exact = NAN;
   } else if (magnitude == 0) {
     exact = 1.0f;
-  } else if (signed_scale) {
+  } else if (scale_method != ABSMAX) {
     int32_t low = 0;
     for (int64_t k = 0; k < size; ++k) {
       const int32_t key = ordered(to_float(w[k]));
@@ -164,7 +206,9 @@ S group_scale(const T* w, int64_t size, bool signed_scale) {
     }
     // `ordered` undoes itself. Of a tie, the negative element.
     const float minimum = as_float(uint32_t(low ^ ((low >> 31) & 0x7FFFFFFF)));
-    exact = (-minimum == exact ? minimum : exact) / QMIN;
+    exact = -minimum == exact ? minimum : exact;
+    if (scale_method == SEARCH) return searched_scale<T, S, BITS>(w, size, exact);
+    exact /= QMIN;
   } else {
     exact /= QMAX + 0.5f;
   }
@@ -196,7 +240,7 @@ void quantize_row(const rtn_planes_args& a, int64_t row) {
   // The scales of a row first: a group's is a chain of slow steps, and several groups' run beside one another.
   for (int64_t begin = 0; begin < a.k; begin += group) {
     const int64_t size = begin + group < a.k ? group : a.k - begin;
-    scale[begin / group] = group_scale<T, S, BITS>(w + begin, size, a.signed_scale);
+    scale[begin / group] = group_scale<T, S, BITS>(w + begin, size, a.scale_method);
   }
   for (int64_t begin = 0; begin < a.k; begin += group) {
     const int64_t size = begin + group < a.k ? group : a.k - begin;

@@ -37,7 +37,7 @@ typedef struct {
   int64_t bits, group_size;
   int64_t dtype, scale_dtype;
   int64_t w_stride, qdata_stride, scale_stride;
-  int64_t signed_scale;  // quantize: scale_method "signed" rather than "absmax"
+  int64_t scale_method;  // quantize: its index in config.SCALE_METHODS
   int64_t threads;
 } rtn_planes_args;
 

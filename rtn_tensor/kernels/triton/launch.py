@@ -304,7 +304,7 @@ def quantize(
             w_RK.stride(0),
             qdata.shape[-1] // 16,
             BITS=bits,
-            SIGNED=scale_method == "signed",
+            METHOD=scale_method,
             STEPS=triton.cdiv(columns, block_k),
             BR=block_r,
             BK=block_k,

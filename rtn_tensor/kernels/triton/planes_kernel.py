@@ -22,6 +22,45 @@ def rounded_scale(exact, DTYPE: tl.constexpr):
         return bits.to(DTYPE, bitcast=True)
 
 
+@triton.jit
+def divisor_of(exact, extreme, bad, DTYPE: tl.constexpr):
+    """The rounded scale, in fp32: 1 for a group of zeros or one that holds a NaN or inf."""
+    smallest = tl.full(exact.shape, 1, tl.int32).to(tl.float32, bitcast=True)
+    exact = tl.where(extreme == 0, 1.0, tl.where(exact == 0, smallest, exact))
+    return rounded_scale(tl.where(bad, 1.0, exact), DTYPE).to(tl.float32)
+
+
+@triton.jit
+def searched(
+    exact,
+    extreme,
+    bad,
+    w,
+    w_rows,
+    inside,
+    first,
+    end,
+    STEPS: tl.constexpr,
+    BK: tl.constexpr,
+    HALF: tl.constexpr,
+    TWENTIETHS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One of the scales that "search" tries, and its `reference._loss`. `w [BR, BK]` is the group where one step holds it."""
+    divisor = divisor_of(exact * (TWENTIETHS / 20), extreme, bad, DTYPE)
+    whole = tl.where(bad | (extreme == 0), 1.0, extreme)
+    loss = tl.zeros(exact.shape, tl.int64)
+    for step in tl.static_range(STEPS):
+        column = step * BK + tl.arange(0, BK)
+        if STEPS > 1:
+            w = tl.load(w_rows + (first + column)[None, :], mask=inside[:, None] & (column < end)[None, :], other=0.0).to(tl.float32)
+        level = tl.div_rn(w, tl.broadcast_to(divisor[:, None], w.shape))
+        error = level - ((tl.minimum(tl.maximum(level, -HALF), HALF - 1) + 12582912.0) - 12582912.0)
+        part = error * error * tl.abs(tl.div_rn(w, tl.broadcast_to(whole[:, None], w.shape))) * 65536.0
+        loss += tl.sum(tl.minimum(part, 16777216.0).to(tl.int64), 1)
+    return divisor, loss * (TWENTIETHS * TWENTIETHS)
+
+
 @triton.jit(do_not_specialize=["R", "groups", "chunks"])
 def quantize_kernel(
     w_ptr,
@@ -34,7 +73,7 @@ def quantize_kernel(
     sw,
     chunks,
     BITS: tl.constexpr,
-    SIGNED: tl.constexpr,
+    METHOD: tl.constexpr,
     STEPS: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
@@ -59,16 +98,19 @@ def quantize_kernel(
         w_or_inf = tl.where(w == w, w, float("inf"))
         low = tl.minimum(low, tl.min(w_or_inf, 1))
         high = tl.maximum(high, tl.max(w_or_inf, 1))
-    if SIGNED:
-        exact = tl.where(-low >= high, low, high) * (-1.0 / HALF)
-    else:
-        exact = tl.div_rn(tl.maximum(-low, high), tl.full((BR,), HALF - 0.5, tl.float32))
-    zero = (low == 0) & (high == 0)
-    smallest = tl.full((BR,), 1, tl.int32).to(tl.float32, bitcast=True)
-    exact = tl.where(zero, 1.0, tl.where(exact == 0, smallest, exact))
+    extreme = tl.where(-low >= high, low, high)
     bad = (low == -float("inf")) | (high == float("inf"))
-    scale = rounded_scale(tl.where(bad, 1.0, exact), SCALE)
-    divisor = scale.to(tl.float32)
+    if METHOD == "absmax":
+        exact = tl.div_rn(tl.maximum(-low, high), tl.full((BR,), HALF - 0.5, tl.float32))
+    else:
+        exact = extreme * (-1.0 / HALF)
+    divisor = divisor_of(exact, extreme, bad, SCALE)
+    if METHOD == "search":
+        least = searched(exact, extreme, bad, w, w_rows, row < R, group * G, end, STEPS, BK, HALF, 20, SCALE)[1]
+        for i in tl.static_range(1, 6):
+            other, loss = searched(exact, extreme, bad, w, w_rows, row < R, group * G, end, STEPS, BK, HALF, 20 - i if i < 5 else 21, SCALE)
+            divisor = tl.where(loss < least, other, divisor)
+            least = tl.minimum(loss, least)
     tl.store(s_ptr + row.to(tl.int64) * groups + group, tl.where(bad, float("nan"), divisor).to(SCALE), mask=row < R)
     for step in tl.static_range(STEPS):
         column = step * BK + k
