@@ -11,33 +11,41 @@ import json
 import os
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2, state_of_the_union, task_data, wikipedia
-from rtn_tensor import quantize_, rtn_int4, rtn_int8
+from rtn_tensor import plan, quantize_, rtn_int4, rtn_int8
+from rtn_tensor.config import SCALE_METHODS
 from rtn_tensor.evaluate import token_losses
+from rtn_tensor.plan import Plan
 from rtn_tensor.tasks import Score, average_recovery, rows, run_tasks, show, text_score
 
-CONFIGS = {
-    "bf16": None,
-    "int4 g64 signed": rtn_int4(group_size=64, scale_method="signed"),
+UNIFORM = {
     "int8 g128": rtn_int8(group_size=128),
-    "int4 g32 signed": rtn_int4(group_size=32, scale_method="signed"),
-    "int4 g64 absmax": rtn_int4(group_size=64),
+    **{f"int4 g{size} {method}": rtn_int4(size, method) for size in (64, 32) for method in SCALE_METHODS},
 }
+PLANS = {"plan 4.25": 4.25, "plan 4.5": 4.5, "plan 5.0": 5.0}
 TASKS = ["lambada", "hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 TEXTS = {"wikipedia": (wikipedia, 8192), "sotu": (state_of_the_union, 4096)}  # the first so many tokens
 WINDOW, STRIDE = 1024, 512
 
 
-def is_layer(module: nn.Module, fqn: str) -> bool:
-    return isinstance(module, nn.Linear) and fqn != "lm_head"
+@cache
+def planned() -> Plan:
+    return plan(AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.bfloat16).eval())
+
+
+def rules(name: str) -> list | None:
+    """None of what is measured as it is."""
+    if name in PLANS:
+        return planned().at(PLANS[name])
+    return [("lm_head", None), ("*", UNIFORM[name])] if name in UNIFORM else None
 
 
 def measure(model, tokenizer, limit: int) -> list[Score]:
@@ -61,7 +69,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    ours = [name for name in CONFIGS if not args.only or name in ("bf16", *args.only)]
+    ours = ["bf16", *(name for name in (*UNIFORM, *PLANS) if not args.only or name in args.only)]
     folders = dict.fromkeys(ours, str(smollm2())) | dict(peer.split("=", 1) for peer in args.peer)
     about = {"machine": machine(), "model": "SmolLM2-135M-Instruct"}
     about |= {"tokens": {name: tokens for name, (_, tokens) in TEXTS.items()}, "window": WINDOW, "stride": STRIDE}
@@ -71,8 +79,8 @@ def main() -> None:
         print(f"\n{name}", flush=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         bits = None
-        if CONFIGS.get(name):
-            layers = [row for row in quantize_(model, CONFIGS[name], filter_fn=is_layer).rows if row.bits]
+        if config := rules(name):
+            layers = [row for row in quantize_(model, config).rows if row.bits]
             bits = 16 * sum(row.bytes_after for row in layers) / sum(row.bytes_before for row in layers)
         scores = measure(model, tokenizer, args.limit)
         reference = reference or scores

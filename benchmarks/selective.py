@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2, wikipedia
 from rtn_tensor import RTNQuantizedTensor, dequantize_, plan, quantize_, report, rtn_int4, rtn_int8, select_layers, select_modules
+from rtn_tensor.config import SCALE_METHODS
 from rtn_tensor.evaluate import perplexity
 from rtn_tensor.plan import OPTIONS, Plan, spend
 from rtn_tensor.policy import bits_of
 
 TOKENS, WINDOW = 8192, 1024
 ELSEWHERE = 40_000  # tokens from here on, that are not measured, are what a plan from text is made of
-REST = [("lm_head", None), ("*", rtn_int4(64, "signed"))]
+REST = [("lm_head", None), ("*", rtn_int4(64, "search"))]
 LAYERS = {"first": {"first": 3}, "middle": {"indices": [13, 14, 15]}, "last": {"last": 3}}  # 4.65 bits a weight
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BUDGETS = [4.25, 4.375, 4.5, 4.65, 5.0]
@@ -32,14 +33,6 @@ BUDGETS = [4.25, 4.375, 4.5, 4.65, 5.0]
 
 def made(path: Path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-
-
-def generated(model, sequences: int = 8, length: int = 256) -> torch.Tensor:
-    """What the model itself writes after its first token, drawn from its own distribution."""
-    torch.manual_seed(0)
-    start = torch.full((sequences, 1), model.config.bos_token_id)
-    settings = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
-    return model.generate(start, attention_mask=torch.ones_like(start), min_new_tokens=length - 1, max_new_tokens=length - 1, **settings)
 
 
 def by_weight_error(model, planned: Plan, budget: float) -> list:
@@ -67,24 +60,28 @@ def choices(model, ids: torch.Tensor) -> dict:
     def planned(source: str, budget: float) -> Plan:
         if source not in measured:  # the sensitivity is the same for every budget
             started = time.perf_counter()
-            text = {"random": lambda: None, "text": lambda: ids[ELSEWHERE : ELSEWHERE + 2048].view(8, 256), "own": lambda: generated(model)}
-            measured[source] = plan(model, budget, text=text[source]())
+            text = {
+                "own": None,
+                "random": torch.randint(0, model.config.vocab_size, (16, 256), generator=torch.Generator().manual_seed(0)),
+                "text": ids[ELSEWHERE : ELSEWHERE + 4096].view(16, 256),
+            }
+            measured[source] = plan(model, budget, text=text[source])
             print(f"  sensitivity on {source} tokens: {time.perf_counter() - started:.0f} s", flush=True)
         return measured[source].at(budget)
 
     rows: dict = {"bf16": None, "int8 g128": lambda: [("lm_head", None), ("*", rtn_int8())]}
     for size in (64, 32):
-        for method in ("absmax", "signed"):
+        for method in SCALE_METHODS:
             rows[f"int4 g{size} {method}"] = lambda size=size, method=method: [("lm_head", None), ("*", rtn_int4(size, method))]
     for budget in BUDGETS:
-        rows[f"plan {budget}"] = lambda budget=budget: planned("random", budget)
+        rows[f"plan {budget}"] = lambda budget=budget: planned("own", budget)
     for name, which in LAYERS.items():
         rows[f"{name} 3 layers"] = lambda which=which: [*select_layers(model, **which, config=rtn_int8(64)), *REST]
     for kind in KINDS:
         rows[f"all {kind}"] = lambda kind=kind: [*select_modules(model, [kind], rtn_int8(64)), *REST]
-    for source in ("own", "text"):
+    for source in ("random", "text"):
         rows[f"plan 4.5, {source} tokens"] = lambda source=source: planned(source, 4.5)
-    rows["plan 4.5, weight error"] = lambda: by_weight_error(model, planned("random", 4.5), 4.5)
+    rows["plan 4.5, weight error"] = lambda: by_weight_error(model, planned("own", 4.5), 4.5)
     return rows
 
 

@@ -55,6 +55,12 @@ def test_it_is_deterministic_and_leaves_the_model_alone(model, planned):
         assert torch.equal(p, value)
 
 
+def test_a_model_without_a_first_token(model):
+    model = copy.deepcopy(model)
+    model.config.bos_token_id = None
+    assert plan(model, 6.0, sequences=2, length=8).tokens == "16 tokens of its own"
+
+
 def test_more_bits_cost_less(model):
     first = plan(model, 4.5, sequences=8)
     plans = [first, *(first.at(bits) for bits in (5.0, 6.0, 20))]
@@ -151,7 +157,8 @@ def test_printed(model):
     planned = plan(model, 5.5, sequences=4, options=[rtn_int4(32, "signed"), rtn_int8()])
     first, *rest = str(planned).splitlines()
     assert first == (
-        f"{planned.bits_per_weight:.3f} bits a weight, an expected divergence of {planned.divergence:.4f} nats a token on 512 random tokens"
+        f"{planned.bits_per_weight:.3f} bits a weight, an expected divergence of {planned.divergence:.4f} nats a token "
+        "on 1024 tokens of its own"
     )
     assert_expected_inline(
         "\n".join(line.translate(str.maketrans("░▒▓█", "....")).rstrip(" .") for line in rest),

@@ -29,7 +29,7 @@ def divergence(rules) -> float:
 
 
 # Rules are pairs of a pattern and a format; the first that matches a weight's name, or its module's, counts. None is float.
-rest = [("lm_head", None), ("*", rtn_int4(group_size=64, scale_method="signed"))]
+rest = [("lm_head", None), ("*", rtn_int4(group_size=64, scale_method="search"))]
 choices = {
     "all at 4 bits": rest,
     "two kinds of modules at 8": [("*.v_proj", rtn_int8()), ("*.down_proj", rtn_int8()), *rest],
