@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2-135M by how its bits are spent: uniformly, by hand (layers, kinds of modules), and by plans of several sorts.
+"""Perplexity of SmolLM2-135M, and its divergence from bf16, by how bits are spent: uniformly, by hand (layers, kinds of modules), by plans.
 
     python -m benchmarks.selective [--only NAME ...] [--json FILE] [--threads 2]
 
@@ -8,18 +8,19 @@ Every linear layer but lm_head is quantized; the weights are dequantized again b
 
 import argparse
 import json
+import math
 import time
 import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2, wikipedia
 from rtn_tensor import RTNQuantizedTensor, dequantize_, plan, quantize_, report, rtn_int4, rtn_int8, select_layers, select_modules
 from rtn_tensor.config import SCALE_METHODS
-from rtn_tensor.evaluate import perplexity
 from rtn_tensor.plan import OPTIONS, Plan, spend
 from rtn_tensor.policy import bits_of
 
@@ -28,11 +29,27 @@ ELSEWHERE = 40_000  # tokens from here on, that are not measured, are what a pla
 REST = [("lm_head", None), ("*", rtn_int4(64, "search"))]
 LAYERS = {"first": {"first": 3}, "middle": {"indices": [13, 14, 15]}, "last": {"last": 3}}  # 4.65 bits a weight
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BUDGETS = [4.25, 4.375, 4.5, 4.65, 5.0]
+BUDGETS = [4.25, 4.375, 4.5, 4.625, 4.65, 5.0, 5.25]  # those of the choices by hand among them
 
 
 def made(path: Path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def measured(model, ids: torch.Tensor, reference: list[torch.Tensor]) -> tuple[float, float]:
+    """Perplexity, and the mean divergence of the next-token distributions from the `reference`, bf16's logarithms by window, in nats;
+    an empty `reference` is filled."""
+    loss = divergence = 0.0
+    windows = ids.split(WINDOW)
+    for i, window in enumerate(windows):
+        found = model(window[None], use_cache=False).logits[0].float().log_softmax(-1)
+        loss += float(F.nll_loss(found[:-1], window[1:], reduction="sum"))
+        if len(reference) == i:
+            reference.append(found.bfloat16())
+        expected = reference[i].float()
+        divergence += float((expected.exp() * (expected - found)).sum())
+    return math.exp(loss / (len(ids) - len(windows))), divergence / len(ids)
 
 
 def by_weight_error(model, planned: Plan, budget: float) -> list:
@@ -55,19 +72,19 @@ def _error(w: torch.Tensor, option) -> float:
 
 def choices(model, ids: torch.Tensor) -> dict:
     """By name, a function that gives rules; None stays bf16."""
-    measured: dict[str, Plan] = {}
+    plans: dict[str, Plan] = {}
 
     def planned(source: str, budget: float) -> Plan:
-        if source not in measured:  # the sensitivity is the same for every budget
+        if source not in plans:  # the sensitivity is the same for every budget
             started = time.perf_counter()
             text = {
                 "own": None,
                 "random": torch.randint(0, model.config.vocab_size, (16, 256), generator=torch.Generator().manual_seed(0)),
                 "text": ids[ELSEWHERE : ELSEWHERE + 4096].view(16, 256),
             }
-            measured[source] = plan(model, budget, text=text[source])
+            plans[source] = plan(model, budget, text=text[source])
             print(f"  sensitivity on {source} tokens: {time.perf_counter() - started:.0f} s", flush=True)
-        return measured[source].at(budget)
+        return plans[source].at(budget)
 
     rows: dict = {"bf16": None, "int8 g128": lambda: [("lm_head", None), ("*", rtn_int8())]}
     for size in (64, 32):
@@ -96,7 +113,8 @@ def main() -> None:
     path = smollm2()
     ids = torch.tensor(AutoTokenizer.from_pretrained(path)(wikipedia(), verbose=False)["input_ids"])
     data = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}}
-    model = made(path)
+    model, reference = made(path), []
+    measured(model, ids[:TOKENS], reference)
     for name, rules in choices(model, ids).items():
         if name in data["rows"] or (args.only and name not in args.only):
             continue
@@ -110,9 +128,9 @@ def main() -> None:
                 row["expected_divergence"] = rules.divergence
             dequantize_(other)
             assert not any(r.bits for r in report(other).rows)
-        row["perplexity"] = perplexity(other, ids[:TOKENS], WINDOW, WINDOW)
+        row["perplexity"], row["divergence"] = measured(other, ids[:TOKENS], reference)
         data["rows"][name] = row
-        print(f"{name:>26}  {row.get('bits_per_weight', 16):6.3f}  {row['perplexity']:.3f}", flush=True)
+        print(f"{name:>26}  {row.get('bits_per_weight', 16):6.3f}  {row['perplexity']:.3f}  {row['divergence']:.4f}", flush=True)
         if args.json:
             data |= {"tokens": TOKENS, "window": WINDOW, "machine": machine()}
             args.json.write_text(json.dumps(data, indent=1) + "\n")

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload import layerwise
 
 import rtn_tensor
@@ -375,6 +377,54 @@ def test_tutorial():
 
 
 # ------------------------------------------------------------------------------------------- what is refused
+
+
+LARGE = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.set_default_dtype(torch.bfloat16)
+config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=16, vocab_size=320)
+LlamaForCausalLM(config).save_pretrained(sys.argv[1], max_shard_size="200MB")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
+def test_one_layer_at_a_time_is_float(tmp_path, monkeypatch):
+    """While a model of 825 MB in bf16 loads, it takes what it takes in the end, a layer in bf16, and 64 MiB."""
+    subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], check=True, timeout=300)  # whose memory is not this process's
+    peaks = []
+
+    def anonymous():
+        return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+    def watched(*args, **kwargs):
+        before, stop = anonymous(), threading.Event()
+        peaks.append(before)
+
+        def watch():
+            while not stop.wait(0.001):
+                peaks[-1] = max(peaks[-1], anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            return load_model(*args, **kwargs)
+        finally:
+            stop.set()
+            watcher.join()
+            peaks[-1] -= before
+
+    load_model = BaseModelLoader.load_model
+    monkeypatch.setattr(BaseModelLoader, "load_model", watched)
+    with engine(tmp_path, dtype="bfloat16", skip_tokenizer_init=True, **rtn(bits=4)) as llm:
+        model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
+        quantized = weights(llm)
+        planes = sum(w.qdata.nbytes + w.scale.nbytes for w in quantized.values())
+        floats = sum(p.nbytes for name, p in model.named_parameters() if name not in quantized)
+        layer = sum(2 * w.numel() for name, w in quantized.items() if ".layers.0." in name)
+    assert len(quantized) == 32
+    assert len(peaks) == 1
+    assert peaks[0] < planes + floats + layer + 64 * 2**20
 
 
 @pytest.mark.parametrize(
