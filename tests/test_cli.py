@@ -99,7 +99,7 @@ def test_help_quantize(capsys):
         help_of(capsys, "quantize"),
         """\
 usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
-                           [--scale-method {absmax,signed}] [--skip PATTERN]
+                           [--scale-method {absmax,signed,search}] [--skip PATTERN]
                            [--rule PATTERN=FORMAT] [--rules FILE] [--embedding] [--force]
                            src dst
 
@@ -116,7 +116,7 @@ options:
   --group-size GROUP_SIZE
                         weights that share a scale: a multiple of 32, or -1 for a whole row
                         (default: 128)
-  --scale-method {absmax,signed}
+  --scale-method {absmax,signed,search}
                         how a group's scale is found (default: absmax)
   --skip PATTERN        layers to keep float, as in 'model.layers.0.*'; may repeat
   --rule PATTERN=FORMAT
