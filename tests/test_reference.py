@@ -230,7 +230,8 @@ def test_largest_fp32_does_not_overflow(bits, method):
     w = torch.tensor([[largest, -largest]])
     qdata, scale = reference.quantize(w, bits, 32, method, torch.float32)
     assert scale.isfinite().all()
-    assert unpack(qdata, bits, 2).tolist() == [[FORMATS[bits].qmax, FORMATS[bits].qmin]]
+    if method != "search":  # which finds a scale that loses less
+        assert unpack(qdata, bits, 2).tolist() == [[FORMATS[bits].qmax, FORMATS[bits].qmin]]
 
 
 @pytest.mark.parametrize("bits", FORMATS)
