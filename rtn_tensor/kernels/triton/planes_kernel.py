@@ -57,7 +57,7 @@ def searched(
         level = tl.div_rn(w, tl.broadcast_to(divisor[:, None], w.shape))
         error = level - ((tl.minimum(tl.maximum(level, -HALF), HALF - 1) + 12582912.0) - 12582912.0)
         part = error * error * tl.abs(tl.div_rn(w, tl.broadcast_to(whole[:, None], w.shape))) * 65536.0
-        loss += tl.sum(tl.minimum(part, 16777216.0).to(tl.int64), 1)
+        loss += tl.sum(tl.where(bad[:, None], 0.0, tl.minimum(part, 16777216.0)).to(tl.int64), 1)
     return divisor, loss * (TWENTIETHS * TWENTIETHS)
 
 
