@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME", action="append", default=[], help="of ours, only bf16 and these; may repeat")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="items a task; 0: perplexities only (default: 100)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores, the machine and the versions there, after each row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write each row there when it is done; others in it are kept")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
@@ -73,7 +73,8 @@ def main() -> None:
     folders = dict.fromkeys(ours, str(smollm2())) | dict(peer.split("=", 1) for peer in args.peer)
     about = {"machine": machine(), "model": "SmolLM2-135M-Instruct"}
     about |= {"tokens": {name: tokens for name, (_, tokens) in TEXTS.items()}, "window": WINDOW, "stride": STRIDE}
-    results, reference = [], None
+    kept = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    results, reference = {row["weights"]: row for row in kept}, None
     for name, folder in folders.items():
         started = time.perf_counter()
         print(f"\n{name}", flush=True)
@@ -89,9 +90,9 @@ def main() -> None:
         row["seconds"] = time.perf_counter() - started
         if args.limit:
             row["average_recovery"], row["average_recovery_stderr"] = average_recovery(scores, reference)
-        results.append(row)
+        results[name] = row
         if args.json:
-            args.json.write_text(json.dumps(about | {"rows": results}, indent=1) + "\n")
+            args.json.write_text(json.dumps(about | {"rows": list(results.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

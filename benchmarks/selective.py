@@ -1,9 +1,10 @@
-"""Perplexity of SmolLM2-135M, and its divergence from bf16, by how bits are spent: uniformly, by hand (layers, kinds of modules), by plans.
+"""Perplexity of a model, and its divergence from bf16, by how bits are spent: uniformly, by hand (layers, kinds of modules), by plans.
 
-    python -m benchmarks.selective [--only NAME ...] [--json FILE] [--threads 2]
+    python -m benchmarks.selective [--model smollm2|upcycled] [--only NAME ...] [--json FILE] [--threads 2]
 
-Every linear layer but lm_head is quantized; the weights are dequantized again before the text is read, as only their values matter here.
-8192 tokens of the Wikipedia text in windows of 1024 that do not overlap. The file is written after each row, and rows that it has are kept.
+`upcycled` is a mixture of experts made of SmolLM2-135M. Every linear layer but lm_head, and experts, are quantized; the weights are
+dequantized again before the text is read, as only their values matter here. 8192 tokens of the Wikipedia text in windows of 1024 that do
+not overlap. Each choice by hand has a plan of its size. The file is written after each row, and rows that it has are kept.
 """
 
 import argparse
@@ -18,8 +19,19 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
-from benchmarks.real_model import smollm2, wikipedia
-from rtn_tensor import RTNQuantizedTensor, dequantize_, plan, quantize_, report, rtn_int4, rtn_int8, select_layers, select_modules
+from benchmarks.real_model import smollm2, upcycled, wikipedia
+from rtn_tensor import (
+    RTNQuantizedTensor,
+    bits_per_weight,
+    dequantize_,
+    plan,
+    quantize_,
+    report,
+    rtn_int4,
+    rtn_int8,
+    select_layers,
+    select_modules,
+)
 from rtn_tensor.config import SCALE_METHODS
 from rtn_tensor.plan import OPTIONS, Plan, spend
 from rtn_tensor.policy import bits_of
@@ -27,9 +39,12 @@ from rtn_tensor.policy import bits_of
 TOKENS, WINDOW = 8192, 1024
 ELSEWHERE = 40_000  # tokens from here on, that are not measured, are what a plan from text is made of
 REST = [("lm_head", None), ("*", rtn_int4(64, "search"))]
-LAYERS = {"first": {"first": 3}, "middle": {"indices": [13, 14, 15]}, "last": {"last": 3}}  # 4.65 bits a weight
-KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BUDGETS = [4.25, 4.375, 4.5, 4.625, 4.65, 5.0, 5.25]  # those of the choices by hand among them
+LAYERS = {"first": {"first": 3}, "middle": {"indices": [13, 14, 15]}, "last": {"last": 3}}
+KINDS = {
+    "smollm2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "upcycled": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+}
+BUDGETS = [4.25, 4.5, 5.0]  # and those of the choices by hand
 
 
 def made(path: Path):
@@ -70,7 +85,7 @@ def _error(w: torch.Tensor, option) -> float:
     return float((rounded.float() - w.float()).square().sum())
 
 
-def choices(model, ids: torch.Tensor) -> dict:
+def choices(model, kinds: list[str], ids: torch.Tensor) -> dict:
     """By name, a function that gives rules; None stays bf16."""
     plans: dict[str, Plan] = {}
 
@@ -90,12 +105,12 @@ def choices(model, ids: torch.Tensor) -> dict:
     for size in (64, 32):
         for method in SCALE_METHODS:
             rows[f"int4 g{size} {method}"] = lambda size=size, method=method: [("lm_head", None), ("*", rtn_int4(size, method))]
-    for budget in BUDGETS:
+    by_hand = {f"{name} 3 layers": select_layers(model, **which, config=rtn_int8(64)) + REST for name, which in LAYERS.items()}
+    by_hand |= {f"all {kind}": select_modules(model, [kind], rtn_int8(64)) + REST for kind in kinds}
+    sizes = {math.floor(1000 * bits_per_weight(model, rules) + 1e-6) / 1000 for rules in by_hand.values()}
+    for budget in sorted(sizes.union(BUDGETS)):
         rows[f"plan {budget}"] = lambda budget=budget: planned("own", budget)
-    for name, which in LAYERS.items():
-        rows[f"{name} 3 layers"] = lambda which=which: [*select_layers(model, **which, config=rtn_int8(64)), *REST]
-    for kind in KINDS:
-        rows[f"all {kind}"] = lambda kind=kind: [*select_modules(model, [kind], rtn_int8(64)), *REST]
+    rows |= {name: lambda rules=rules: rules for name, rules in by_hand.items()}
     for source in ("random", "text"):
         rows[f"plan 4.5, {source} tokens"] = lambda source=source: planned(source, 4.5)
     rows["plan 4.5, weight error"] = lambda: by_weight_error(model, planned("own", 4.5), 4.5)
@@ -104,18 +119,19 @@ def choices(model, ids: torch.Tensor) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.selective", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", choices=KINDS, default="smollm2")
     parser.add_argument("--only", metavar="NAME", nargs="+", help="measure only these rows")
     parser.add_argument("--json", type=Path, help="write results here, and keep what it has")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
-    path = smollm2()
+    path = {"smollm2": smollm2, "upcycled": upcycled}[args.model]()
     ids = torch.tensor(AutoTokenizer.from_pretrained(path)(wikipedia(), verbose=False)["input_ids"])
     data = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}}
     model, reference = made(path), []
     measured(model, ids[:TOKENS], reference)
-    for name, rules in choices(model, ids).items():
+    for name, rules in choices(model, KINDS[args.model], ids).items():
         if name in data["rows"] or (args.only and name not in args.only):
             continue
         row, other = {}, made(path)
@@ -132,7 +148,7 @@ def main() -> None:
         data["rows"][name] = row
         print(f"{name:>26}  {row.get('bits_per_weight', 16):6.3f}  {row['perplexity']:.3f}  {row['divergence']:.4f}", flush=True)
         if args.json:
-            data |= {"tokens": TOKENS, "window": WINDOW, "machine": machine()}
+            data |= {"model": args.model, "tokens": TOKENS, "window": WINDOW, "machine": machine()}
             args.json.write_text(json.dumps(data, indent=1) + "\n")
 
 

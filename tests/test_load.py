@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from expecttest import assert_expected_inline
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_llama
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from rtn_tensor import RTNQuantizedTensor, load, quantize_, report, rtn, rtn_int4, rtn_int8, save
+from rtn_tensor import RTNQuantizedTensor, checkpoint, load, quantize_, report, rtn, rtn_int4, rtn_int8, save, streaming
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 64]])
 
@@ -221,6 +224,52 @@ def test_in_chunks(tmp_path, monkeypatch):
         monkeypatch.setattr("rtn_tensor.streaming.PLAIN_CHUNK", chunk)
         assert_same(load(tmp_path / "model.safetensors", config, Experts), expected)
         assert_same(load(tmp_path / "model.pt", config, Experts), expected)
+
+
+class MetaBytes(TorchDispatchMode):
+    """Counts what tensors on meta would take, were it a device: now, and at the highest."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {t.untyped_storage()._cdata: 0 for t in before}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.is_meta and not isinstance(t, RTNQuantizedTensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.freed, storage._cdata)
+        return out
+
+    def freed(self, key):
+        self.now -= self.seen.pop(key)
+
+
+def test_what_another_device_holds_meanwhile(tmp_path, monkeypatch):
+    """Beside the model two chunks of 2 MiB at most, of tensors of 32: what a GPU would hold, as far as can be told without one."""
+    save_file({"0.weight": torch.zeros(16384, 1024).bfloat16(), "1.weight": torch.zeros(8192, 2048).bfloat16()}, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Embedding(16384, 1024), nn.Linear(2048, 8192, bias=False)).bfloat16()
+    watched = []
+
+    def stream(pieces, destinations, meter):
+        placed = [t for ts in destinations.values() for t in ts]
+        planes = [plane for t in placed for plane in ((t.qdata, t.scale) if isinstance(t, RTNQuantizedTensor) else (t,))]
+        with MetaBytes(planes) as counted:
+            streaming.stream(pieces, destinations, meter)
+        watched.append(counted)
+
+    monkeypatch.setattr(checkpoint, "stream", stream)
+    monkeypatch.setattr(streaming, "is_finite", lambda t: True)  # meta holds no values to look at
+    assert isinstance(load(tmp_path / "m.safetensors", rtn_int4(), model, device="meta")[1].weight, RTNQuantizedTensor)
+    (counted,) = watched
+    assert 2 << 20 <= counted.peak <= 4 << 20
+    assert counted.now == 0
 
 
 def test_a_shared_weight_that_is_quantized_at_one_place(tmp_path):
