@@ -7,9 +7,11 @@ weight at once: 1/2 sum(F_ii D_ii^2). The tokens are those that the model itself
 nearly what text does; random ones overstate SmolLM2's first layer, its v_proj by 20 times.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,15 +19,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig, rtn
-from rtn_tensor.policy import FilterFn, bits_of
-from rtn_tensor.pretrained import but_the_output
-from rtn_tensor.quantize import Target, targets_of
+from rtn_tensor.policy import FilterFn, bits_of, unmatched
+from rtn_tensor.pretrained import but_the_output, is_pretrained
+from rtn_tensor.quantize import Target, is_finite, targets_of
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("signed", "search")), rtn(8, 128))
 Table = Mapping[str, Mapping[RTNConfig, float]]  # of weights' names and formats
 Fuse = Mapping[str, Sequence[str]]
 SHADES = " ░▒▓█"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What plans are made of. A weight that has several places goes by its first name."""
+
+    sensitivity: Table  # the divergence that a weight costs in a format
+    bits: Table  # that it takes
+    counts: Mapping[str, int]  # of its elements
+    together: Sequence[Sequence[str]]  # weights that must share a format
+    places: Mapping[str, Sequence[str]]  # all names of a weight
+    wide: bool  # whether scales are fp32
+    tokens: str
 
 
 class Plan(list[tuple[str, RTNConfig | None]]):
@@ -38,36 +53,46 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         tokens: what was measured on, as in "4096 tokens of its own".
     """
 
-    def __init__(self, budget: float, sensitivity: Table, bits: Table, counts: Mapping[str, int], fuse: Fuse, tokens: str):
-        self.sensitivity, self.tokens = sensitivity, tokens
-        self._bits, self._counts, self._fuse = bits, counts, fuse
-        total = sum(counts.values())
-        fused = {part: whole for whole, parts in fuse.items() for part in parts}
-        groups: dict[str, list[str]] = defaultdict(list)
-        for name in sensitivity:
-            head, _, last = name.removesuffix(".weight").rpartition(".")
-            groups[f"{head}.{fused.get(last, last)}"].append(name)
-        costs, sizes = ([_sum([table[name] for name in names]) for names in groups.values()] for table in (sensitivity, bits))
+    def __init__(self, budget: float, measured: Measured):
+        if not isinstance(budget, int | float) or not budget > 0:
+            raise ValueError(f"bits_per_weight={budget!r}; give a number, as 4.5")
+        self._measured = measured
+        total = sum(measured.counts.values())
+        costs, sizes = ([_sum([t[name] for name in names]) for names in measured.together] for t in (measured.sensitivity, measured.bits))
         if budget * total < (least := sum(min(size.values()) for size in sizes)):
-            raise ValueError(f"bits_per_weight={budget} is too few; the smallest of the options take {least / total:.4f}")
+            raise ValueError(
+                f"bits_per_weight={budget} is too few; the smallest of the options take {math.ceil(least / total * 1e4) / 1e4:.4f}"
+                + ("; of a model in bfloat16 they take less, as scales have the width of its floats" if measured.wide else "")
+            )
         chosen = spend(costs, sizes, budget * total)
-        configs = {name: config for names, config in zip(groups.values(), chosen, strict=True) for name in names}
-        super().__init__((name, configs[name]) for name in sensitivity)
-        self.bits_per_weight = sum(bits[name][config] for name, config in configs.items()) / total
+        configs = {name: config for names, config in zip(measured.together, chosen, strict=True) for name in names}
+        super().__init__((place, configs[name]) for name in measured.sensitivity for place in measured.places[name])
+        self.bits_per_weight = sum(measured.bits[name][config] for name, config in configs.items()) / total
 
     def at(self, bits_per_weight: float) -> "Plan":
         """The plan for another budget, by the same sensitivity: nothing is measured again. Raises ValueError for one too small."""
-        return Plan(bits_per_weight, self.sensitivity, self._bits, self._counts, self._fuse, self.tokens)
+        return Plan(bits_per_weight, self._measured)
+
+    @property
+    def sensitivity(self) -> Table:
+        return self._measured.sensitivity
+
+    @property
+    def tokens(self) -> str:
+        return self._measured.tokens
+
+    def _planned(self) -> list[tuple[str, RTNConfig]]:
+        """Its rules but those that were put beside them, and but further names of a weight."""
+        return [(name, config) for name, config in self if config and config in self.sensitivity.get(name, ())]
 
     @property
     def divergence(self) -> float:
-        return sum(self.sensitivity[name][config] for name, config in self if config)
+        return sum(self.sensitivity[name][config] for name, config in self._planned())
 
     def cells(self) -> tuple[list[str], list[str], dict[tuple[str, str], tuple[RTNConfig, float]]]:
         """Layers, kinds of modules, and at (layer, kind) the format and the divergence that 4 bits there cost at best."""
         cells = {}
-        for name, config in self:
-            assert config is not None
+        for name, config in self._planned():
             match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
             layer, kind = (match[1], name[: match.start()] + "*" + name[match.end() - 1 :]) if match else ("", name)
             at_4 = [cost for option, cost in self.sensitivity[name].items() if option.bits == 4] or [self.sensitivity[name][config]]
@@ -131,45 +156,61 @@ def _short(config: RTNConfig) -> str:
 def _tokens(model: Any, given: Tensor | None, sequences: int, length: int, seed: int) -> tuple[Tensor, str]:
     if given is None:
         return _written(model, sequences, length, seed), f"{sequences * length} tokens of its own"
-    if given.dim() != 2 or given.is_floating_point() or given.shape[1] < 1:
-        raise ValueError(f"text is {given.dtype} {list(given.shape)}; give int64 tokens [sequences, length]")
     return given.long(), f"{given.numel()} given tokens"
+
+
+def _check_tokens(model: Any, given: Any, sequences: int, length: int) -> None:
+    if given is not None:
+        if not isinstance(given, Tensor) or given.dim() != 2 or given.is_floating_point() or not given.numel():
+            what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            raise ValueError(f"text is {what}; give int64 tokens [sequences, length], as a tokenizer's input_ids")
+    elif not (is_pretrained(model) and model.can_generate()):
+        raise TypeError(f"{type(model).__name__} is no causal language model of transformers, which could write; give tokens as text")
+    elif sequences < 1 or length < 2:
+        raise ValueError(f"sequences={sequences}, length={length}; give one sequence or more, of two tokens or more")
 
 
 def _written(model: Any, sequences: int, length: int, seed: int) -> Tensor:
     """What the model writes, drawn from its own distribution: after its first token, or where it has none, after any."""
+    from transformers import GenerationConfig
+
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(0, model.get_input_embeddings().num_embeddings, (sequences, 1), generator=generator)
-    if model.config.bos_token_id is not None:
-        start.fill_(model.config.bos_token_id)
+    first = getattr(model.config.get_text_config(), "bos_token_id", None)
+    if first is not None:
+        start.fill_(first)
     start = start.to(next(model.parameters()).device)
-    with torch.random.fork_rng([start.device] if start.is_cuda else []):
-        torch.manual_seed(seed)
-        # The end of a text is not drawn, or sequences would be of unequal lengths.
-        return model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
-            pad_token_id=0,
-        )
+    _logits(model, start[:1])  # or `generate` fails with no advice
+    before = model.generation_config
+    # What it says of beams, penalties or smallest probabilities would be merged with arguments.
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+    # The end of a text is not drawn, or sequences would be of unequal lengths.
+    model.generation_config.update(eos_token_id=before.eos_token_id, min_new_tokens=length - 1, max_new_tokens=length - 1)
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            return model.generate(start, attention_mask=torch.ones_like(start))
+    finally:
+        model.generation_config = before
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits = model(ids, use_cache=False).logits
+    if not is_finite(logits.detach()):
+        raise ValueError(f"the model's logits hold NaN or inf in {logits.dtype}; load it in bfloat16 or float32")
+    return logits.float()
 
 
 def _fisher(
     model: Any, parameters: list[nn.Parameter], ids: Tensor, seed: int, progress: Callable[[list], Iterable] | None
 ) -> list[Tensor]:
     """The diagonal of the Fisher information of each parameter, fp32, for one token."""
-    sums = [torch.zeros(p.shape, device=p.device) for p in parameters]
+    sums = [torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters]
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     for row in progress(list(ids)) if progress else ids:
         with torch.enable_grad():
-            logits = model(row[None].to(device), use_cache=False).logits[0].float()
+            logits = _logits(model, row[None].to(device))[0]
             # Positions' scores are uncorrelated, as labels are drawn from the model: the square of their sum is the sum of their squares.
             drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
             loss = F.cross_entropy(logits, drawn.to(device), reduction="sum")
@@ -265,13 +306,35 @@ def plan(
         progress: wraps the list of sequences to come, for instance `tqdm.tqdm`.
 
     Raises:
-        ValueError: the model is in training mode; a budget below what the smallest of `options` takes; a weight that cannot be quantized.
+        ValueError: the model is in training mode; a budget below what the smallest of `options` takes; a weight that cannot be quantized,
+            or none at all; `fuse` names what no weight is called; `text` that is no tokens; all that before anything is measured. Then,
+            logits or gradients that are not finite.
+        TypeError: `options` or `fuse` is of another type; or the model cannot write, and no `text` is given.
+        RuntimeError: it is called under torch.inference_mode().
     """
     if model.training:
         raise ValueError("the model is in training mode, where dropout makes its loss random; call model.eval() first")
-    targets = targets_of(model, options[0], filter_fn or but_the_output(model))
-    ids, tokens = _tokens(model, text, sequences, length, seed)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("plan takes gradients; call it outside of torch.inference_mode()")
+    options = list(options)
+    if not options or not all(isinstance(option, RTNConfig) for option in options):
+        raise TypeError(f"options is {options}; give formats to choose among, as [rtn_int4(), rtn_int8()]")
+    _check_tokens(model, text, sequences, length)
+    places: dict[int, list[Target]] = defaultdict(list)
+    for target in targets_of(model, options[0], filter_fn or but_the_output(model)):
+        places[id(target.parameter)].append(target)
+    if not places:
+        raise ValueError("no weight is selected, so there is nothing to plan; check filter_fn, or the kinds of the model's layers")
+    targets = [same[0] for same in places.values()]
     parameters: list[Any] = [t.parameter for t in targets]
+    bits = {t.fqn: _bits(t, options) for t in targets}
+    counts = {t.fqn: p.numel() for t, p in zip(targets, parameters, strict=True)}
+    names = {same[0].fqn: [t.fqn for t in same] for same in places.values()}
+    nothing = {name: dict.fromkeys(options, 0.0) for name in bits}
+    wide = any(p.dtype == torch.float32 for p in parameters)
+    measured = Measured(nothing, bits, counts, _together(list(bits), fuse or {}), names, wide, "")
+    Plan(bits_per_weight, measured)  # what it raises, it raises before all is measured
+    ids, tokens = _tokens(model, text, sequences, length, seed)
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in before:
@@ -283,8 +346,26 @@ def plan(
         for p, required in before:
             p.requires_grad_(required)
     costs = {t.fqn: {option: _cost(t, fisher, option) for option in options} for t, fisher in zip(targets, fishers, strict=True)}
-    bits = {t.fqn: _bits(t, options) for t in targets}
-    return Plan(bits_per_weight, costs, bits, {t.fqn: t.parameter.numel() for t in targets if t.parameter is not None}, fuse or {}, tokens)
+    for t in targets:
+        if not all(math.isfinite(cost) for cost in costs[t.fqn].values()):
+            raise ValueError(f"{t.fqn}: its gradients overflow in {t.parameter.dtype}; load the model in bfloat16 or float32")  # type: ignore[union-attr]
+    return Plan(bits_per_weight, replace(measured, sensitivity=costs, tokens=tokens))
+
+
+def _together(names: Sequence[str], fuse: Fuse) -> list[list[str]]:
+    """The names by groups that must share a format."""
+    if not isinstance(fuse, Mapping) or any(isinstance(parts, str) for parts in fuse.values()):
+        raise TypeError(f"fuse is {fuse!r}; give a dict of lists, as {{'qkv_proj': ['q_proj', 'k_proj', 'v_proj']}}")
+    fused = {part: whole for whole, parts in fuse.items() for part in parts}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        head, _, last = name.removesuffix(".weight").rpartition(".")
+        groups[f"{head}.{fused.get(last, last)}"].append(name)
+    kinds = [name.removesuffix(".weight").rpartition(".")[2] for name in names]
+    for part in fused:
+        if part not in kinds:
+            raise ValueError(f"fuse: {unmatched(part, kinds)}")
+    return list(groups.values())
 
 
 def _bits(target: Target, options: Sequence[RTNConfig]) -> dict[RTNConfig, float]:

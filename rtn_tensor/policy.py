@@ -89,6 +89,11 @@ def is_name(pattern: str) -> bool:
     return not pattern.startswith("re:") and not set(pattern) & set("*?[")
 
 
+def reaches(pattern: str, config: RTNConfig | None, default: bool) -> bool:
+    """Whether a rule may concern a weight that is, or is not, quantized by default: wildcards that ask for bits only one that is."""
+    return default or config is None or is_name(pattern)
+
+
 def check_rules(rules: Any) -> None:
     """Raises TypeError or ValueError unless `rules` is a list of (pattern, RTNConfig or None)."""
     if not isinstance(rules, Sequence) or isinstance(rules, str):
@@ -128,7 +133,7 @@ def resolve(rules: Rules, found: Sequence[Weight]) -> list[tuple[Weight, RTNConf
     result = []
     for weight in found:
         # Later rules too, so that one whose weights an earlier one took is no mistake: hybrids overlap.
-        hits = [i for i, (p, c) in enumerate(rules) if (weight.default or c is None or is_name(p)) and matches(p, *weight.names)]
+        hits = [i for i, (p, c) in enumerate(rules) if reaches(p, c, weight.default) and matches(p, *weight.names)]
         reached.update(hits)
         if hits and (config := rules[hits[0]][1]) is not None:
             result.append((weight, config))
@@ -186,15 +191,15 @@ def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNCon
     Raises:
         ValueError: another form, or an unfit value.
     """
-    pattern, equals, format = text.rpartition("=")
-    if format == "float":
+    pattern, _, format = text.rpartition("=")
+    if pattern and format == "float":
         return pattern, None
     values: list[Any] = format.split(",")
     try:
         values[:2] = map(int, values[:2])
     except ValueError:
-        equals = ""
-    if not pattern or not equals or len(values) > len(FORMAT_KEYS):
+        pattern = ""
+    if not pattern or len(values) > len(FORMAT_KEYS):
         raise ValueError(f"{text!r} is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or PATTERN=float")
     return pattern, config_from_json(dict(zip(FORMAT_KEYS, values, strict=False)), default or rtn(), text)
 
@@ -211,32 +216,39 @@ def bits_of(shape: Sequence[int], config: RTNConfig, scale_bits: int = 16) -> in
     return count * (8 * FORMATS[config.bits].row_bytes(k) + scale_bits * groups(k, config.group_size))
 
 
+def _parameter(weight: Weight) -> Tensor:
+    if (found := weight.module._parameters.get(weight.parameter_name)) is None:
+        raise ValueError(f"{weight.fqn} is computed by its module, not stored (a parametrization?); remove that first, or leave it out")
+    return found
+
+
 def _shape(weight: Weight) -> Sequence[int]:
-    shape = weight.module._parameters[weight.parameter_name].shape  # type: ignore[union-attr]
+    shape = _parameter(weight).shape
     return (*shape[:-2], shape[-1], shape[-2]) if transposed_experts(weight.module).get(weight.parameter_name) else shape
 
 
 def bits_per_weight(model: nn.Module, rules: Rules, filter_fn: FilterFn | None = None) -> float:
-    """Bits that the weights take that `rules` quantize, scales included, divided by their number; what stays float is not counted.
+    """Bits that the weights take that `rules` quantize, scales included, divided by their number; what stays float is not counted, and a
+    weight of several places once.
 
     Raises as `quantize_` does for rules; ValueError also where they quantize nothing.
     """
-    chosen = resolve(rules, list(weights(model, filter_fn or products(model))))
+    chosen = {id(_parameter(w)): (w, config) for w, config in resolve(rules, list(weights(model, filter_fn or products(model))))}.values()
     if not chosen:
         raise ValueError("the rules quantize no weight")
-    count = sum(w.module._parameters[w.parameter_name].numel() for w, _ in chosen)  # type: ignore[union-attr]
+    count = sum(_parameter(w).numel() for w, _ in chosen)
     return sum(bits_of(_shape(w), config, _scale_bits(w)) for w, config in chosen) / count
 
 
 def _scale_bits(weight: Weight) -> int:
-    return 8 * weight.module._parameters[weight.parameter_name].dtype.itemsize  # type: ignore[union-attr]
+    return 8 * _parameter(weight).dtype.itemsize
 
 
 def _say_cost(model: nn.Module, what: str, rules: Rules, config: RTNConfig) -> None:
     default = [w for w in weights(model, products(model)) if w.default]
-    total = sum(w.module._parameters[w.parameter_name].numel() for w in default)  # type: ignore[union-attr]
+    total = sum(_parameter(w).numel() for w in default)
     chosen = [w for w in default if find(rules, *w.names) is not None]
-    count = sum(w.module._parameters[w.parameter_name].numel() for w in chosen)  # type: ignore[union-attr]
+    count = sum(_parameter(w).numel() for w in chosen)
     bits = sum(bits_of(_shape(w), config, _scale_bits(w)) for w in chosen)
     at_4 = sum(bits_of(_shape(w), rtn(4, config.group_size), _scale_bits(w)) for w in chosen)
     print(
@@ -308,11 +320,11 @@ def select_modules(model: nn.Module, names: Iterable[str], config: RTNConfig | N
     names = list(names)
     rules: list[tuple[str, RTNConfig | None]] = []
     for name in names:
-        pattern = next((p for p in (f"*.{name}", name) if any(matches(p, *each) for each in default)), None)
-        if pattern is None:
+        patterns = [p for p in (f"*.{name}", name) if any(matches(p, *each) for each in default)]
+        if not patterns:
             parts = (part for each in default for full in each if (part := full.rpartition(".")[2]) != "weight")
             raise ValueError(unmatched(name, parts))
-        rules.append((pattern, config))
+        rules += [(pattern, config) for pattern in patterns]
     if not rules:
         raise ValueError("names is empty; give last parts of modules' names, as in ['down_proj']")
     _say_cost(model, ", ".join(names), rules, config)

@@ -14,7 +14,7 @@ from typing import Any
 from rtn_tensor.checkpoint import empty_model
 from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import FORMATS
-from rtn_tensor.policy import FORMAT_KEYS, Rules, config_from_json, matches, rules_from_json
+from rtn_tensor.policy import FORMAT_KEYS, Rules, config_from_json, matches, reaches, rules_from_json
 from rtn_tensor.pretrained import renaming
 from rtn_tensor.sources import saved_attributes
 
@@ -40,7 +40,8 @@ class Options:
 
     Attributes:
         default: the format of what no rule names; None for a folder that is quantized already.
-        rules: (pattern, format or None for float), of which the first that matches a layer's name counts.
+        rules: (pattern, format or None for float), of which the first that matches a layer's name counts; as in `quantize_`, wildcards
+            that ask for bits reach only what is quantized by default.
         saved: of a folder that is quantized already, the format of each weight by its name.
     """
 
@@ -103,7 +104,7 @@ class Options:
         parts = [f"{head}{dot}{part}" for part in fused.get(last, [last])]
         by_default = worth_it(name, in_features, out_features)
         config = self.of(name, parts, by_default)
-        if config is None and not by_default and self.default is not None and not self.rule(*parts, name)[0]:
+        if config is None and not by_default and self.default is not None and not self.rule(*parts, name, by_default=False)[0]:
             self.note(name, None, in_features * out_features, out_features, itemsize)
         return config
 
@@ -126,16 +127,15 @@ class Options:
             weight = f"{part}.weight" if f"{part}.weight" in self.saved else part
             self._matched.add(weight)
             return self.saved.get(weight)
-        named, config = self.rule(part, name)
+        named, config = self.rule(part, name, by_default=by_default)
         return config if named else self.default if by_default else None
 
-    def rule(self, *names: str) -> tuple[bool, RTNConfig | None]:
-        """Whether a rule matches one of `names`, which all mean one layer, and what the first that does says."""
-        for pattern, config in self.rules:
-            if matches(pattern, *names):
-                self._matched.add(pattern)
-                return True, config
-        return False, None
+    def rule(self, *names: str, by_default: bool) -> tuple[bool, RTNConfig | None]:
+        """Whether a rule reaches one of `names`, which all mean one layer, or the name of its weight, and what the first that does says."""
+        names = (*names, *(f"{name}.weight" for name in names))  # as a plan has them
+        hits = [(pattern, config) for pattern, config in self.rules if reaches(pattern, config, by_default) and matches(pattern, *names)]
+        self._matched.update(pattern for pattern, _ in hits)
+        return (True, hits[0][1]) if hits else (False, None)
 
     def check(self) -> None:
         """To be called when all layers are made.
@@ -145,8 +145,8 @@ class Options:
         """
         if unknown := [pattern for pattern, _ in self.rules if pattern not in self._matched]:
             raise ValueError(
-                f"quantization_config: no layer matches {', '.join(map(repr, unknown))}, or an earlier rule matches all that do; names are "
-                "as in 'model.layers.0.mlp.down_proj', and * matches any text"
+                f"quantization_config: no layer matches {', '.join(map(repr, unknown))}, or only such as stay float unless named in full; "
+                "names are as in 'model.layers.0.mlp.down_proj', and * matches any text"
             )
         if lost := [name for name in self.saved if name not in self._matched]:
             raise ValueError(

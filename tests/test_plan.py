@@ -176,11 +176,112 @@ def test_drawn(planned, tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_mistakes(model):
-    with pytest.raises(ValueError, match=r"^bits_per_weight=4 is too few; the smallest of the options take 4\.\d+$"):
-        plan(model, 4)
-    with pytest.raises(ValueError, match=r"give int64 tokens \[sequences, length\]"):
-        plan(model, 5, text=torch.zeros(8, dtype=torch.int64))
+def test_rules_beside_a_plan(planned):
+    changed = planned.at(6.0)
+    changed.insert(0, ("lm_head", rtn_int8()))
+    assert str(changed) == str(planned)
+    assert changed.divergence == planned.divergence
+
+
+def test_a_weight_of_several_places_is_planned_once():
+    """And all its places have one format, or `quantize_` would refuse it."""
+    model = tiny_llama(tied=True).eval()
+    outer = lambda module, _: isinstance(module, torch.nn.Linear | torch.nn.Embedding)  # noqa: E731
+    first = plan(model, 5.5, filter_fn=outer, sequences=2)
+    for budget in (4.4, 5.0, 5.1, 5.5, 7.0):
+        rules = first.at(budget)
+        formats = dict(rules)
+        assert formats["lm_head.weight"] == formats["model.embed_tokens.weight"]
+        assert bits_per_weight(model, rules, outer) == pytest.approx(rules.bits_per_weight, abs=1e-12)
+        copied = copy.deepcopy(model)
+        rows = [row for row in quantize_(copied, rules, outer).rows if row.bytes_before and row.bits]
+        used = 8 * sum(row.bytes_after for row in rows) / sum(torch.Size(row.shape).numel() for row in rows)
+        assert used == pytest.approx(rules.bits_per_weight, abs=1e-12)
+
+
+def test_it_writes_by_no_other_distribution(model, planned):
+    """Whatever the model's generation config asks for."""
+    model = copy.deepcopy(model)
+    model.generation_config.update(num_beams=3, min_p=0.9, suppress_tokens=[1, 2], return_dict_in_generate=True, num_return_sequences=2)
+    before = model.generation_config.to_dict()
+    assert plan(model, 6.0).sensitivity == planned.sensitivity
+    assert model.generation_config.to_dict() == before
+
+
+def test_a_model_of_several_modalities():
+    """Its config has no first token itself."""
+    transformers = pytest.importorskip("transformers")
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"head_dim": 32, "vocab_size": 300, "layer_types": ["full_attention"]}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert not hasattr(model.config, "bos_token_id")
+    assert plan(model, 6.0, sequences=2, length=8, filter_fn=lambda _, name: ".layers." in name and name.endswith("q_proj"))
+
+
+def test_numbers_that_are_not_finite(model):
+    wide = copy.deepcopy(model)
+    wide.lm_head.weight.data[0] = torch.inf
+    with pytest.raises(ValueError, match=r"^the model's logits hold NaN or inf in torch.float32; load it in bfloat16 or float32$"):
+        plan(wide, 6.0)
+    steep = copy.deepcopy(model).half()  # next to the same function; gradients of fp16 overflow
+    steep.model.layers[0].input_layernorm.weight.data *= 16384
+    for kind in "qkv":
+        steep.model.layers[0].self_attn.get_submodule(f"{kind}_proj").weight.data /= 16384
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.\w_proj\.weight: its gradients overflow in torch.float16"):
+        plan(steep, 6.0, text=torch.arange(64).view(2, 32))
+
+
+def never(sequences):
+    raise AssertionError("it has begun to measure")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "arguments"),
+    [
+        (ValueError, "bits_per_weight='6'; give a number, as 4.5", {"bits_per_weight": "6"}),
+        (
+            ValueError,
+            "bits_per_weight=4 is too few; the smallest of the options take 4.3473; of a model in bfloat16 they take less, as scales have "
+            "the width of its floats",
+            {"bits_per_weight": 4},
+        ),
+        (ValueError, "text is torch.int64 [8]; give int64 tokens [sequences, length]", {"text": torch.zeros(8, dtype=torch.int64)}),
+        (ValueError, "text is torch.int64 [0, 8]; give int64 tokens", {"text": torch.zeros(0, 8, dtype=torch.int64)}),
+        (ValueError, "text is a str; give int64 tokens", {"text": "Once upon a time"}),
+        (ValueError, "sequences=0, length=256; give one sequence or more", {"sequences": 0}),
+        (ValueError, "sequences=16, length=1; give one sequence or more, of two tokens or more", {"length": 1}),
+        (TypeError, "options is []; give formats to choose among", {"options": []}),
+        (TypeError, "give formats to choose among", {"options": [rtn_int8(), None]}),
+        (TypeError, "fuse is ['q_proj']; give a dict of lists", {"fuse": ["q_proj"]}),
+        (TypeError, "fuse is {'qkv_proj': 'q_proj'}; give a dict of lists", {"fuse": {"qkv_proj": "q_proj"}}),
+        (ValueError, "fuse: the rule 'q_prj' matches no weight; nearest are 'q_proj'", {"fuse": {"qkv_proj": ["q_prj", "k_proj"]}}),
+        (ValueError, "no weight is selected, so there is nothing to plan", {"filter_fn": lambda *_: False}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:no weight is selected")
+def test_mistakes(model, kind, message, arguments):
+    """Told before anything is measured."""
+    with pytest.raises(kind) as error:
+        plan(model, **({"bits_per_weight": 6.0, "progress": never} | arguments))
+    assert message in str(error.value)
+
+
+def test_models_that_cannot_be_planned(model):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="call it outside of torch.inference_mode"):
+        plan(model, 5)
+    with pytest.raises(
+        TypeError, match=r"^Sequential is no causal language model of transformers, which could write; give tokens as text$"
+    ):
+        plan(torch.nn.Sequential(torch.nn.Linear(64, 64)).eval(), 5)
     model = copy.deepcopy(model).train()
     with pytest.raises(ValueError, match="the model is in training mode"):
         plan(model, 5)

@@ -217,7 +217,7 @@ def test_a_rule_as_text():
     assert parse_rule("*.a=8,-1,signed", rtn(4, 32)) == ("*.a", rtn(8, -1, "signed"))
     assert parse_rule("*.a=8", rtn(4, 32, "signed")) == ("*.a", rtn(8, 32, "signed"))
     assert parse_rule("a=float") == ("a", None)
-    for text in ("*", "=8", "*=", "*=four", "*=4,32,signed,1"):
+    for text in ("*", "=8", "float", "=float", "*=", "*=four", "*=4,32,signed,1"):
         with pytest.raises(ValueError, match="is no rule; write PATTERN=BITS"):
             parse_rule(text)
     with pytest.raises(ValueError, match=r"^\*=5: bits=5 is not supported"):
@@ -257,6 +257,24 @@ def test_select_modules(capsys):
     moe = tiny_moe("Mixtral")
     quantize_(moe, select_modules(moe, ["down_proj"], rtn_int8(32)))
     assert {name.rpartition(".")[2] for name in formats(moe)} == {"down_proj"}
+    both = nn.ModuleDict({"head": nn.Linear(64, 64), "mtp": nn.ModuleDict({"head": nn.Linear(64, 64)})})
+    assert select_modules(both, ["head"], rtn_int8(32)) == [("*.head", rtn_int8(32)), ("head", rtn_int8(32))]
+
+
+def test_bits_of_a_weight_of_several_places():
+    """Counted once, as `report` does."""
+    model = tiny_llama(tied=True)
+    ends = lambda module, name: name in ("lm_head", "model.embed_tokens")  # noqa: E731
+    rules = [("lm_head", rtn_int8(32)), ("model.embed_tokens", rtn_int8(32))]
+    expected = bits_per_weight(model, rules, ends)
+    rows = [row for row in quantize_(model, rules, ends).rows if row.bits and row.bytes_before]
+    assert expected == 8 * sum(row.bytes_after for row in rows) / sum(torch.Size(row.shape).numel() for row in rows)
+
+
+def test_bits_of_a_weight_that_is_computed():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)))
+    with pytest.raises(ValueError, match=r"^0\.weight is computed by its module, not stored"):
+        bits_per_weight(model, [("*", rtn_int4())])
 
 
 def test_hybrid(capsys):

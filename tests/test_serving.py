@@ -37,7 +37,18 @@ def test_the_first_rule_that_matches_counts():
     assert options.of("lm_head") is None
     assert options.of("model.layers.3.mlp.down_proj") == rtn_int8()
     assert options.of("model.layers.4.self_attn.q_proj") is None
-    assert options.of("model.layers.4.mlp.gate", by_default=False) == rtn_int4(32)
+    assert options.of("model.layers.4.mlp.down_proj") == rtn_int4(32)
+    options.check()
+
+
+def test_wildcards_reach_what_is_quantized_by_default():
+    """As in quantize_: a router at 4 bits would choose other experts."""
+    options = Options.read({"bits": 8, "rules": [["model.embed_tokens", {}], ["*", {"bits": 4}]]})
+    assert options.of("model.layers.4.mlp.gate", by_default=False) is None
+    assert options.of("model.embed_tokens", by_default=False) == rtn_int8()
+    with pytest.raises(ValueError, match=r"no layer matches '\*', or only such as stay float unless named in full"):
+        options.check()
+    assert options.of("model.layers.4.mlp.up_proj") == rtn_int4()
     options.check()
 
 
@@ -45,6 +56,15 @@ def test_by_default():
     options = Options.read({"bits": 4})
     assert options.of("a") == rtn_int4()
     assert options.of("a", by_default=False) is None
+
+
+def test_a_plan_names_weights():
+    names = {part: rtn_int8() if i < 2 else rtn_int4(32) for i, part in enumerate([*PARTS[:2], "model.layers.0.mlp.down_proj"])}
+    plan = [[f"{part}.weight", {"bits": config.bits, "group_size": config.group_size}] for part, config in names.items()]
+    options = Options.read({"bits": 4, "rules": plan})
+    assert options.of("qk", PARTS[:2]) == rtn_int8()
+    assert options.of("model.layers.0.mlp.down_proj") == rtn_int4(32)
+    options.check()
 
 
 def test_parts_of_a_fused_layer():
@@ -61,7 +81,7 @@ def test_rules_that_match_nothing_are_refused():
     with pytest.raises(ValueError, match=r"no layer matches '\*\.o_proj'"):
         options.check()
     options.of("a.o_proj")
-    options.check()
+    options.check()  # an earlier rule that takes all is no mistake
 
 
 def test_experts():
