@@ -1,6 +1,5 @@
 """What a quantized causal language model still does: its perplexity, and what it writes."""
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ def perplexity(
     model: nn.Module, input_ids: Tensor, window: int = 1024, stride: int = 512, progress: Callable[[list[int]], Iterable[int]] | None = None
 ) -> float:
     """exp(mean of `token_losses`), which takes and raises the same."""
-    return math.exp(token_losses(model, input_ids, window, stride, progress).double().mean().item())
+    return token_losses(model, input_ids, window, stride, progress).double().mean().exp().item()
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,12 @@ class Score:
 
     @property
     def value(self) -> float:
-        return math.exp(-fmean(self.items)) if self.metric == "perplexity" else fmean(self.items)
+        mean = fmean(self.items)
+        return torch.tensor(-mean, dtype=torch.float64).exp().item() if self.metric == "perplexity" else mean
 
     @property
     def stderr(self) -> float:
-        """Standard error of `value` over a draw of the items; of a perplexity to first order. NaN where there is one item only."""
+        """Standard error of `value` over a draw of the items; of a perplexity to first order. NaN of one item, or of an infinite one."""
         error = _stderr(self.items)
         return self.value * error if self.metric == "perplexity" else error
 
@@ -69,7 +70,7 @@ class Score:
 
 
 def _stderr(items: Sequence[float]) -> float:
-    return stdev(items) / math.sqrt(len(items)) if len(items) > 1 else math.nan
+    return stdev(items) / math.sqrt(len(items)) if len(items) > 1 and all(map(math.isfinite, items)) else math.nan
 
 
 def text_score(name: str, losses: torch.Tensor) -> Score:
@@ -152,11 +153,16 @@ def main_scores(scores: Sequence[Score]) -> list[Score]:
 
 
 def average_recovery(scores: Sequence[Score], references: Sequence[Score]) -> tuple[float, float]:
-    """The mean recovery over the tasks' main accuracies, and its standard error. NaN where there is no accuracy."""
-    kept = [a.recovery(b) for a, b in zip(main_scores(scores), main_scores(references), strict=True)]
+    """The mean recovery over the tasks' main accuracies, and its standard error; a task in which the reference has 0 is left out. NaN where
+    none is left."""
+    kept = _recoveries(scores, references)
     if not kept:
         return math.nan, math.nan
     return fmean(ratio for ratio, _ in kept), math.hypot(*(error for _, error in kept)) / len(kept)
+
+
+def _recoveries(scores: Sequence[Score], references: Sequence[Score]) -> list[tuple[float, float]]:
+    return [a.recovery(b) for a, b in zip(main_scores(scores), main_scores(references), strict=True) if b.value]
 
 
 def rows(scores: Sequence[Score], references: Sequence[Score] | None = None) -> list[dict]:
@@ -182,7 +188,7 @@ def show(scores: Sequence[Score], references: Sequence[Score] | None = None) -> 
     columns = [("value", "stderr")] + ([("reference", None), ("recovery", "recovery_stderr")] if references else [])
     lines = [[r["task"], r["metric"], str(r["n"]), *(cell(r, *column) for column in columns)] for r in rows(scores, references)]
     text = table(["task", "metric", "n", *(key for key, _ in columns)], lines)
-    if references and main_scores(scores):
+    if references and (kept := _recoveries(scores, references)):
         ratio, error = average_recovery(scores, references)
-        text += f"\nrecovery, mean over {len(main_scores(scores))} tasks (acc_norm, else acc): {100 * ratio:.2f} +- {100 * error:.2f} %"
+        text += f"\nrecovery, mean over {len(kept)} tasks (acc_norm, else acc): {100 * ratio:.2f} +- {100 * error:.2f} %"
     return text

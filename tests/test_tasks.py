@@ -35,6 +35,21 @@ def test_one_item_has_no_error():
     assert math.isnan(Score("t", "acc", (1.0,)).stderr)
 
 
+def test_losses_that_are_not_finite():
+    """One hopeless score must not take the others with it."""
+    for items in ([1.0, math.nan], [1.0, math.inf], [900.0, 901.0]):
+        score = text_score("perplexity", torch.tensor(items))
+        assert not math.isfinite(score.value)
+        assert show([score, Score("t", "acc", (1.0, 0.0))], [score, Score("t", "acc", (1.0, 0.0))]).count("100.00") == 2
+
+
+def test_a_task_in_which_the_reference_has_nothing():
+    scores = [Score("a", "acc", (1.0, 0.0)), Score("b", "acc", (1.0, 0.0))]
+    references = [Score("a", "acc", (0.0, 0.0)), Score("b", "acc", (1.0, 1.0))]
+    assert average_recovery(scores, references)[0] == 0.5
+    assert "recovery, mean over 1 tasks" in show(scores, references)
+
+
 def test_recovery_of_an_accuracy_is_paired():
     reference = Score("t", "acc", (1.0, 1.0, 1.0, 0.0, 1.0))
     assert reference.recovery(reference) == (1.0, 0.0)
@@ -135,7 +150,7 @@ def data(tmp_path_factory):
                 "choices": {"text": [words(1, 6) for _ in "ABCD"], "label": list("ABCD")},
                 "answerKey": rng.choice("ABCD"),
             }
-            for right in rng.choices("ABCD", k=12)
+            for _ in range(12)
         ],
         "winogrande": [
             {"sentence": f"{words(2, 5)} _ {words(2, 5)}", "option1": words(1, 1), "option2": words(2, 2), "answer": rng.choice("12")}
