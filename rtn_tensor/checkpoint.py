@@ -93,6 +93,10 @@ def load(
         RuntimeError: another rank failed.
     """
     path = Path(path)
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"dtype is {dtype!r}; give a torch.dtype, as torch.bfloat16, or none for that of the checkpoint")
+    if not (model is None or callable(model)):
+        raise TypeError(f"model is {model!r}; give a module, or a function that makes one; a device is given as device=")
     if path.suffix == ".gguf":
         return _load_gguf(path, config, device, dtype, filter_fn)
     if model is None:
@@ -126,8 +130,7 @@ def load(
     if device is not None:
         model.to(device)  # the buffers that are not in the checkpoint
     use(model)
-    if pretrained.is_pretrained(model):
-        pretrained.describe(model)
+    pretrained.describe(model)
     return model
 
 
@@ -228,7 +231,12 @@ def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> An
     """
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is not a model folder: it has no config.json")
+        there = (
+            "it has no config.json"
+            if path.exists()
+            else "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"
+        )
+        raise FileNotFoundError(f"{path} is not a model folder: {there}")
     if dtype is None:
         about = json.loads((path / "config.json").read_text())
         dtype = getattr(torch, str(about.get("dtype") or about.get("torch_dtype")), None)
@@ -252,12 +260,13 @@ def _bar(what: str, total: int, show: bool | None) -> Iterator[Callable[[int], A
 def _load_gguf(path: Path, config: AOBaseConfig | Rules | None, device: Any, dtype: torch.dtype | None, filter_fn: FilterFn | None) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file")
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=dtype or torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     ).eval()
     if config is not None:
         quantize_(model, config, _filter(model, config, filter_fn), device)
-        pretrained.describe(model)
     return model if device is None else model.to(device)
 
 
@@ -403,7 +412,7 @@ def save(model: Any, path: str | os.PathLike, max_shard_size: str | int = "5GB",
     """
     path = Path(path)
     if path.exists() and not force:
-        raise FileExistsError(f"{path} exists; choose another name, or remove it first")
+        raise FileExistsError(f"{path} exists; choose another name, or pass force=True to replace it")
     from safetensors import SafetensorError
 
     path.parent.mkdir(parents=True, exist_ok=True)

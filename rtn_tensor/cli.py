@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -90,9 +91,13 @@ def _rules(args: argparse.Namespace) -> Any:
     rules: list[Any] = [(pattern, None) for pattern in args.skip] + [parse_rule(text, rest) for text in args.rule]
     if args.rules:
         try:
-            rules += rules_from_json(json.loads(_read(args.rules, "--rules takes a JSON file")), rest)
+            given = json.loads(_read(args.rules, "--rules takes a JSON file"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{args.rules} is no JSON ({error}); --rules takes a list of [pattern, format]") from None
+        try:
+            rules += rules_from_json(given, rest)
+        except ValueError as error:
+            raise ValueError(f"{args.rules}: {error}") from None
     return [*rules, ("*", rest)]
 
 
@@ -101,6 +106,8 @@ def _quantize(args: argparse.Namespace) -> tuple[Any, str]:
     source, destination = Path(args.src), Path(args.dst)
     if destination.exists() and not args.force:
         raise FileExistsError(f"{destination} exists; choose another name, or replace it with --force")
+    if destination.resolve() == source.resolve():
+        raise ValueError(f"{destination} is the model that is read; choose another name, as its other files are copied from there")
     model = empty_model(source)
     if hasattr(model.config, "quantization_config"):
         raise ValueError(f"{source} is already quantized; give the float model")
@@ -137,7 +144,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[Any, str]:
     def scores(path: str) -> list[Score]:
         model, tokenizer = _load(path), _tokenizer(path)
         done = []
-        if text:
+        if args.text:
             ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: args.max_tokens]
             done.append(text_score("perplexity", token_losses(model, ids, progress=_progress("window"))))
         others = [task for task in tasks if task != "perplexity"]
@@ -170,6 +177,12 @@ def _explain(args: argparse.Namespace) -> tuple[Any, str]:
         K=args.k,
     )
     return result.to_dict(), str(result)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens")
+    return int(text)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -246,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
     sub.add_argument("--window", type=int, default=1024, help="tokens the model sees at once")
     sub.add_argument("--stride", type=int, default=512, help="tokens from one window to the next")
-    sub.add_argument("--max-tokens", type=int, help="use only the first tokens of the text")
+    sub.add_argument("--max-tokens", type=_count, help="use only the first tokens of the text")
 
     sub = command("evaluate", _evaluate, "Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.")
     sub.add_argument("path", help="folder of the model, quantized or not")
@@ -261,7 +274,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="FOLDER", help="folder of TASK.jsonl, the rows of each dataset; else they come from the hub")
     sub.add_argument("--batch-size", metavar="B", type=int, default=8, help="options scored at once")
     sub.add_argument("--text", metavar="FILE", help="UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart")
-    sub.add_argument("--max-tokens", metavar="T", type=int, help="use only the first tokens of the text")
+    sub.add_argument("--max-tokens", metavar="T", type=_count, help="use only the first tokens of the text")
 
     sub = command("generate", _generate, "Continue a prompt, greedily.")
     sub.add_argument("path", help="folder of the model, quantized or not")
@@ -299,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.run not in (_explain, _tune):
             _silence_transformers()
         data, text = args.run(args)
-        print(json.dumps(data) if args.json else text, flush=True)
+        print(json.dumps(_plain(data)) if args.json else text, flush=True)
     except BrokenPipeError:  # the reader (head, say) has all it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError as error:
@@ -307,6 +320,15 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, TypeError) as error:
         return _fail(str(error))
     return 0
+
+
+def _plain(data: Any) -> Any:
+    """For JSON, which has no NaN and no infinity."""
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _fail(why: str) -> int:

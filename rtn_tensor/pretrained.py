@@ -274,8 +274,9 @@ def _set(settings: list[tuple[Any, str, Any]]) -> None:
 
 
 def describe(model: Any) -> None:
-    """Tells transformers how `model` is quantized, so that its own `save_pretrained` and `Trainer` take it."""
-    _set(_description(model))
+    """Tells transformers how `model` is quantized, so that its own `save_pretrained` and `Trainer` take it; nothing, of another's model."""
+    if is_pretrained(model):
+        _set(_description(model))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torchao.quantization import FqnToConfig, register_quantize_module_handler
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
 from rtn_tensor.policy import FilterFn, Rules, find, products, resolve, weights
+from rtn_tensor.pretrained import describe
 from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held, ranks_of
 from rtn_tensor.tables import table
 from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
@@ -63,38 +64,37 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
     """torchao's precedence, the first match winning: parameter name, module name, "re:" on the parameter, "re:" on the module,
     "_default" on what is quantized by default."""
     table = config.fqn_to_config
-    misspelt = {key for key, value in table.items() if value is not None and not key.startswith("re:") and key != "_default"}
+    # What stays float may be any module.
+    unseen = set(table) - {"_default"} - {key for key, _ in model.named_modules() if table.get(key, key) is None}
+    patterns: dict[str, re.Pattern] = {}
+    for key in table:
+        if key.startswith("re:"):
+            try:
+                patterns[key] = re.compile(key[3:])
+            except re.error as error:
+                raise ValueError(f"FqnToConfig: {key!r} is no regular expression: {error}") from None
 
     by_default = products(model)
 
     def lookup(prefix: str, module: nn.Module, name: str, fqn: str, parameter: Tensor) -> Any:
         owns_weight = (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module)
-        misspelt.discard(fqn)
-        if owns_weight:
-            misspelt.discard(prefix)
-        if fqn in table:
-            return table[fqn]
-        if prefix in table and owns_weight:
-            return table[prefix]
-        patterns = [(re.compile(key[3:]), value) for key, value in table.items() if key.startswith("re:")]
-        if parameter.dim() > 1:  # a pattern for a layer's weight is not meant for its bias
-            for pattern, value in patterns:
-                if pattern.fullmatch(fqn):
-                    return value
-        if owns_weight:
-            for pattern, value in patterns:
-                if pattern.fullmatch(prefix):
-                    return value
+        # A pattern for a layer's weight is not meant for its bias.
+        by_parameter = [key for key, pattern in patterns.items() if parameter.dim() > 1 and pattern.fullmatch(fqn)]
+        by_module = [key for key, pattern in patterns.items() if owns_weight and pattern.fullmatch(prefix)]
+        found = [key for key in (fqn, *([prefix] if owns_weight else [])) if key in table] + by_parameter + by_module
+        unseen.difference_update(found)
+        if found:
+            return table[found[0]]
         default = (name == "weight" and by_default(module, prefix)) or name in transposed_experts(module)
         return table.get("_default") if default else None
 
     for fqn, module, name, parameter in _named_parameters(model):
         if (found := lookup(fqn.removesuffix(name).removesuffix("."), module, name, fqn, parameter)) is not None:
             yield Target(module, name, fqn, found, by_name=True)
-    if misspelt:
+    if unseen:
         raise ValueError(
-            f"FqnToConfig names {', '.join(sorted(misspelt))}, which is no parameter and no linear or embedding of the model; "
-            "use a name from model.named_parameters(), or a pattern 're:...'"
+            f"FqnToConfig names {', '.join(sorted(unseen))}, which is no parameter and no linear or embedding of the model; "
+            "use a name from model.named_parameters(), or a pattern 're:...' that matches the whole of one"
         )
 
 
@@ -177,6 +177,8 @@ def _unknown(model: nn.Module, config: AOBaseConfig | Rules, selected: set[str])
 
 def targets_of(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: FilterFn | None) -> list[Target]:
     """The weights that `quantize_` would quantize, checked; it says what it raises."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give a module, or quantize a folder by load(path, config)")
     check_idle(model)
     if isinstance(config, FqnToConfig):
         if filter_fn is not None:
@@ -259,6 +261,7 @@ def quantize_(
     use(model)
     if device is not None:
         model.to(device)
+    describe(model)
     return report(model)
 
 
@@ -287,6 +290,7 @@ def dequantize_(model: nn.Module) -> "Report":
             if id(parameter) not in shared:
                 shared[id(parameter)] = parameter, nn.Parameter(as_part(part.dequantize(), parameter))
             setattr(module, name, shared[id(parameter)][1])
+    describe(model)
     return report(model)
 
 

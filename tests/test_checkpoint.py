@@ -10,6 +10,7 @@ from safetensors import safe_open
 from tiny_llama import tiny_llama
 from torch import nn
 from torchao.quantization import FqnToConfig
+from torchao.quantization import quantize_ as torchao_quantize_
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, rtn, rtn_int4, rtn_int8, save
@@ -266,7 +267,7 @@ def test_existing_destination_is_untouched(tmp_path):
     (tmp_path / "model" / "precious").write_text("text")
     with pytest.raises(FileExistsError) as caught:
         save(tiny_llama(), tmp_path / "model")
-    assert str(caught.value) == f"{tmp_path / 'model'} exists; choose another name, or remove it first"
+    assert str(caught.value) == f"{tmp_path / 'model'} exists; choose another name, or pass force=True to replace it"
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["precious"]
 
@@ -296,7 +297,7 @@ def test_missing_parents_are_made(tmp_path):
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch, error):
     model = tiny_llama(tied=True)
-    quantize_(model, rtn_int4(64))  # lm_head alone of the pair: the config would change in the file
+    torchao_quantize_(model, rtn_int4(64))  # lm_head alone of the pair: the config would change in the file
     before, attributes = model.config.to_dict(), set(vars(model))
     write = type(model).save_pretrained
 
@@ -315,7 +316,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_a_save_leaves_the_model_as_it_was(tmp_path):
     model = tiny_llama(tied=True)
-    quantize_(model, rtn_int4(64))
+    torchao_quantize_(model, rtn_int4(64))  # of which transformers knows nothing
     before, attributes = model.config.to_dict(), set(vars(model))
     save(model, tmp_path / "first")
     assert model.config.to_dict() == before
@@ -344,7 +345,11 @@ def test_truncated_file(tmp_path, length):
 def test_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
-    for name in ("file", "empty", "missing"):
+    for name, why in [
+        ("file", "it has no config.json"),
+        ("empty", "it has no config.json"),
+        ("missing", "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"),
+    ]:
         with pytest.raises(FileNotFoundError) as caught:
             load(tmp_path / name)
-        assert str(caught.value) == f"{tmp_path / name} is not a model folder: it has no config.json"
+        assert str(caught.value) == f"{tmp_path / name} is not a model folder: {why}"

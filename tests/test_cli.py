@@ -395,7 +395,9 @@ def test_evaluate_a_text(run, source, quantized):
     value, reference = (perplexity(load(folder), ids) for folder in (quantized, source))
     status, out, _ = run("evaluate", quantized, "--tasks", "perplexity", "--text", text, "--against", source, "--json")
     assert status == 0
-    (row,) = json.loads(out)["scores"]
+    result = json.loads(out, parse_constant=pytest.fail)  # NaN is Python's own
+    assert result["average_recovery"] is None  # there is no accuracy
+    (row,) = result["scores"]
     assert (row["task"], row["metric"], row["n"]) == ("perplexity", "perplexity", ids.numel() - 1)
     assert (row["value"], row["reference"]) == (pytest.approx(value), pytest.approx(reference))
     assert row["recovery"] == pytest.approx(reference / value)
@@ -457,8 +459,15 @@ def test_explain(run, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["quantize", "{missing}", "{new}"], "{missing} is not a model folder: it has no config.json"),
+        (
+            ["quantize", "{missing}", "{new}"],
+            "{missing} is not a model folder: it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`",
+        ),
         (["quantize", "{source}", "{source}"], "{source} exists; choose another name, or replace it with --force"),
+        (
+            ["quantize", "{source}", "{source}", "--force"],
+            "{source} is the model that is read; choose another name, as its other files are copied from there",
+        ),
         (["quantize", "{quantized}", "{new}"], "{quantized} is already quantized; give the float model"),
         (
             ["quantize", "{source}", "{new}", "--group-size", "48"],
@@ -600,7 +609,8 @@ def test_a_mistake_is_one_line(tmp_path):
     done = shell("$RTN inspect $MISSING", MISSING=tmp_path / "missing")
     assert (done.returncode, done.stdout) == (1, "")
     assert (
-        done.stderr == f"Loading {tmp_path}/missing\nrtn-tensor: error: {tmp_path}/missing is not a model folder: it has no config.json\n"
+        done.stderr == f"Loading {tmp_path}/missing\nrtn-tensor: error: {tmp_path}/missing is not a model folder: it is not there; "
+        "a model of the hub is fetched by `hf download NAME --local-dir DIR`\n"
     )
 
 

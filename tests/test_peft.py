@@ -46,11 +46,7 @@ def lora(**kwargs):
 
 
 def adapted(model, config=None):
-    """`get_peft_model`; it says so of a model that transformers does not know to be quantized, whose adapters it could not merge."""
-    if hasattr(model, "hf_quantizer"):
-        return peft.get_peft_model(model, config or lora())
-    with pytest.warns(UserWarning, match="without `get_apply_tensor_subclass`"):
-        return peft.get_peft_model(model, config or lora())
+    return peft.get_peft_model(model, config or lora())
 
 
 def planes(model):
@@ -204,7 +200,7 @@ def test_trainer_goes_on_from_its_checkpoint(folder):
 
 
 @BITS
-@pytest.mark.parametrize("door", [by_transformers, by_load])
+@DOORS
 @pytest.mark.parametrize("method", ["absmax", "signed"])
 def test_merge(folder, tmp_path, door, bits, method):
     """A merged weight is quantized anew, in the format that it had; the others keep their bits."""
@@ -232,9 +228,6 @@ def test_merge_into_int8_is_close(folder):
 
 
 def test_what_peft_refuses_to_merge(folder):
-    model = adapted(by_quantize_(folder, rtn_int4(64)))
-    with pytest.raises(ValueError, match="was instantiated without `get_apply_tensor_subclass`"):
-        model.merge_and_unload()
     model = adapted(by_transformers(folder, FqnToConfig({"re:.*_proj": rtn_int4(64)})))
     with pytest.raises(ValueError, match="Custom filter_fn and FqnToConfig were both specified"):
         model.merge_and_unload()

@@ -339,7 +339,9 @@ def test_pattern_on_the_parameter_beats_one_on_the_module():
 
 
 def test_patterns_match_whole_names():
-    assert chosen({"re:u": rtn_int4(), "re:do.*": rtn_int8()}) == {"down.weight": 8}
+    assert chosen({"re:do.*": rtn_int8()}) == {"down.weight": 8}
+    with pytest.raises(ValueError, match="FqnToConfig names re:u, which is no parameter"):
+        chosen({"re:u": rtn_int4(), "re:do.*": rtn_int8()})
 
 
 def test_a_pattern_leaves_vectors():
@@ -378,11 +380,13 @@ def test_default_is_for_linears():
 
 
 def test_a_misspelt_name_raises():
-    message = rejected(Model(), FqnToConfig({"up": rtn_int4(), "down_proj": rtn_int4(), "head.wieght": rtn_int8()}))
+    table = {"up": rtn_int4(), "down_proj": rtn_int4(), "head.wieght": rtn_int8(), "embde": None, "re:.*rom": None, "norm": None}
+    message = rejected(Model(), FqnToConfig(table))
     assert_expected_inline(
         message,
-        """FqnToConfig names down_proj, head.wieght, which is no parameter and no linear or embedding of the model; use a name from model.named_parameters(), or a pattern 're:...'""",  # noqa: E501
+        """FqnToConfig names down_proj, embde, head.wieght, re:.*rom, which is no parameter and no linear or embedding of the model; use a name from model.named_parameters(), or a pattern 're:...' that matches the whole of one""",  # noqa: E501
     )
+    assert rejected(Model(), FqnToConfig({"re:[u": rtn_int4()})).startswith("FqnToConfig: 're:[u' is no regular expression: ")
 
 
 def test_fqn_to_config_takes_no_filter_fn():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig, 
 from transformers.integrations.accelerate import compute_module_sizes, infer_auto_device_map
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
-from rtn_tensor import load, quantize_, rtn, rtn_int4, rtn_int8, save
+from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, rtn, rtn_int4, rtn_int8, save
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 64]])
 BITS = pytest.mark.parametrize("bits", [4, 8])
@@ -49,6 +49,11 @@ def quantized(config, filter_fn=but_the_ends, tied=False, dtype=torch.float32):
     model = tiny_llama(tied, dtype)
     quantize_(model, config, None if isinstance(config, FqnToConfig) else filter_fn)
     return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
 
 
 def generate(model, **kwargs):
@@ -121,6 +126,26 @@ def test_transformers_cannot_undo_what_it_read(folder, tmp_path):
     read(folder(), rtn_int4(64)).save_pretrained(tmp_path / "first")
     with pytest.raises(NotImplementedError):
         read(tmp_path / "first").save_pretrained(tmp_path / "second")
+
+
+@TIED
+def test_quantized_after_loading(folder, tmp_path, tied):
+    """`quantize_`, which takes lm_head, too, and then transformers' own save_pretrained."""
+    model = read(folder(tied))
+    float_config = model.config.to_dict()
+    quantize_(model, rtn_int4(64))
+    before = logits(model)
+    model.tie_weights()  # would put the float embedding into lm_head again
+    assert isinstance(model.lm_head.weight, RTNQuantizedTensor)
+    assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path / "quantized")
+    again = read(tmp_path / "quantized")
+    assert_same(again, model)
+    assert greedy(again) == greedy(model)
+    dequantize_(model)
+    model.save_pretrained(tmp_path / "dequantized")
+    assert torch.equal(logits(read(tmp_path / "dequantized")), logits(model))
+    assert model.config.to_dict() == float_config | {"tie_word_embeddings": False, "dtype": model.config.to_dict()["dtype"]}
 
 
 def test_shards(folder, tmp_path):
