@@ -8,7 +8,7 @@ namespace rtn {
 namespace {
 
 struct Avx2 {
-  static constexpr int L = 8, V = 1, C = 6, MANY = 6;
+  static constexpr int L = 8, V = 1, C = 6, MANY = 6, HALVES = 0;
   using F = __m256;
   using D = __m256i;
   struct W {

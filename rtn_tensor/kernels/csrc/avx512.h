@@ -57,7 +57,7 @@ struct Avx512Base {
 };
 
 struct Avx512 : Avx512Base {
-  static constexpr int V = 2, C = 12, MANY = 7;
+  static constexpr int V = 2, C = 12, MANY = 7, HALVES = 0;
   struct W {
     F even, odd;
   };
@@ -78,7 +78,7 @@ struct Avx512 : Avx512Base {
 
 #ifdef __AVX512BF16__
 struct Avx512Bf16 : Avx512Base {
-  static constexpr int V = 2, C = 12, MANY = 7;
+  static constexpr int V = 2, C = 12, MANY = 7, HALVES = 2;
   using W = __m512i;
   using X = Bf16Pairs;
 
@@ -100,6 +100,20 @@ struct Avx512Bf16 : Avx512Base {
       const __m512i even = _mm512_castps_si512(widen<8, i, 0>(dword)), odd = _mm512_castps_si512(widen<8, i, 1>(dword));
       return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
     }
+  }
+  // int8 as two integers: that of its low four bits with their sign, and the rest, looked up by the other four and the bit below, which
+  // carries. 11 instructions for four products where `decode` makes it 18 for two: 20 % faster with one token, 5 to 20 with two.
+  template <int i>
+  static W low_half(D dword) {
+    return decode<4, 2 * i>(dword);
+  }
+  template <int i>
+  static W high_half(D dword) {
+    // bf16 of 0, 16, 16, 32, ..., 112, 112, 128, -128, -112, -112, ..., -16, -16, 0; vpermw looks at five bits of the index.
+    const __m512i table = _mm512_set_epi32(
+        0x0000C180, 0xC180C200, 0xC200C240, 0xC240C280, 0xC280C2A0, 0xC2A0C2C0, 0xC2C0C2E0, 0xC2E0C300,
+        0x430042E0, 0x42E042C0, 0x42C042A0, 0x42A04280, 0x42804240, 0x42404200, 0x42004180, 0x41800000);
+    return _mm512_permutexvar_epi16(_mm512_srli_epi32(dword, 8 * i + 3), table);
   }
   static F dot(F sum, W w, const X& x, int q) { return _mm512_dpbf16_ps(sum, __m512bh(w), __m512bh(_mm512_set1_epi32(int(x.pair[q])))); }
 };

@@ -6,7 +6,7 @@ namespace rtn {
 namespace {
 
 struct Generic {
-  static constexpr int L = 4, V = 2, C = 4, MANY = 4;
+  static constexpr int L = 4, V = 2, C = 4, MANY = 4, HALVES = 0;
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t D __attribute__((vector_size(16)));
   struct W {
