@@ -4,6 +4,7 @@ python tutorials/08_selective_precision.py
 """
 
 import copy
+import tempfile
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,8 +46,9 @@ for name, rules in choices.items():
 print(f"\n{choices['a plan']}\n")
 
 # Rules work in `load`, in `rtn-tensor quantize --rule '*.down_proj=8'`, and, as `fqn_config(path, rules)`, in TorchAoConfig.
-model.save_pretrained("float")
-loaded = load("float", choices["a plan"])
-save(loaded, "planned")
-again = load("planned")
-assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), again.parameters(), strict=True))
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(f"{folder}/float")
+    loaded = load(f"{folder}/float", choices["a plan"])
+    save(loaded, f"{folder}/planned")
+    again = load(f"{folder}/planned")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), again.parameters(), strict=True))
