@@ -280,7 +280,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("path", help="folder of the model, quantized or not")
     sub.add_argument("prompt", help="text; the user's turn, if the model has a chat template")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="stop after this many")
-    sub.add_argument("--compile", action="store_true", help="compile the decoding step first, which takes some minutes")
+    sub.add_argument("--compile", action="store_true", help="compile the decoding step first, which takes about a minute")
 
     sub = command("explain", _explain, "Say which kernel runs a layer, and why each other does not.")
     add_format(sub)

@@ -218,7 +218,7 @@ options:
   --json                print JSON
   --max-new-tokens MAX_NEW_TOKENS
                         stop after this many (default: 64)
-  --compile             compile the decoding step first, which takes some minutes
+  --compile             compile the decoding step first, which takes about a minute
 """,
     )
 
