@@ -64,8 +64,6 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
     """torchao's precedence, the first match winning: parameter name, module name, "re:" on the parameter, "re:" on the module,
     "_default" on what is quantized by default."""
     table = config.fqn_to_config
-    # What stays float may be any module.
-    unseen = set(table) - {"_default"} - {key for key, _ in model.named_modules() if table.get(key, key) is None}
     patterns: dict[str, re.Pattern] = {}
     for key in table:
         if key.startswith("re:"):
@@ -74,6 +72,12 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
             except re.error as error:
                 raise ValueError(f"FqnToConfig: {key!r} is no regular expression: {error}") from None
 
+    # What stays float may be any module or vector.
+    named = [name for names in (model.named_modules(), model.named_parameters()) for name, _ in names]
+    floats = {
+        key for key in table if table[key] is None and any(patterns[key].fullmatch(n) if key in patterns else key == n for n in named)
+    }
+    unseen = set(table) - {"_default"} - floats
     by_default = products(model)
 
     def lookup(prefix: str, module: nn.Module, name: str, fqn: str, parameter: Tensor) -> Any:

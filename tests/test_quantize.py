@@ -366,6 +366,10 @@ def test_none_at_an_exact_name_beats_patterns():
     assert chosen({"up.weight": None, "up": rtn_int4(), "down": rtn_int4()}) == {"down.weight": 4}
 
 
+def test_none_may_name_what_is_never_quantized():
+    assert chosen({"norm": None, "re:no.*": None, r"re:norm\.bias": None, "up": rtn_int4()}) == {"up.weight": 4}
+
+
 def test_none_as_the_first_pattern_excludes():
     assert chosen({r"re:.*(up|head)\.weight": None, "re:.*": rtn_int4()}) == {"embed.weight": 4, "down.weight": 4}
     assert chosen({"re:.*(up|head)": None, "re:[^.]*": rtn_int4()}) == {"embed.weight": 4, "down.weight": 4}
