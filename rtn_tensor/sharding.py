@@ -46,13 +46,17 @@ if torch.distributed.is_available():
             other.wait()
         return args[0], work
 
-    _names = ("all_gather_into_tensor", "broadcast", "wait_tensor", "_wrap_tensor_autograd")
-
-    @_op([getattr(functional, name).default for name in _names if hasattr(functional, name)])  # the last from torch 2.12 on
+    @_op([functional.all_gather_into_tensor.default, functional.broadcast.default])
     def _(func, types, args, kwargs):
+        """Each plane is waited for before the next is sent: gloo corrupts the heap where two are gathered at once (torch 2.11 to 2.13)."""
         w = args[0]
         w = rebuilt(w, w.qdata.contiguous(), w.scale.contiguous())  # some columns of a weight, say, which torch 2.11 does not gather
-        return rebuilt(w, *_by_plane(func, (w, *args[1:]), kwargs))
+        return rebuilt(w, *_by_plane(lambda *a, **k: functional.wait_tensor(func(*a, **k)), (w, *args[1:]), kwargs))
+
+    @_op([functional.wait_tensor.default, functional._wrap_tensor_autograd.default])
+    def _(func, types, args, kwargs):
+        """What was gathered is there already; the second op would make planes that wait when they are first used, so perhaps never."""
+        return args[0]
 
 
 @_op(aten.constant_pad_nd.default)

@@ -31,6 +31,7 @@ def cases(module):
 def run(rank, ranks, folder, modules, results):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.set_num_threads(1)
+    faulthandler.enable()  # says where it crashes
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # says where it hangs
     failed = {}
     for module in modules:
