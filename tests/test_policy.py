@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from test_quantize import Model, formats, rejected
 from tiny_llama import tiny_llama
+from tiny_model import Model, formats, rejected
 from tiny_moe import tiny_moe
 from torch import nn
 from torchao.quantization import FqnToConfig

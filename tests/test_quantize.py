@@ -1,7 +1,5 @@
 import copy
-import json
 import re
-import warnings
 import weakref
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchao.quantization
 from expecttest import assert_expected_inline
+from tiny_model import Experts, Model, all_weights, formats, rejected
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
@@ -16,32 +15,6 @@ from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 from rtn_tensor import RTNQuantizedTensor, dequantize_, quantize_, report, rtn, rtn_int4, rtn_int8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class Model(nn.Module):
-    """An embedding, two linears with a norm between, and a head that may share the embedding's weight."""
-
-    def __init__(self, tied=False):
-        super().__init__()
-        self.embed = nn.Embedding(20, 64)
-        self.up = nn.Linear(64, 96)
-        self.norm = nn.LayerNorm(96)
-        self.down = nn.Linear(96, 64, bias=False)
-        self.head = nn.Linear(64, 20, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        return self.head(self.down(self.norm(self.up(self.embed(ids)))))
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(3, 40, 64))
-        self.bias = nn.Parameter(torch.randn(3, 40))
-
-
 IDS = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
 
 
@@ -54,31 +27,8 @@ def fake_quantized(w, bits=4, group_size=128):
     return torch.cat(out, -1).to(w.dtype)
 
 
-def formats(model):
-    """{name: (bits, group_size)} of every quantized parameter."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {name: (w.bits, w.group_size) for name, w in parameters if isinstance(w, RTNQuantizedTensor)}
-
-
 def select(*names):
     return lambda module, fqn: fqn in names
-
-
-def all_weights(module, fqn):
-    return isinstance(module, nn.Linear | nn.Embedding)
-
-
-def rejected(model, *args, **kwargs):
-    """The message of the ValueError that `quantize_` raises, having changed nothing."""
-    before = [(name, w, w.detach().clone()) for name, w in model.named_parameters(remove_duplicate=False)]
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the message is the result)
-        quantize_(model, *args, **kwargs)
-    after = list(model.named_parameters(remove_duplicate=False))
-    assert [name for name, _ in after] == [name for name, _, _ in before]
-    for (name, now), (_, was, value) in zip(after, before, strict=True):
-        assert now is was, name
-        torch.testing.assert_close(now, value, rtol=0, atol=0, equal_nan=True)
-    return str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------- which weights
@@ -307,137 +257,6 @@ def test_other_configs_are_refused(config):
     assert formats(model) == {}
 
 
-# ------------------------------------------------------------------------------------------- FqnToConfig
-
-
-def chosen(table, model=None):
-    """{name: bits} of the parameters that `FqnToConfig(table)` quantizes."""
-    model = model or Model()
-    quantize_(model, FqnToConfig(table))
-    return {name: bits for name, (bits, _) in formats(model).items()}
-
-
-def test_module_name():
-    assert chosen({"up": rtn_int4(), "embed": rtn_int8()}) == {"embed.weight": 8, "up.weight": 4}
-
-
-def test_parameter_name_beats_module_name():
-    assert chosen({"up": rtn_int4(), "up.weight": rtn_int8()}) == {"up.weight": 8}
-    assert chosen({"up": rtn_int4(), "up.weight": None, "down": rtn_int4()}) == {"down.weight": 4}
-
-
-def test_module_name_beats_a_pattern():
-    assert chosen({r"re:.*\.weight": rtn_int4(), "down": rtn_int8(), "embed": None, "norm": None}) == {
-        "up.weight": 4,
-        "down.weight": 8,
-        "head.weight": 4,
-    }
-
-
-def test_pattern_on_the_parameter_beats_one_on_the_module():
-    assert chosen({"re:up": rtn_int4(), r"re:up\.weight": rtn_int8()}) == {"up.weight": 8}
-
-
-def test_patterns_match_whole_names():
-    assert chosen({"re:do.*": rtn_int8()}) == {"down.weight": 8}
-    with pytest.raises(ValueError, match="FqnToConfig names re:u, which is no parameter"):
-        chosen({"re:u": rtn_int4(), "re:do.*": rtn_int8()})
-
-
-def test_a_pattern_leaves_vectors():
-    assert chosen({r"re:up\..*": rtn_int4()}) == {"up.weight": 4}
-
-
-@pytest.mark.parametrize("first", [4, 8])
-def test_first_of_two_patterns_wins(first):
-    """torchao 0.18 quantizes such a weight twice."""
-    other = 12 - first
-    assert chosen({r"re:(up|down)\.weight": rtn(first), r"re:.*p\.weight": rtn(other)}) == {"up.weight": first, "down.weight": first}
-    assert chosen({"re:up|down": rtn(first), "re:.*p": rtn(other)}) == {"up.weight": first, "down.weight": first}
-
-
-def test_none_at_an_exact_name_beats_patterns():
-    """torchao 0.18 removes the wrong parameter from those that the patterns may match, if any but the first is excluded."""
-    model = nn.ModuleDict({"mlp": Experts()})
-    model["mlp"].register_parameter("down_proj", nn.Parameter(torch.randn(3, 64, 32)))
-    model["mlp"].register_parameter("router", nn.Parameter(torch.randn(3, 64)))
-    assert chosen({"mlp.down_proj": None, "mlp.bias": None, "re:mlp.*": rtn_int4()}, model) == {"mlp.gate_up_proj": 4, "mlp.router": 4}
-    assert chosen({"up": None, "re:.*(up|down)": rtn_int4()}) == {"down.weight": 4}
-    assert chosen({"up.weight": None, "up": rtn_int4(), "down": rtn_int4()}) == {"down.weight": 4}
-
-
-def test_none_may_name_what_is_never_quantized():
-    assert chosen({"norm": None, "re:no.*": None, r"re:norm\.bias": None, "up": rtn_int4()}) == {"up.weight": 4}
-
-
-def test_none_as_the_first_pattern_excludes():
-    assert chosen({r"re:.*(up|head)\.weight": None, "re:.*": rtn_int4()}) == {"embed.weight": 4, "down.weight": 4}
-    assert chosen({"re:.*(up|head)": None, "re:[^.]*": rtn_int4()}) == {"embed.weight": 4, "down.weight": 4}
-
-
-def test_default_is_for_linears():
-    with pytest.warns(UserWarning, match="_default is deprecated"):
-        table = FqnToConfig({"_default": rtn_int4(), "head": None, "down": rtn_int8()}).fqn_to_config
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Config Deprecation: _default")
-        assert chosen(table) == {"up.weight": 4, "down.weight": 8}
-
-
-def test_a_misspelt_name_raises():
-    table = {"up": rtn_int4(), "down_proj": rtn_int4(), "head.wieght": rtn_int8(), "embde": None, "re:.*rom": None, "norm": None}
-    message = rejected(Model(), FqnToConfig(table))
-    assert_expected_inline(
-        message,
-        """FqnToConfig names down_proj, embde, head.wieght, re:.*rom, which is no parameter and no linear or embedding of the model; use a name from model.named_parameters(), or a pattern 're:...' that matches the whole of one""",  # noqa: E501
-    )
-    assert rejected(Model(), FqnToConfig({"re:[u": rtn_int4()})).startswith("FqnToConfig: 're:[u' is no regular expression: ")
-
-
-def test_fqn_to_config_takes_no_filter_fn():
-    assert_expected_inline(
-        rejected(Model(), FqnToConfig({"up": rtn_int4()}), lambda module, fqn: True),
-        """FqnToConfig says itself which weights to quantize; leave filter_fn out""",
-    )
-
-
-# ------------------------------------------------------------------------------------------- torchao's own quantize_
-
-
-def assert_same_model(a, b):
-    for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
-        assert type(x) is type(y), name
-        assert torch.equal(x, y), name
-
-
-@pytest.mark.parametrize("config", [rtn(bits=4), rtn_int8(32, "signed")])
-def test_torchao_quantize_is_ours(config):
-    ours, theirs = Model(), Model()
-    theirs.load_state_dict(ours.state_dict())
-    quantize_(ours, config)
-    torchao.quantization.quantize_(theirs, config)
-    assert len(formats(theirs)) == 3
-    assert_same_model(ours, theirs)
-
-
-def test_torchao_fqn_to_config_is_ours():
-    config = FqnToConfig(
-        {"layer.up": rtn_int4(32), r"re:.*\.down\.weight": rtn_int8(), "experts.gate_up_proj": rtn_int4(64), "layer.head": None}
-    )
-    ours = nn.ModuleDict({"layer": Model(), "experts": Experts()})
-    theirs = copy.deepcopy(ours)
-    quantize_(ours, config)
-    torchao.quantization.quantize_(theirs, config, filter_fn=None)
-    assert formats(theirs) == {"layer.up.weight": (4, 32), "layer.down.weight": (8, 128), "experts.gate_up_proj": (4, 64)}
-    assert_same_model(ours, theirs)
-
-
-def test_torchao_quantize_names_the_parameter():
-    model = Model()
-    model.up.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"Linear\.weight holds NaN or inf"):
-        torchao.quantization.quantize_(model, rtn_int4())
-
-
 # ------------------------------------------------------------------------------------------- devices and progress
 
 
@@ -623,163 +442,6 @@ def test_dequantize_leaves_a_float_model():
     before = list(model.parameters())
     dequantize_(model)
     assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
-
-
-# ------------------------------------------------------------------------------------------- report
-
-
-def test_report_table():
-    model = nn.ModuleDict({"layer": Model(tied=True), "conv": nn.Conv1d(4, 4, 3), "experts": Experts()}).bfloat16()
-    config = FqnToConfig({"layer.head": rtn_int8(32), "layer.up": rtn_int4(), "experts.gate_up_proj": rtn_int4(-1)})
-    result = quantize_(model, config)
-    assert_expected_inline(
-        str(result),
-        """\
-weight                      shape   bits  group  bytes before  bytes after  note
---------------------  -----------  -----  -----  ------------  -----------  ------------------------------
-layer.embed.weight        20 x 64  float                2,560        2,560  untied from layer.head.weight
-layer.up.weight           96 x 64      4    128        12,288        3,264
-layer.down.weight         64 x 96  float               12,288       12,288  not selected
-layer.head.weight         20 x 64      8     32             0        1,360  untied from layer.embed.weight
-conv.weight             4 x 4 x 3  float                   96           96  weight of a Conv1d
-experts.gate_up_proj  3 x 40 x 64      4     -1        15,360        4,080
-experts.bias               3 x 40  float                  240          240  weight of a Experts
-4 vectors                          float                  584          584  norms and biases
-total                               9.02               43,416       24,472""",
-    )
-    assert str(report(model)) == str(result)
-    # Rows of 64 int4 are 32 bytes, rows of 64 int8 64, of scales 2 each.
-    after = {"layer.embed.weight": 20 * 64 * 2, "layer.up.weight": 96 * (32 + 2), "layer.up.bias": 96 * 2}
-    after |= {"layer.norm.weight": 96 * 2, "layer.norm.bias": 96 * 2, "layer.down.weight": 64 * 96 * 2}
-    after |= {"layer.head.weight": 20 * (64 + 4), "conv.weight": 4 * 4 * 3 * 2, "conv.bias": 4 * 2}
-    after |= {"experts.gate_up_proj": 3 * 40 * (32 + 2), "experts.bias": 3 * 40 * 2}
-    assert {row.name: row.bytes_after for row in result.rows} == after
-    assert result.bytes_after == sum(after.values())
-    parameters = 20 * 64 + 96 * 64 + 96 * 3 + 64 * 96 + 48 + 4 + 3 * 40 * 64 + 3 * 40
-    assert result.bytes_before == 2 * parameters
-    assert result.bits_per_weight == 8 * sum(after.values()) / parameters
-
-
-def test_report_to_dict():
-    model = Model(tied=True)
-    as_dict = quantize_(model, rtn_int4(32), all_weights).to_dict()
-    assert json.loads(json.dumps(as_dict)) == as_dict
-    assert_expected_inline(
-        json.dumps(as_dict, indent=1),
-        """\
-{
- "bytes_before": 55424,
- "bytes_after": 9632,
- "bits_per_weight": 5.561200923787529,
- "weights": [
-  {
-   "name": "embed.weight",
-   "shape": [
-    20,
-    64
-   ],
-   "bits": 4,
-   "group_size": 32,
-   "bytes_before": 5120,
-   "bytes_after": 800,
-   "note": ""
-  },
-  {
-   "name": "up.weight",
-   "shape": [
-    96,
-    64
-   ],
-   "bits": 4,
-   "group_size": 32,
-   "bytes_before": 24576,
-   "bytes_after": 3840,
-   "note": ""
-  },
-  {
-   "name": "up.bias",
-   "shape": [
-    96
-   ],
-   "bits": null,
-   "group_size": null,
-   "bytes_before": 384,
-   "bytes_after": 384,
-   "note": "vector"
-  },
-  {
-   "name": "norm.weight",
-   "shape": [
-    96
-   ],
-   "bits": null,
-   "group_size": null,
-   "bytes_before": 384,
-   "bytes_after": 384,
-   "note": "vector"
-  },
-  {
-   "name": "norm.bias",
-   "shape": [
-    96
-   ],
-   "bits": null,
-   "group_size": null,
-   "bytes_before": 384,
-   "bytes_after": 384,
-   "note": "vector"
-  },
-  {
-   "name": "down.weight",
-   "shape": [
-    64,
-    96
-   ],
-   "bits": 4,
-   "group_size": 32,
-   "bytes_before": 24576,
-   "bytes_after": 3840,
-   "note": ""
-  },
-  {
-   "name": "head.weight",
-   "shape": [
-    20,
-    64
-   ],
-   "bits": 4,
-   "group_size": 32,
-   "bytes_before": 0,
-   "bytes_after": 0,
-   "note": "shared with embed.weight"
-  }
- ]
-}""",
-    )
-
-
-def test_report_counts_padding():
-    """K = 100 takes 4 chunks of 16 bytes at int4."""
-    model = nn.Linear(100, 5, bias=False)
-    result = quantize_(model, rtn_int4(32))
-    assert (result.bytes_before, result.bytes_after) == (5 * 100 * 4, 5 * (64 + 4 * 4))
-
-
-def test_report_of_a_float_model():
-    result = report(Model())
-    assert {row.note for row in result.rows} == {"not selected", "vector"}
-    assert result.bits_per_weight == 32
-
-
-def test_report_of_nothing():
-    assert report(nn.ReLU()).bits_per_weight == 0
-    assert_expected_inline(
-        str(report(nn.ReLU())),
-        """\
-weight  shape  bits  group  bytes before  bytes after  note
-------  -----  ----  -----  ------------  -----------  ----
-total          0.00                    0            0""",
-    )
 
 
 # ------------------------------------------------------------------------------------------- names in later errors

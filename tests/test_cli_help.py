@@ -1,0 +1,201 @@
+import pytest
+from expecttest import assert_expected_inline
+
+from rtn_tensor.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # argparse wraps help there
+
+
+def help_of(capsys, *args):
+    with pytest.raises(SystemExit) as caught:
+        main([*args, "--help"])
+    assert caught.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_help(capsys):
+    assert_expected_inline(
+        help_of(capsys),
+        """\
+usage: rtn-tensor [-h] COMMAND ...
+
+Round-to-nearest int4 and int8 weights: no data, no calibration, seconds.
+
+positional arguments:
+  COMMAND
+    quantize  Quantize a transformers folder into another.
+    inspect   List every weight of a model: shape, bits, bytes.
+    perplexity
+              Measure a model's perplexity on a text, by sliding window.
+    evaluate  Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.
+    generate  Continue a prompt, greedily.
+    explain   Say which kernel runs a layer, and why each other does not.
+    tune      Measure how the GPU's kernels are best launched, for a model or sizes of weights,
+              and remember it.
+
+options:
+  -h, --help  show this help message and exit
+""",
+    )
+
+
+def test_help_quantize(capsys):
+    assert_expected_inline(
+        help_of(capsys, "quantize"),
+        """\
+usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
+                           [--scale-method {absmax,signed,search}] [--skip PATTERN]
+                           [--rule PATTERN=FORMAT] [--rules FILE] [--embedding] [--force]
+                           src dst
+
+Quantize a transformers folder into another.
+
+positional arguments:
+  src                   folder of the model, with its config.json
+  dst                   folder to write; must not exist, but with --force
+
+options:
+  -h, --help            show this help message and exit
+  --json                print JSON
+  --bits {4,8}          bits a weight (default: 4)
+  --group-size GROUP_SIZE
+                        weights that share a scale: a multiple of 32, or -1 for a whole row
+                        (default: 128)
+  --scale-method {absmax,signed,search}
+                        how a group's scale is found (default: absmax)
+  --skip PATTERN        layers to keep float, as in 'model.layers.0.*'; may repeat
+  --rule PATTERN=FORMAT
+                        a format of their own for some layers, as in '*.down_proj=8',
+                        '*.0.*=4,32,signed' or 'lm_head=float'; may repeat, and the first that
+                        matches counts
+  --rules FILE          JSON of such rules, as in [["*.down_proj", {"bits": 8}]]
+  --embedding           quantize the embedding and lm_head too
+  --force               replace dst, once the new folder is whole
+""",
+    )
+
+
+def test_help_inspect(capsys):
+    assert_expected_inline(
+        help_of(capsys, "inspect"),
+        """\
+usage: rtn-tensor inspect [-h] [--json] path
+
+List every weight of a model: shape, bits, bytes.
+
+positional arguments:
+  path        folder of the model, quantized or not
+
+options:
+  -h, --help  show this help message and exit
+  --json      print JSON
+""",
+    )
+
+
+def test_help_perplexity(capsys):
+    assert_expected_inline(
+        help_of(capsys, "perplexity"),
+        """\
+usage: rtn-tensor perplexity [-h] [--json] --text FILE [--window WINDOW] [--stride STRIDE]
+                             [--max-tokens MAX_TOKENS]
+                             path
+
+Measure a model's perplexity on a text, by sliding window.
+
+positional arguments:
+  path                  folder of the model, quantized or not
+
+options:
+  -h, --help            show this help message and exit
+  --json                print JSON
+  --text FILE           UTF-8 text
+  --window WINDOW       tokens the model sees at once (default: 1024)
+  --stride STRIDE       tokens from one window to the next (default: 512)
+  --max-tokens MAX_TOKENS
+                        use only the first tokens of the text
+""",
+    )
+
+
+def test_help_evaluate(capsys):
+    assert_expected_inline(
+        help_of(capsys, "evaluate"),
+        """\
+usage: rtn-tensor evaluate [-h] [--json] [--tasks LIST] [--against FOLDER] [--limit N]
+                           [--data FOLDER] [--batch-size B] [--text FILE] [--max-tokens T]
+                           path
+
+Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.
+
+positional arguments:
+  path              folder of the model, quantized or not
+
+options:
+  -h, --help        show this help message and exit
+  --json            print JSON
+  --tasks LIST      comma-separated names of the harness, or perplexity (default:
+                    lambada,hellaswag,arc_easy,arc_challenge,piqa,winogrande)
+  --against FOLDER  a model of which to give the recovery rate, scored on the same items
+  --limit N         use only the first items of each task
+  --data FOLDER     folder of TASK.jsonl, the rows of each dataset; else they come from the hub
+  --batch-size B    options scored at once (default: 8)
+  --text FILE       UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart
+  --max-tokens T    use only the first tokens of the text
+""",
+    )
+
+
+def test_help_generate(capsys):
+    assert_expected_inline(
+        help_of(capsys, "generate"),
+        """\
+usage: rtn-tensor generate [-h] [--json] [--max-new-tokens MAX_NEW_TOKENS] [--compile] path prompt
+
+Continue a prompt, greedily.
+
+positional arguments:
+  path                  folder of the model, quantized or not
+  prompt                text; the user's turn, if the model has a chat template
+
+options:
+  -h, --help            show this help message and exit
+  --json                print JSON
+  --max-new-tokens MAX_NEW_TOKENS
+                        stop after this many (default: 64)
+  --compile             compile the decoding step first, which takes about a minute
+""",
+    )
+
+
+def test_help_explain(capsys):
+    assert_expected_inline(
+        help_of(capsys, "explain"),
+        """\
+usage: rtn-tensor explain [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE] [--op OP]
+                          [--device DEVICE] [--dtype {float32,bfloat16,float16}] [--m M] [--n N]
+                          [--k K]
+
+Say which kernel runs a layer, and why each other does not.
+
+options:
+  -h, --help            show this help message and exit
+  --json                print JSON
+  --bits {4,8}          bits a weight (default: 4)
+  --group-size GROUP_SIZE
+                        weights that share a scale: a multiple of 32, or -1 for a whole row
+                        (default: 128)
+  --op OP               linear, linear_dx, grouped, embedding, quantize, ... (default: linear)
+  --device DEVICE       device of the weight (default: cpu)
+  --dtype {float32,bfloat16,float16}
+                        dtype of the activations (default: bfloat16)
+  --m M                 rows of activations (default: 1)
+  --n N                 out_features (default: 4096)
+  --k K                 in_features (default: 4096)
+""",
+    )
