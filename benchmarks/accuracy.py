@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2, state_of_the_union, task_data, wikipedia
-from rtn_tensor import plan, quantize_, rtn_int4, rtn_int8
+from rtn_tensor import bits_per_weight, plan, quantize_, rtn_int4, rtn_int8
 from rtn_tensor.config import SCALE_METHODS
 from rtn_tensor.evaluate import token_losses
 from rtn_tensor.plan import Plan
@@ -81,8 +81,8 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         bits = None
         if config := rules(name):
-            layers = [row for row in quantize_(model, config).rows if row.bits]
-            bits = 16 * sum(row.bytes_after for row in layers) / sum(row.bytes_before for row in layers)
+            bits = bits_per_weight(model, config)
+            quantize_(model, config)
         scores = measure(model, tokenizer, args.limit)
         reference = reference or scores
         print(show(scores, reference), flush=True)

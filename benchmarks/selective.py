@@ -137,9 +137,8 @@ def main() -> None:
         row, other = {}, made(path)
         if rules is not None:
             rules = rules()
-            result = quantize_(other, rules)
-            quantized = [r for r in result.rows if r.bits]
-            row["bits_per_weight"] = 8 * sum(r.bytes_after for r in quantized) / sum(torch.Size(r.shape).numel() for r in quantized)
+            row["bits_per_weight"] = bits_per_weight(other, rules)
+            quantize_(other, rules)
             if isinstance(rules, Plan):
                 row["expected_divergence"] = rules.divergence
             dequantize_(other)

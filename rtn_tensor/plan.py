@@ -10,7 +10,8 @@ nearly what text does; random ones overstate SmolLM2's first layer, its v_proj b
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,7 +103,7 @@ class Plan(list[tuple[str, RTNConfig | None]]):
 
     def __str__(self) -> str:
         layers, kinds, cells = self.cells()
-        names = [kind.removesuffix(".weight").rpartition(".")[2] for kind in kinds]
+        names = [_last(kind) for kind in kinds]
         top = max(cost for _, cost in cells.values()) or 1.0
         lines = [
             f"{self.bits_per_weight:.3f} bits a weight, an expected divergence of {self.divergence:.4f} nats a token on {self.tokens}",
@@ -127,7 +128,7 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         from matplotlib.figure import Figure
 
         layers, kinds, cells = self.cells()
-        names = [kind.removesuffix(".weight").rpartition(".")[2] for kind in kinds]
+        names = [_last(kind) for kind in kinds]
         figure = Figure(figsize=(2 + len(kinds), 1.5 + 0.28 * len(layers)), layout="constrained")
         axes = figure.add_subplot()
         costs = [[cells[layer, kind][1] if (layer, kind) in cells else float("nan") for kind in kinds] for layer in layers]
@@ -150,13 +151,12 @@ def _short(config: RTNConfig) -> str:
     return f"{config.bits}:{config.group_size}{'+' if config.scale_method == 'search' else ''}"
 
 
+def _last(name: str) -> str:
+    """Of a weight's name its module's own, as in down_proj."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
 # ------------------------------------------------------------------------------------------- sensitivity
-
-
-def _tokens(model: Any, given: Tensor | None, sequences: int, length: int, seed: int) -> tuple[Tensor, str]:
-    if given is None:
-        return _written(model, sequences, length, seed), f"{sequences * length} tokens of its own"
-    return given.long(), f"{given.numel()} given tokens"
 
 
 def _check_tokens(model: Any, given: Any, sequences: int, length: int) -> None:
@@ -199,6 +199,20 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     if not is_finite(logits.detach()):
         raise ValueError(f"the model's logits hold NaN or inf in {logits.dtype}; load it in bfloat16 or float32")
     return logits.float()
+
+
+@contextmanager
+def _only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Meanwhile these of its parameters have gradients, and no others."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
 
 
 def _fisher(
@@ -320,36 +334,38 @@ def plan(
     if not options or not all(isinstance(option, RTNConfig) for option in options):
         raise TypeError(f"options is {options}; give formats to choose among, as [rtn_int4(), rtn_int8()]")
     _check_tokens(model, text, sequences, length)
-    places: dict[int, list[Target]] = defaultdict(list)
-    for target in targets_of(model, options[0], filter_fn or but_the_output(model)):
-        places[id(target.parameter)].append(target)
-    if not places:
-        raise ValueError("no weight is selected, so there is nothing to plan; check filter_fn, or the kinds of the model's layers")
-    targets = [same[0] for same in places.values()]
+    targets, sizes = _sizes(targets_of(model, options[0], filter_fn or but_the_output(model)), options, fuse or {})
+    Plan(bits_per_weight, sizes)  # what it raises, it raises before all is measured
+    ids = _written(model, sequences, length, seed) if text is None else text.long()
+    tokens = f"{ids.numel()} {'tokens of its own' if text is None else 'given tokens'}"
     parameters: list[Any] = [t.parameter for t in targets]
-    bits = {t.fqn: _bits(t, options) for t in targets}
-    counts = {t.fqn: p.numel() for t, p in zip(targets, parameters, strict=True)}
-    names = {same[0].fqn: [t.fqn for t in same] for same in places.values()}
-    nothing = {name: dict.fromkeys(options, 0.0) for name in bits}
-    wide = any(p.dtype == torch.float32 for p in parameters)
-    measured = Measured(nothing, bits, counts, _together(list(bits), fuse or {}), names, wide, "")
-    Plan(bits_per_weight, measured)  # what it raises, it raises before all is measured
-    ids, tokens = _tokens(model, text, sequences, length, seed)
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in before:
-            p.requires_grad_(False)
-        for p in parameters:
-            p.requires_grad_(True)
+    with _only(model, parameters):
         fishers = _fisher(model, parameters, ids, seed, progress)
-    finally:
-        for p, required in before:
-            p.requires_grad_(required)
     costs = {t.fqn: {option: _cost(t, fisher, option) for option in options} for t, fisher in zip(targets, fishers, strict=True)}
     for t in targets:
         if not all(math.isfinite(cost) for cost in costs[t.fqn].values()):
             raise ValueError(f"{t.fqn}: its gradients overflow in {t.parameter.dtype}; load the model in bfloat16 or float32")  # type: ignore[union-attr]
-    return Plan(bits_per_weight, replace(measured, sensitivity=costs, tokens=tokens))
+    return Plan(bits_per_weight, replace(sizes, sensitivity=costs, tokens=tokens))
+
+
+def _sizes(found: Iterable[Target], options: Sequence[RTNConfig], fuse: Fuse) -> tuple[list[Target], Measured]:
+    """The weights, each at its first place, and what is known of them before anything is measured: no format costs anything."""
+    places: dict[int, list[Target]] = defaultdict(list)
+    for target in found:
+        places[id(target.parameter)].append(target)
+    if not places:
+        raise ValueError("no weight is selected, so there is nothing to plan; check filter_fn, or the kinds of the model's layers")
+    targets = [same[0] for same in places.values()]
+    parameters: dict[str, Any] = {t.fqn: t.parameter for t in targets}
+    return targets, Measured(
+        sensitivity={name: dict.fromkeys(options, 0.0) for name in parameters},
+        bits={t.fqn: _bits(t, options) for t in targets},
+        counts={name: p.numel() for name, p in parameters.items()},
+        together=_together(list(parameters), fuse),
+        places={same[0].fqn: [t.fqn for t in same] for same in places.values()},
+        wide=any(p.dtype == torch.float32 for p in parameters.values()),
+        tokens="",
+    )
 
 
 def _together(names: Sequence[str], fuse: Fuse) -> list[list[str]]:
@@ -359,9 +375,10 @@ def _together(names: Sequence[str], fuse: Fuse) -> list[list[str]]:
     fused = {part: whole for whole, parts in fuse.items() for part in parts}
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        head, _, last = name.removesuffix(".weight").rpartition(".")
-        groups[f"{head}.{fused.get(last, last)}"].append(name)
-    kinds = [name.removesuffix(".weight").rpartition(".")[2] for name in names]
+        last = _last(name)
+        head = name.removesuffix(".weight").removesuffix(last)
+        groups[head + fused.get(last, last)].append(name)
+    kinds = [_last(name) for name in names]
     for part in fused:
         if part not in kinds:
             raise ValueError(f"fuse: {unmatched(part, kinds)}")

@@ -16,6 +16,7 @@ from rtn_tensor.moe import routers, transposed_experts
 FilterFn = Callable[[nn.Module, str], bool]
 Rules = Sequence[tuple[str, RTNConfig | None]]
 
+COMPUTED = "is computed by its module, not stored (a parametrization?); remove that first, or leave the module out"
 FORMAT_KEYS = ("bits", "group_size", "scale_method")
 
 
@@ -107,10 +108,15 @@ def check_rules(rules: Any) -> None:
                 f"rules[{i}] gives {pattern!r} a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...), or None for float"
             )
         if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise ValueError(f"rules[{i}], {pattern!r}, is no regular expression: {error}") from None
+            compiled(pattern, f"rules[{i}], {pattern!r},")
+
+
+def compiled(pattern: str, where: str) -> re.Pattern[str]:
+    """The regular expression after "re:"; `where` begins the message of a ValueError."""
+    try:
+        return re.compile(pattern[3:])
+    except re.error as error:
+        raise ValueError(f"{where} is no regular expression: {error}") from None
 
 
 def unmatched(pattern: str, names: Iterable[str]) -> str:
@@ -218,7 +224,7 @@ def bits_of(shape: Sequence[int], config: RTNConfig, scale_bits: int = 16) -> in
 
 def _parameter(weight: Weight) -> Tensor:
     if (found := weight.module._parameters.get(weight.parameter_name)) is None:
-        raise ValueError(f"{weight.fqn} is computed by its module, not stored (a parametrization?); remove that first, or leave it out")
+        raise ValueError(f"{weight.fqn} {COMPUTED}")
     return found
 
 

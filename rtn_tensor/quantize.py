@@ -14,7 +14,7 @@ from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
-from rtn_tensor.policy import FilterFn, Rules, find, products, resolve, weights
+from rtn_tensor.policy import COMPUTED, FilterFn, Rules, compiled, find, products, resolve, weights
 from rtn_tensor.pretrained import describe
 from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held, ranks_of
 from rtn_tensor.tables import table
@@ -64,14 +64,7 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
     """torchao's precedence, the first match winning: parameter name, module name, "re:" on the parameter, "re:" on the module,
     "_default" on what is quantized by default."""
     table = config.fqn_to_config
-    patterns: dict[str, re.Pattern] = {}
-    for key in table:
-        if key.startswith("re:"):
-            try:
-                patterns[key] = re.compile(key[3:])
-            except re.error as error:
-                raise ValueError(f"FqnToConfig: {key!r} is no regular expression: {error}") from None
-
+    patterns = {key: compiled(key, f"FqnToConfig: {key!r}") for key in table if key.startswith("re:")}
     # What stays float may be any module or vector.
     named = [name for names in (model.named_modules(), model.named_parameters()) for name, _ in names]
     floats = {
@@ -114,7 +107,7 @@ def _why_unfit(target: Target) -> str | None:
     if not isinstance(target.config, RTNConfig):
         return f"has a {type(target.config).__name__} as its config; use rtn_int4(), rtn_int8() or None here, or torchao's own quantize_"
     if w is None:
-        return "is computed by its module, not stored (a parametrization?); remove that first, or leave the module out"
+        return COMPUTED
     if isinstance(w, RTNQuantizedTensor):
         return f"is already quantized ({w.bits} bits, group_size={w.group_size}); leave it out, or dequantize_ the model first"
     if w.dtype not in FLOAT_DTYPES or type(w) not in (Tensor, nn.Parameter):
