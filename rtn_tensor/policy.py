@@ -107,16 +107,16 @@ def check_rules(rules: Any) -> None:
             raise TypeError(
                 f"rules[{i}] gives {pattern!r} a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...), or None for float"
             )
-        if pattern.startswith("re:"):
-            compiled(pattern, f"rules[{i}], {pattern!r},")
+        check_pattern(pattern, f"rules[{i}], {pattern!r},")
 
 
-def compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """The regular expression after "re:"; `where` begins the message of a ValueError."""
-    try:
-        return re.compile(pattern[3:])
-    except re.error as error:
-        raise ValueError(f"{where} is no regular expression: {error}") from None
+def check_pattern(pattern: str, where: str) -> None:
+    """Raises ValueError, its message beginning with `where`, if what comes after "re:" is no regular expression."""
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"{where} is no regular expression: {error}") from None
 
 
 def unmatched(pattern: str, names: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """`quantize_`, which checks every weight before it changes one, its undoing, and the report of what is quantized."""
 
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
-from rtn_tensor.policy import COMPUTED, FilterFn, Rules, compiled, find, products, resolve, weights
+from rtn_tensor.policy import COMPUTED, FilterFn, Rules, check_pattern, find, matches, products, resolve, weights
 from rtn_tensor.pretrained import describe
 from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held, ranks_of
 from rtn_tensor.tables import table
@@ -60,24 +59,29 @@ def _rule_targets(model: nn.Module, rules: Rules, filter_fn: FilterFn) -> Iterat
         yield Target(w.module, w.parameter_name, w.fqn, config, by_name=True)
 
 
+def _means(key: str, name: str) -> bool:
+    """Whether a key of FqnToConfig, which knows no wildcards, is the whole of `name`, or matches it after "re:"."""
+    return matches(key, name) if key.startswith("re:") else key == name
+
+
 def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
     """torchao's precedence, the first match winning: parameter name, module name, "re:" on the parameter, "re:" on the module,
     "_default" on what is quantized by default."""
     table = config.fqn_to_config
-    patterns = {key: compiled(key, f"FqnToConfig: {key!r}") for key in table if key.startswith("re:")}
+    for key in table:
+        check_pattern(key, f"FqnToConfig: {key!r}")
+    patterns = [key for key in table if key.startswith("re:")]
     # What stays float may be any module or vector.
     named = [name for names in (model.named_modules(), model.named_parameters()) for name, _ in names]
-    floats = {
-        key for key in table if table[key] is None and any(patterns[key].fullmatch(n) if key in patterns else key == n for n in named)
-    }
+    floats = {key for key in table if table[key] is None and any(_means(key, name) for name in named)}
     unseen = set(table) - {"_default"} - floats
     by_default = products(model)
 
     def lookup(prefix: str, module: nn.Module, name: str, fqn: str, parameter: Tensor) -> Any:
         owns_weight = (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module)
         # A pattern for a layer's weight is not meant for its bias.
-        by_parameter = [key for key, pattern in patterns.items() if parameter.dim() > 1 and pattern.fullmatch(fqn)]
-        by_module = [key for key, pattern in patterns.items() if owns_weight and pattern.fullmatch(prefix)]
+        by_parameter = [key for key in patterns if parameter.dim() > 1 and matches(key, fqn)]
+        by_module = [key for key in patterns if owns_weight and matches(key, prefix)]
         found = [key for key in (fqn, *([prefix] if owns_weight else [])) if key in table] + by_parameter + by_module
         unseen.difference_update(found)
         if found:
@@ -164,7 +168,7 @@ def _unknown(model: nn.Module, config: AOBaseConfig | Rules, selected: set[str])
     """Names of what may be experts' weights, and is neither selected nor named by `config`."""
     if isinstance(config, FqnToConfig):
         keys = config.fqn_to_config
-        named = lambda n: n in keys or any(re.fullmatch(k[3:], n) for k in keys if k.startswith("re:"))  # noqa: E731
+        named = lambda n: any(_means(key, n) for key in keys)  # noqa: E731
     else:
         rules = config if isinstance(config, Sequence) else []
         named = lambda n: find(rules, n) is not None  # noqa: E731

@@ -37,8 +37,7 @@ def quantized(source):
 
 
 @pytest.fixture(autouse=True)
-def _terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")  # argparse wraps help there
+def _own_choice_of_kernel(monkeypatch):
     monkeypatch.delenv("RTN_KERNEL", raising=False)
 
 
