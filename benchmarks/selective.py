@@ -32,7 +32,7 @@ from rtn_tensor import (
     select_layers,
     select_modules,
 )
-from rtn_tensor.config import SCALE_METHODS
+from rtn_tensor.formats import SCALE_METHODS
 from rtn_tensor.plan import OPTIONS, Plan, spend
 from rtn_tensor.policy import bits_of
 

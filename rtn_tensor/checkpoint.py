@@ -24,13 +24,14 @@ from torchao.quantization import FqnToConfig
 
 from rtn_tensor import pretrained
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.moe import use
 from rtn_tensor.policy import FilterFn, Rules
 from rtn_tensor.quantize import Target, is_finite, quantize_, targets_of
 from rtn_tensor.sharding import all_ranks, as_part, check_idle, held, place, ranks_of, together
 from rtn_tensor.sources import Source, plane_names, sources, state_sources
 from rtn_tensor.streaming import Piece, check, on_rank, pieces_by_name, stream
-from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor, hung_on
+from rtn_tensor.tensor import RTNQuantizedTensor, hung_on
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 

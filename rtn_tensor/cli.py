@@ -16,16 +16,15 @@ import torch
 from torch import nn
 
 from rtn_tensor.checkpoint import WEIGHT_FILES, empty_model, load, save
-from rtn_tensor.config import SCALE_METHODS, rtn
+from rtn_tensor.config import rtn
 from rtn_tensor.evaluate import generate, perplexity, token_losses
-from rtn_tensor.formats import FORMATS
+from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, SCALE_METHODS
 from rtn_tensor.kernels import explain
 from rtn_tensor.policy import parse_rule, rules_from_json
 from rtn_tensor.pretrained import but_the_output, ends
 from rtn_tensor.quantize import report
 from rtn_tensor.tables import table
 from rtn_tensor.tasks import Score, average_recovery, rows, run_tasks, show, text_score
-from rtn_tensor.tensor import FLOAT_DTYPES
 from rtn_tensor.tune import TOKENS, tune, tuned_folder
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}

@@ -4,24 +4,10 @@ from dataclasses import dataclass
 
 from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
-from rtn_tensor.formats import FORMATS
-
-SCALE_METHODS = ("absmax", "signed", "search")
+from rtn_tensor.formats import check_format
 
 # torchao's `config_from_dict` finds a class only in the modules named here; it offers no function to add one.
 ALLOWED_AO_MODULES.add(__name__)
-
-
-def check_format(bits: int, group_size: int, scale_method: str) -> None:
-    """Raises ValueError unless the three name a format this library stores."""
-    if type(bits) is not int or bits not in FORMATS:
-        raise ValueError(f"bits={bits!r} is not supported; use {' or '.join(map(str, FORMATS))}")
-    if type(group_size) is not int or (group_size != -1 and (group_size <= 0 or group_size % 32)):
-        raise ValueError(
-            f"group_size={group_size!r} is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row"
-        )
-    if scale_method not in SCALE_METHODS:
-        raise ValueError(f"scale_method={scale_method!r} is not supported; use one of {', '.join(map(repr, SCALE_METHODS))}")
 
 
 @dataclass(frozen=True)

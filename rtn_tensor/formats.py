@@ -17,12 +17,8 @@ from torch import Tensor
 
 CHUNK_BYTES = 16
 VERSION = 1  # of all this; files carry it
-
-
-def check_version(version: int) -> None:
-    """Raises ValueError for planes of a later version of the format than this library reads."""
-    if version > VERSION:
-        raise ValueError(f"the weight is of version {version} of the format, and this rtn-tensor reads up to {VERSION}; upgrade rtn-tensor")
+SCALE_METHODS = ("absmax", "signed", "search")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,72 @@ class Format:
 FORMATS = {bits: Format(bits) for bits in (4, 8)}
 
 
+def check_version(version: int) -> None:
+    """Raises ValueError for planes of another version of the format than this library reads."""
+    if type(version) is not int or version < 1:
+        raise ValueError(f"version={version!r} is no version of the format; they are the integers from 1 to {VERSION}")
+    if version > VERSION:
+        raise ValueError(f"the weight is of version {version} of the format, and this rtn-tensor reads up to {VERSION}; upgrade rtn-tensor")
+
+
+def check_format(bits: int, group_size: int, scale_method: str) -> None:
+    """Raises ValueError unless the three name a format this library stores."""
+    if type(bits) is not int or bits not in FORMATS:
+        raise ValueError(f"bits={bits!r} is not supported; use {' or '.join(map(str, FORMATS))}")
+    if type(group_size) is not int or (group_size != -1 and (group_size <= 0 or group_size % 32)):
+        raise ValueError(
+            f"group_size={group_size!r} is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row"
+        )
+    if scale_method not in SCALE_METHODS:
+        raise ValueError(f"scale_method={scale_method!r} is not supported; use one of {', '.join(map(repr, SCALE_METHODS))}")
+
+
 def groups(k: int, group_size: int) -> int:
     """Scales of a row of `k` elements: ceil(k / group_size), or one where `group_size` is -1."""
     return 1 if group_size == -1 else -(-k // group_size)
+
+
+def check_planes(
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    scale_method: str = SCALE_METHODS[0],
+    transposed: bool = False,
+    version: int = VERSION,
+) -> None:
+    """Raises TypeError or ValueError unless the two are the planes of one weight `[..., N, k]`: `qdata [..., N, row_bytes(k)]` uint8 and
+    `scale [..., N, groups(k, group_size)]` float, on one device, and what is said of them is a format. Kernels read by it: planes from
+    outside come through here first."""
+    check_version(version)
+    check_format(bits, group_size, scale_method)
+    if not isinstance(k, int | torch.SymInt) or isinstance(k, bool) or k < 0:
+        raise ValueError(f"in_features={k!r} is no number of columns; it must be an integer, and not negative")
+    for name, plane, dtypes in (("qdata", qdata, (torch.uint8,)), ("scale", scale, FLOAT_DTYPES)):
+        if not isinstance(plane, Tensor):
+            raise TypeError(f"{name} is a {type(plane).__name__}; it must be a tensor")
+        if plane.dtype not in dtypes or plane.layout is not torch.strided:
+            raise TypeError(f"{name} is {plane.dtype}, {plane.layout}; it must be a strided tensor of {' or '.join(map(str, dtypes))}")
+    if qdata.device != scale.device:
+        raise ValueError(f"qdata is on {qdata.device} and scale on {scale.device}; move both to one device")
+    if not isinstance(transposed, bool) or (transposed and qdata.dim() < 2):
+        raise ValueError(
+            f"transposed={transposed!r} of planes of {qdata.dim()} dims; it must be a bool, and False where there are no two dims"
+        )
+    q_shape, s_shape = qdata.shape, scale.shape
+    if not (
+        q_shape
+        and s_shape
+        and q_shape[:-1] == s_shape[:-1]
+        and q_shape[-1] == FORMATS[bits].row_bytes(k)
+        and s_shape[-1] == groups(k, group_size)
+    ):
+        raise ValueError(
+            f"qdata of shape {tuple(q_shape)} and scale of shape {tuple(s_shape)} are not the planes of a weight of {k} columns with "
+            f"bits={bits} and group_size={group_size}; they must be [..., N, {FORMATS[bits].row_bytes(k)}] and "
+            f"[..., N, {groups(k, group_size)}], with the same leading sizes"
+        )
 
 
 def pack(q: Tensor, bits: int) -> Tensor:

@@ -12,12 +12,13 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
+from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
 from rtn_tensor.policy import COMPUTED, FilterFn, Rules, check_pattern, find, matches, products, resolve, weights
 from rtn_tensor.pretrained import describe
 from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held, ranks_of
 from rtn_tensor.tables import table
-from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 # ------------------------------------------------------------------------------------------- which weights
 

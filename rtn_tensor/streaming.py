@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.kernels import cpu
 from rtn_tensor.quantize import is_finite
 from rtn_tensor.sources import Source
-from rtn_tensor.tensor import FLOAT_DTYPES, RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 # Bytes of a tensor that are quantized at once, with a kernel of ours and without: plain torch takes ten times as much meanwhile, in fp32.
 CHUNK, PLAIN_CHUNK = 16 << 20, 2 << 20

@@ -13,13 +13,10 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
 from rtn_tensor import ops
-from rtn_tensor.config import check_format
-from rtn_tensor.formats import FORMATS, VERSION, check_version, groups
+from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, VERSION, check_format, check_planes, groups
 from rtn_tensor.reference import round_scale
 
 aten = torch.ops.aten
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class RTNQuantizedTensor(TorchAOBaseTensor):
@@ -55,7 +52,9 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
 
     @staticmethod
     def __new__(cls, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION):
-        check_version(version)
+        # A compiler may hold these two as symbols.
+        bits, group_size = (int(n) if isinstance(n, torch.SymInt) else n for n in (bits, group_size))
+        check_planes(qdata, scale, bits, group_size, in_features, scale_method, transposed, version)
         shape = [*qdata.shape[:-1], in_features]
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         if transposed:
@@ -65,7 +64,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
     def __init__(self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION):
         self.qdata = qdata
         self.scale = scale
-        self.bits = int(bits)  # a compiler may hold these two as symbols
+        self.bits = int(bits)
         self.group_size = int(group_size)
         self.scale_method = scale_method
         self.in_features = in_features
@@ -124,6 +123,29 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
         if flat is None:
             flat = self._flat = self.tensor_data_names, tuple(getattr(self, name) for name in self.tensor_attribute_names)
         return flat
+
+    def __setstate__(self, state: Any) -> None:
+        """What unpickling calls, with what a file says: `__new__` and `__init__` have not run.
+
+        Raises:
+            ValueError, TypeError: it is not the state of such a tensor, or its parts do not fit one another.
+        """
+        if isinstance(state, tuple) and len(state) == 2 and not state[1]:  # torch adds the slots of a class, and there are none
+            state = state[0]
+        names = [*self.tensor_data_names, *self.tensor_attribute_names]
+        if not isinstance(state, dict) or (missing := [name for name in names if name not in {"version": VERSION, **state}]):
+            lacking = f"lacks {', '.join(missing)}" if isinstance(state, dict) else f"is a {type(state).__name__}"
+            raise ValueError(f"the state of a {type(self).__name__} {lacking}; the file is damaged, or of another library")
+        state = {"version": VERSION, **state}
+        made = type(self)(*(state[name] for name in names))
+        for plane in (made.qdata, made.scale):
+            # Rows of one memory would make a tensor of any size from a file of a few bytes.
+            if not plane.is_meta and plane.nbytes > plane.untyped_storage().nbytes():
+                raise ValueError(f"a plane of shape {tuple(plane.shape)} has its rows in the same memory; save a contiguous() weight")
+        mine, due = ((t.shape, t.dtype, t.device) for t in (self, made))
+        if mine != due:
+            raise ValueError(f"the file says that the weight has {mine}, and its planes that it has {due}; the file is damaged")
+        vars(self).update({name: value for name, value in state.items() if name != "_flat"})
 
     def _clear_non_serializable_cached_data(self) -> None:  # before a copy or a file is made of all that lies on the tensor
         super()._clear_non_serializable_cached_data()

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtn_tensor import kernels
-from rtn_tensor.config import check_format
-from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.formats import FORMATS, check_format, groups
 from rtn_tensor.kernels.problem import bucket
 from rtn_tensor.kernels.triton import config as configs
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, tuned_folder

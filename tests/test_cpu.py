@@ -25,8 +25,7 @@ from bounds import Planes, activations, assert_linear_close, random_planes
 from expecttest import assert_expected_inline
 
 from rtn_tensor import RTNQuantizedTensor, explain, kernels, ops, reference
-from rtn_tensor.config import SCALE_METHODS
-from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups
 from rtn_tensor.kernels import cpu
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,7 @@ from bounds import Planes, activations, assert_linear_close, random_planes
 from expecttest import assert_expected_inline
 
 from rtn_tensor import RTNQuantizedTensor, explain, kernels, ops, reference
-from rtn_tensor.config import SCALE_METHODS
-from rtn_tensor.formats import FORMATS, groups, pack
+from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups, pack
 from rtn_tensor.kernels import KERNELS, REFERENCE, Kernel, choose, cpu, dense, make_problem, triton, why_not
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

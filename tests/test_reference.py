@@ -6,8 +6,7 @@ import torch
 from bounds import Planes, activations, assert_linear_close, random_planes
 
 from rtn_tensor import reference
-from rtn_tensor.config import SCALE_METHODS
-from rtn_tensor.formats import FORMATS, pack, unpack
+from rtn_tensor.formats import FORMATS, SCALE_METHODS, pack, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUP_SIZES = [32, 64, 96, 128, -1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.config import check_format
+from rtn_tensor.formats import check_format
 from rtn_tensor.kernels import cpu, dense, triton
 from rtn_tensor.kernels.problem import Kernel, Problem, bucket, capability, make_problem
 from rtn_tensor.tables import table

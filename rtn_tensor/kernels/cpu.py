@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.config import SCALE_METHODS
-from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups
 from rtn_tensor.kernels.problem import Kernel, Problem
 
 LIBRARY = Path(__file__).with_name("librtn.so")
