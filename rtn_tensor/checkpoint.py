@@ -7,13 +7,15 @@ metadata, as torchao flattens a tensor subclass; so transformers and torchao rea
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,22 @@ from rtn_tensor.sources import Source, plane_names, sources, state_sources
 from rtn_tensor.streaming import Piece, check, on_rank, pieces_by_name, stream
 from rtn_tensor.tensor import RTNQuantizedTensor, hung_on
 
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
+# What of a model's folder does not go with its quantized weights into another, by lower-case name, and why.
+LEFT_OUT = (
+    (("adapter_*",), "an adapter, which is not merged into the weights"),
+    (
+        ("optimizer.*", "scheduler.*", "rng_state*", "scaler.*", "training_args.*", "trainer_state.json", "*.distcp", "*.tfevents.*"),
+        "of a training run",
+    ),
+    (("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.index.json"), "weights that are not quantized"),
+    (
+        ("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.pdparams", "*.nemo"),
+        "another framework's weights, which are not quantized",
+    ),
+    (("quantize_config.json", "quant_config.json", "hf_quant_config.json"), "it describes another quantization"),
+    ((".*",), "hidden"),
+)
+OWN_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 
 # ------------------------------------------------------------------------------------------- load
 
@@ -107,15 +124,9 @@ def load(
             model = model()
     assert isinstance(model, nn.Module)
     check_idle(model)
-    found = sources(path, pretrained.renaming(model)) if pretrained.is_pretrained(model) else sources(path)
     places = list(_places(model))
     state = {fqn: t for fqn, _, _, t in places}
-    if rename or fuse or not pretrained.is_pretrained(model):
-        pieces = pieces_by_name(found, rename or {}, fuse or {})
-    else:
-        at = pretrained.renamed(model, {name: source.shape for name, source in found.items()})
-        pieces = [Piece(source, *at[name]) for name, source in found.items()]
-    pieces = check(pieces, state, pretrained.ignored(model))
+    pieces = check(_pieces(path, model, rename or {}, fuse or {}), state, pretrained.ignored(model))
     if left := [fqn for fqn, t in model.named_buffers() if t.is_meta and fqn not in state]:
         raise ValueError(f"{left[0]} was made on meta and is not in the checkpoint; give, as model, a function that makes it")
     if config is not None and any(p.source.quantized for p in pieces):
@@ -133,6 +144,22 @@ def load(
     use(model)
     pretrained.describe(model)
     return model
+
+
+def _pieces(path: Path, model: nn.Module, rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]) -> list[Piece]:
+    """The tensors of a checkpoint, and where in `model` each would go."""
+    found = sources(path, pretrained.renaming(model)) if pretrained.is_pretrained(model) else sources(path)
+    if rename or fuse or not pretrained.is_pretrained(model):
+        return pieces_by_name(found, rename, fuse)
+    at = pretrained.renamed(model, {name: source.shape for name, source in found.items()})
+    return [Piece(source, *at[name]) for name, source in found.items()]
+
+
+def without_place(path: Path, model: nn.Module) -> tuple[list[str], set[Path]]:
+    """The names of the tensors in a folder that its `model` has no place for, and so leaves out; and the files of all that `load` reads."""
+    state = dict.fromkeys(fqn for fqn, *_ in _places(model))
+    pieces = _pieces(path, model, {}, {})
+    return [piece.source.name for piece in pieces if piece.target not in state], {piece.source.file for piece in pieces}
 
 
 def _read(
@@ -405,33 +432,175 @@ def save(model: Any, path: str | os.PathLike, max_shard_size: str | int = "5GB",
         model: any module.
         path: the folder to make.
         max_shard_size: bytes, or as "5GB", from which on a file is split.
-        force: replace what is at `path`, once the new folder is whole.
+        force: replace the model folder that is at `path`, once the new one is whole.
 
     Raises:
-        FileExistsError: there is something at `path`, and not `force`.
+        FileExistsError: there is something at `path`, and not `force`, or something other than a model folder.
         OSError: it could not be written (a full disk, say); nothing stays behind.
     """
-    path = Path(path)
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists; choose another name, or pass force=True to replace it")
+    with new_folder(path, force) as folder:
+        write(model, folder, max_shard_size)
+
+
+def write(model: Any, folder: Path, max_shard_size: str | int = "5GB") -> None:
+    """What `save` does, into a folder that is there."""
     from safetensors import SafetensorError
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "replaced"))
     try:
         if pretrained.is_pretrained(model):
             with pretrained.described(model):
-                model.save_pretrained(partial, max_shard_size=max_shard_size)
+                model.save_pretrained(folder, max_shard_size=max_shard_size)
         else:
-            partial.mkdir()
-            _write(model, partial, max_shard_size)
-        if path.exists():
-            path.rename(replaced)
-        partial.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
+            _write(model, folder, max_shard_size)
     except SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}); nothing was left there") from error
+        raise OSError(f"{folder} could not be written ({error}); nothing was left there") from error
+
+
+# ------------------------------------------------------------------------------------------- folders that are written
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None = None) -> Iterator[Path]:
+    """Gives a folder beside `path` to write into, which becomes `path` at the end; after an error or a signal there is none.
+
+    Args:
+        path: the folder to make.
+        force: replace the model folder that is at `path`, once the new one is whole.
+        source: a folder that is read for it, of which nothing may be replaced.
+
+    Raises:
+        FileExistsError: there is something at `path`, at first or at the end, and not `force`, or something other than a model folder.
+        ValueError: `path` and `source` are one, or one lies in the other.
+        OSError: nothing can be written there.
+    """
+    path = Path(path)
+    if path.name in ("", ".."):  # which no folder beside it can be named for
+        path = path.resolve()
+    if source is not None:
+        _check_apart(path, source)
+    _check_replaceable(path, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "replaced"))
+    try:
+        partial.mkdir()
+        yield partial
+        readable = partial.stat().st_mode & 0o666  # by the umask; safetensors' own files are their owner's only
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(readable)
+        if force and os.path.lexists(path):
+            _check_replaceable(path, force)  # what is there may be another than at first
+            path.rename(replaced)
+        _take(path, partial)
+        if replaced.exists():
+            shutil.rmtree(replaced)
     finally:
         if replaced.exists() and not path.exists():  # between the two renames
             replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _take(path: Path, partial: Path) -> None:
+    """Renames `partial` to `path`, where nothing may be."""
+    try:
+        if os.name == "posix":  # where a rename replaces an empty folder, and so that has to be our own
+            path.mkdir()
+    except FileExistsError:
+        raise FileExistsError(f"{path} appeared while it was being written, and is left as it is; choose another name") from None
+    try:
+        partial.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()
+        raise
+
+
+def _check_replaceable(path: Path, force: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not force:
+        raise FileExistsError(f"{path} exists; choose another name, or pass force=True to replace it")
+    if why := _no_model_folder(path):
+        raise FileExistsError(f"{path} {why}, and only a model's folder is replaced; choose another name, or remove it yourself")
+
+
+def _no_model_folder(path: Path) -> str | None:
+    """Why a folder looks like neither one that `save` wrote nor one of transformers', or holds more than such a one."""
+    if path.is_symlink():
+        return "is a symbolic link"
+    if not path.is_dir():
+        return "is no folder"
+    entries = sorted(path.iterdir())
+    if all(file.is_file() and re.fullmatch(OWN_FILES, file.name) for file in entries):  # of a module that is not transformers'
+        return None
+    try:
+        about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "holds no config.json of a model"
+    if not (isinstance(about, dict) and {"model_type", "architectures"} & set(about)):
+        return "holds a config.json that is of no model"
+    kept = _companion_folders(path)
+    others = [entry.name for entry in entries if entry.is_dir() and entry not in kept]
+    return f"holds {others[0]!r}, which is no part of a model's folder" if others else None
+
+
+def _check_apart(path: Path, source: Path) -> None:
+    if path.exists() and source.exists() and path.samefile(source):
+        raise ValueError(f"{path} is the model that is read; choose another name, as its other files are copied from there")
+    if _holds(source, path):
+        raise ValueError(f"{path} lies in {source}, the model that is read; choose a folder outside of it")
+    links = [link for link in source.rglob("*") if link.is_symlink()] if path.exists() else []
+    if inside := [part for part in (source, *links) if _holds(path, part)]:
+        raise ValueError(f"{path} holds {inside[0]}, of the model that is read; choose a folder outside of it")
+
+
+def _holds(outer: Path, inner: Path) -> bool:
+    """Whether `inner` is `outer` or lies in it, whatever names and links lead there."""
+    real = Path(os.path.realpath(inner))
+    return outer.exists() and any(place.exists() and place.samefile(outer) for place in (real, *real.parents))
+
+
+# ------------------------------------------------------------------------------------------- what comes with a model
+
+
+def companions(source: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The files of a transformers folder that go with its weights into another: tokenizer, processors, templates, sentence-transformers'
+    modules, license, card; and the entries of it that do not, each with the reason."""
+    folders = _companion_folders(source)
+    kept = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+    left_out: dict[Path, str] = {}
+    for entry in sorted(source.iterdir()):
+        why = next((why for patterns, why in LEFT_OUT if any(fnmatchcase(entry.name.lower(), p) for p in patterns)), None)
+        if entry.is_dir():
+            if entry not in folders:
+                left_out[entry] = "neither modules.json names it nor does it hold a tokenizer, a processor or templates alone"
+        elif not entry.is_file():
+            left_out[entry] = "it is no file"
+        elif why:
+            left_out[entry] = why
+        else:
+            kept.append(entry)
+    return kept, left_out
+
+
+def _companion_folders(source: Path) -> list[Path]:
+    """sentence-transformers' modules, some with weights of their own; and tokenizers, processors and chat templates, which have none."""
+    try:
+        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        modules = []
+    except ValueError as error:
+        raise ValueError(f"{source / 'modules.json'} is no JSON ({error}); copy or download it again") from None
+    listed = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    names = {"additional_chat_templates", *(path.split("/")[0] for path in listed if isinstance(path, str))}
+    folders = [entry for entry in sorted(source.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    return [folder for folder in folders if folder.name in names or _is_processor(folder)]
+
+
+def _is_processor(folder: Path) -> bool:
+    names = {file.name for file in folder.iterdir()}
+    if not names & {"tokenizer_config.json", "preprocessor_config.json", "processor_config.json"}:
+        return False
+    return not any(fnmatchcase(name.lower(), pattern) for name in names for patterns, _ in LEFT_OUT for pattern in patterns)

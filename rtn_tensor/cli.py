@@ -5,17 +5,18 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
-from fnmatch import fnmatch
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rtn_tensor.checkpoint import WEIGHT_FILES, empty_model, load, save
+from rtn_tensor.checkpoint import companions, empty_model, load, new_folder, without_place, write
 from rtn_tensor.config import rtn
 from rtn_tensor.evaluate import generate, perplexity, token_losses
 from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, SCALE_METHODS
@@ -103,22 +104,34 @@ def _rules(args: argparse.Namespace) -> Any:
 def _quantize(args: argparse.Namespace) -> tuple[Any, str]:
     rules = _rules(args)
     source, destination = Path(args.src), Path(args.dst)
-    if destination.exists() and not args.force:
+    if os.path.lexists(destination) and not args.force:
         raise FileExistsError(f"{destination} exists; choose another name, or replace it with --force")
-    if destination.resolve() == source.resolve():
-        raise ValueError(f"{destination} is the model that is read; choose another name, as its other files are copied from there")
     model = empty_model(source)
-    if hasattr(model.config, "quantization_config"):
+    if getattr(model.config, "quantization_config", None):
         raise ValueError(f"{source} is already quantized; give the float model")
-    _say(f"Loading {source}")
-    load(source, rules, model, filter_fn=_selects(model, args.embedding))
-    _say(f"Writing {destination}")
-    save(model, destination, force=args.force)
-    result = report(model)
-    for file in sorted(Path(args.src).iterdir()):  # the tokenizer, and whatever else came with the model
-        if file.is_file() and not (destination / file.name).exists() and not any(fnmatch(file.name, p) for p in WEIGHT_FILES):
-            shutil.copy2(file, destination)
+    with new_folder(destination, args.force, source) as folder:
+        kept, left_out = companions(source)
+        unused, read = without_place(source, model)
+        _say(f"Loading {source}")
+        load(source, rules, model, filter_fn=_selects(model, args.embedding))
+        _say(f"Writing {destination}")
+        write(model, folder)
+        result = report(model)
+        for file in kept:
+            to = folder / file.relative_to(source)
+            if not to.exists():  # its config is the quantized model's
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, to)
+    for name, count in Counter(map(_any_layer, unused)).items():
+        _say(f"Left out {name}{f' ({count} such)' if count > 1 else ''}: {type(model).__name__} has no place for it")
+    for entry, why in left_out.items():
+        if entry not in read and not entry.name.endswith(".index.json"):
+            _say(f"Left out {entry.name}{'/' if entry.is_dir() else ''}: {why}")
     return result.to_dict(), str(result)
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _inspect(args: argparse.Namespace) -> tuple[Any, str]:

@@ -1,0 +1,170 @@
+"""What is at the destination of `save` and `rtn-tensor quantize`: nothing of another's is deleted, and nothing half-made stays."""
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny_llama import tiny_llama
+from torch import nn
+
+from rtn_tensor import load, quantize_, rtn_int4, save
+from rtn_tensor.checkpoint import new_folder
+
+
+def tree(folder):
+    """Every path below, with a file's content and a link's target."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def a_file(at):
+    at.write_text("precious")
+
+
+def a_link_to_a_model(at):
+    save(nn.Linear(2, 2), at.with_name("elsewhere"))
+    at.symlink_to("elsewhere")
+
+
+def a_link_to_nothing(at):
+    at.symlink_to("nowhere")
+
+
+def a_folder_of_texts(at):
+    at.mkdir()
+    (at / "thesis.txt").write_text("precious")
+
+
+def a_program_with_a_config(at):
+    at.mkdir()
+    (at / "config.json").write_text('{"port": 80}')
+    (at / "model.safetensors").write_text("precious")
+
+
+def a_folder_of_models(at):
+    save(nn.Linear(2, 2), at / "a")
+
+
+def many_models_in_one_folder(at):
+    at.mkdir()
+    (at / "a.safetensors").write_text("precious")
+    (at / "b.safetensors").write_text("precious")
+
+
+def a_model_that_is_a_repository(at):
+    tiny_llama().save_pretrained(at)
+    (at / ".git").mkdir()
+
+
+def a_model_with_a_folder_of_its_training(at):
+    tiny_llama().save_pretrained(at)
+    (at / "checkpoint-500").mkdir()
+
+
+OTHERS = [
+    a_file,
+    a_link_to_a_model,
+    a_link_to_nothing,
+    a_folder_of_texts,
+    a_program_with_a_config,
+    a_folder_of_models,
+    many_models_in_one_folder,
+    a_model_that_is_a_repository,
+    a_model_with_a_folder_of_its_training,
+]
+
+
+@pytest.mark.parametrize("make", OTHERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_model_is_never_replaced(tmp_path, make, force):
+    make(tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match="only a model's folder is replaced" if force else "pass force=True"):
+        save(nn.Linear(2, 2), tmp_path / "out", force=force)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_meanwhile_stays(tmp_path, force):
+    for make in (a_file, a_link_to_nothing, a_folder_of_texts, Path.mkdir if not force else a_folder_of_models):
+        folder = tmp_path / make.__name__
+        folder.mkdir()
+        with pytest.raises(FileExistsError, match="choose another name"), new_folder(folder / "out", force) as partial:  # noqa: PT012
+            (partial / "new").write_text("new")
+            make(folder / "out")
+            before = tree(folder / "out")
+        assert tree(folder / "out") == before
+        assert [path.name for path in folder.iterdir() if path.name != "elsewhere"] == ["out"]
+
+
+def an_empty_folder(at):
+    at.mkdir()
+
+
+def a_module(at):
+    save(nn.Linear(4, 4), at)
+
+
+def a_module_in_shards(at):
+    save(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), at, max_shard_size=20_000)
+
+
+def a_quantized_model(at):
+    quantize_(model := tiny_llama(), rtn_int4(32))
+    save(model, at)
+    (at / "notes").write_text("of the old one")
+
+
+def one_of_sentence_transformers(at):
+    tiny_llama().save_pretrained(at)
+    (at / "modules.json").write_text('[{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]')
+    (at / "1_Pooling").mkdir()
+    (at / "1_Pooling" / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "make", [an_empty_folder, a_module, a_module_in_shards, a_quantized_model, one_of_sentence_transformers], ids=lambda make: make.__name__
+)
+def test_a_model_is_replaced_by_force(tmp_path, make):
+    make(tmp_path / "out")
+    save(nn.Linear(2, 3), tmp_path / "out", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert load(tmp_path / "out", model=nn.Linear(2, 3)).weight.shape == (3, 2)
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/.."])
+def test_names_that_are_no_names(tmp_path, monkeypatch, name):
+    """The folder that they mean is replaced, or not, like any other."""
+    a_folder_of_texts(tmp_path / "work")
+    (tmp_path / "work" / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match="only a model's folder is replaced"):
+        save(nn.Linear(2, 2), name, force=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_files_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save(nn.Linear(2, 2), tmp_path / "module")
+        save(tiny_llama(), tmp_path / "model", max_shard_size="100KB")
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), SystemExit(143)])
+def test_nothing_half_made_stays(tmp_path, error):
+    save(nn.Linear(2, 2), tmp_path / "old")
+    for name in ("new", "old"):
+        before = tree(tmp_path)
+        with pytest.raises(type(error)), new_folder(tmp_path / name, force=True) as partial:  # noqa: PT012
+            (partial / "half").write_text("")
+            raise error
+        assert tree(tmp_path) == before
