@@ -59,6 +59,47 @@ if torch.distributed.is_available():
         return args[0]
 
 
+class _Bucket(Tensor):
+    """Flat tensors end to end, quantized ones among them, as DistributedDataParallel joins what it broadcasts; each is sent by itself.
+
+    Joined as floats they would be quantized anew where they arrive, to other numbers.
+    """
+
+    parts: list[Tensor]
+
+    @staticmethod
+    def __new__(cls, parts: list[Tensor]):
+        size = sum(part.numel() for part in parts)
+        new = Tensor._make_wrapper_subclass(cls, (size,), dtype=parts[0].dtype, device=parts[0].device)  # type: ignore[attr-defined]
+        new.parts = [part.contiguous() for part in parts]
+        return new
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        if func is aten.slice.Tensor:
+            bucket, _, start, end = args
+            for part in bucket.parts:
+                if start == 0 and end == part.numel():
+                    return part.view(part.shape)
+                start, end = start - part.numel(), end - part.numel()
+        elif func is torch.ops.c10d.broadcast_.default:
+            ([bucket], *rest), kwargs = args, kwargs or {}
+            *others, last = bucket.parts
+            for part in others:
+                func([part], *rest, **kwargs)[1].wait()
+            return args[0], func([last], *rest, **kwargs)[1]
+        raise NotImplementedError(f"parameters that were joined, some of them quantized, can be broadcast only, not go through {func}")
+
+
+_cat = RTNQuantizedTensor._ATEN_OP_TABLE[RTNQuantizedTensor][aten.cat.default]
+
+
+@_op(aten.cat.default)
+def _(func, types, args, kwargs):
+    flat = any(isinstance(t, RTNQuantizedTensor) and t._is_flat for t in args[0])
+    return _Bucket(args[0]) if flat else _cat(func, types, args, kwargs)
+
+
 @_op(aten.constant_pad_nd.default)
 def _(func, types, args, kwargs):
     """Rows of zeros after the last, as DTensor pads the shards of ranks that have fewer."""

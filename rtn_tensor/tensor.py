@@ -48,6 +48,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
     version: int = VERSION
     _padded_rows: int
     _flat: tuple[list[str], tuple] | None = None  # what `__tensor_flatten__` gives; nothing in it ever changes
+    _is_flat = False  # true of what `view(-1)` gives: its shape is kept, and a concatenation of such is no weight
     _shares_scale = False  # true of some columns of rows that have one scale: to write it would change the other columns
 
     @staticmethod
@@ -214,7 +215,14 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
 
 torch.serialization.add_safe_globals([RTNQuantizedTensor])
 
-_OWN = {*RTNQuantizedTensor.tensor_data_names, *RTNQuantizedTensor.tensor_attribute_names, "_is_param", "_shares_scale", "_flat"}
+_OWN = {
+    *RTNQuantizedTensor.tensor_data_names,
+    *RTNQuantizedTensor.tensor_attribute_names,
+    "_is_param",
+    "_is_flat",
+    "_shares_scale",
+    "_flat",
+}
 _op = RTNQuantizedTensor.implements
 _function = RTNQuantizedTensor.implements_torch_function
 
@@ -525,6 +533,7 @@ def _(func, types, args, kwargs):
         )
     if same_shape:
         out = rebuilt(w, *(p.view(p.shape) for p in (w.qdata, w.scale)))
+        out._is_flat = args[1] == [-1]
     else:
         out = rebuilt(w, *(func(p, [*size[:-1], p.shape[-1]]) for p in (w.qdata, w.scale)))
     return return_and_correct_aliasing(func, args, kwargs, out)

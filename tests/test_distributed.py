@@ -10,7 +10,16 @@ if not torch.distributed.is_available():
 
 from ranks import cases, run_all
 
-MODULES = ("sharded_fsdp", "sharded_tp", "sharded_load", "sharded_rank0", "sharded_transformers", "sharded_training", "sharded_2d")
+MODULES = (
+    "sharded_fsdp",
+    "sharded_tp",
+    "sharded_load",
+    "sharded_rank0",
+    "sharded_transformers",
+    "sharded_training",
+    "sharded_2d",
+    "sharded_ddp",
+)
 CASES = [(module, name, ranks) for module in MODULES for ranks in cases(module).ranks for name in cases(module)]
 
 
