@@ -1,10 +1,11 @@
 """The tensors of a checkpoint, left on disk until they are asked for."""
 
 import functools
-import json
 import math
 import mmap
 import os
+import pickle
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rtn_tensor.files import Entry, check_regular, parse_json, read_header, weight_files
 from rtn_tensor.formats import VERSION, check_version
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8, "I8": torch.int8},
+    **{"F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64},
     **{"I16": torch.int16, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64},
 }  # as safetensors calls them
 READ_AHEAD = 128 << 10  # bytes; of one request Linux drops what is beyond the device's own read-ahead, at least this
@@ -76,66 +79,79 @@ def plane_names(fqn: str) -> list[str]:
     return [f"{module}._{name}_{plane}" for plane in RTNQuantizedTensor.tensor_data_names]
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    for kind in ("safetensors", "bin"):
-        if index := sorted(path.glob(f"*.{kind}.index.json")):
-            files = [path / name for name in sorted(set(json.loads(index[0].read_text())["weight_map"].values()))]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise FileNotFoundError(f"{path} lacks {', '.join(missing)}, which {index[0].name} names; download the checkpoint again")
-            return files
-        if files := sorted(path.glob("*.safetensors" if kind == "safetensors" else "pytorch_model*.bin")):
-            return files
-    raise FileNotFoundError(f"{path} holds no checkpoint; give a folder with *.safetensors or pytorch_model*.bin, or one such file")
+def check_attributes(attributes: Any) -> None:
+    """Raises ValueError unless a file's attributes of a quantized weight are those that it must have; `check_planes` looks at each."""
+    if not isinstance(attributes, dict):
+        raise ValueError(f"its attributes are {str(attributes)[:100]}; they must be a JSON object")
+    check_version(attributes.get("version", VERSION))  # of a later one, others are to be expected
+    allowed = RTNQuantizedTensor.tensor_attribute_names
+    lacking = sorted({*allowed} - {"transposed", "version"} - {*attributes})
+    if unknown := sorted({*attributes} - {*allowed}) or lacking:
+        why = f"lack {', '.join(lacking)}" if lacking else f"have {', '.join(unknown)[:100]}, too"
+        raise ValueError(f"its attributes {why}; they must be {', '.join(allowed)}")
+
+
+def _attributes(name: str, text: str) -> dict[str, Any] | None:
+    """The attributes of the quantized weight `name`, of which a file's metadata says `text`; None where that is about something else.
+
+    Raises:
+        ValueError: it is a quantized weight of another library, or of a format that this one does not read.
+    """
+    if not text.startswith("{"):
+        return None
+    try:
+        about = parse_json(text)
+    except ValueError:  # of a tensor that is not quantized it says nothing that is needed; the planes of one that is will be missed
+        return None
+    kind = about.get("_type", "Tensor")
+    if kind == "Tensor":
+        return None
+    if kind != RTNQuantizedTensor.__name__:
+        raise ValueError(f"{name} is a {str(kind)[:100]}, of another library; load it with that, or give a float checkpoint")
+    attributes = about.get("_data")
+    try:
+        check_attributes(attributes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return attributes
 
 
 def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
     """The tensors of a file as they lie in it, and the attributes of each quantized weight by its name."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(file, "np"):  # looks at the header and the size
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or corrupt ({error}); copy or download it again") from error
-    with open(file, "rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
+    entries, metadata = read_header(file)
     formats = {}
-    for name, text in header.pop("__metadata__", {}).items():
-        if text.startswith("{") and (about := json.loads(text)).get("_type") not in (None, "Tensor"):
-            if about["_type"] != RTNQuantizedTensor.__name__:
-                raise ValueError(f"{file}: {name} is a {about['_type']}, of another library; load it with that, or give a float checkpoint")
-            try:
-                check_version(about["_data"].get("version", VERSION))
-            except ValueError as error:
-                raise ValueError(f"{file}: {name}: {error}") from None
-            formats[name] = about["_data"]
+    for name, text in metadata.items():
+        try:
+            if (attributes := _attributes(name, text)) is not None:
+                formats[name] = attributes
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
     private, read_only = functools.cache(lambda: safe_open(file, "pt")), functools.cache(lambda: _ReadOnly(file))
     tensors = []
-    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if (dtype := DTYPES.get(about["dtype"])) is None:
-            raise ValueError(f"{file}: {name} is {about['dtype']}, which this torch has no dtype for")
-        shape, at = tuple(about["shape"]), 8 + size + about["data_offsets"][0]
-        tensors.append(
-            Source(
-                file,
-                name,
-                shape,
-                dtype,
-                map=lambda name=name: private().get_tensor(name),
-                view=lambda dtype=dtype, shape=shape, at=at: read_only().tensor(dtype, shape, at),
-                read_soon=lambda part: read_only().read_soon(part),
-            )
-        )
+    for entry in entries:
+        if (dtype := DTYPES.get(entry.dtype)) is None:
+            raise ValueError(f"{file}: {entry.name} is {entry.dtype}, which this torch has no dtype for")
+
+        def view(entry: Entry = entry, dtype: torch.dtype = dtype) -> Tensor:
+            return read_only().tensor(dtype, entry.shape, entry.start)
+
+        def map(entry: Entry = entry, dtype: torch.dtype = dtype, view: Callable[[], Tensor] = view) -> Tensor:
+            # torch maps no tensor that begins inside an element, and kernels read planes in words of 8 bytes.
+            aligned = entry.start % (8 if dtype == torch.uint8 else dtype.itemsize) == 0
+            return private().get_tensor(entry.name) if aligned else view().clone()
+
+        tensors.append(Source(file, entry.name, entry.shape, dtype, map, view, lambda part: read_only().read_soon(part)))
     return tensors, formats
 
 
 def _quantized(qdata: Source, scale: Source, fqn: str, attributes: dict) -> Source:
-    shape = [*qdata.shape[:-1], attributes["in_features"]]
-    if attributes["transposed"]:
-        shape[-2:] = shape[:-3:-1]
+    planes = (torch.empty(plane.shape, dtype=plane.dtype, device="meta") for plane in (qdata, scale))
+    try:
+        shape = RTNQuantizedTensor(*planes, **attributes).shape
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{qdata.file}: {fqn}: {error}") from None
 
     def map() -> Tensor:
         return RTNQuantizedTensor(qdata.map(), scale.map(), **attributes)
@@ -144,12 +160,37 @@ def _quantized(qdata: Source, scale: Source, fqn: str, attributes: dict) -> Sour
 
 
 def _torch_file(file: Path) -> list[Source]:
+    """The tensors of what torch.save wrote. An older file, which is no zip archive, is read at once."""
+    check_regular(file)
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        with open(file, "rb") as opened:
+            archive = opened.read(4) == b"PK\3\4"
+        state = torch.load(file, map_location="cpu", mmap=archive, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if names := sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error)))):
+            # torch advises to read it all the same, which runs whatever it holds.
+            raise ValueError(
+                f"{file} holds more than tensors ({', '.join(names)}), and to read that could run any code; save the state_dict alone: "
+                "torch.save(model.state_dict(), file), or better as safetensors"
+            ) from None
+        why = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()[0]
+        raise ValueError(f"{file} cannot be read ({why}); give a state_dict that torch.save wrote") from None
     except Exception as error:  # torch raises many kinds, and names no file
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}); give a state_dict that torch.save wrote") from error
     for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+        state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file} holds a {type(state).__name__}; give a state_dict that torch.save wrote")
+    for name, t in state.items():
+        if isinstance(t, Tensor):
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"{file} has a tensor under {str(name)[:100]!r}, which is no name; give a state_dict that torch.save wrote"
+                )
+            kind = type(t).__name__ if type(t) not in (Tensor, nn.Parameter, RTNQuantizedTensor) else str(t.layout)
+            if kind != str(torch.strided) or t.is_quantized or t.is_meta:
+                kind = "on meta, without values" if t.is_meta else f"a {t.dtype if t.is_quantized else kind}"
+                raise ValueError(f"{file}: {name} is {kind}; load takes plain tensors, and those that rtn-tensor quantized")
     return state_sources(state, file)
 
 
@@ -166,7 +207,7 @@ def _read(path: Path) -> tuple[dict[str, Source], dict[str, dict]]:
     """The tensors as they lie in the files of a checkpoint, and the attributes of each quantized weight, by name."""
     found: dict[str, Source] = {}
     formats: dict[str, dict] = {}
-    for file in _files(path):
+    for file in weight_files(path):
         tensors, attributes = _safetensors(file) if file.suffix == ".safetensors" else (_torch_file(file), {})
         formats |= attributes
         for source in tensors:
@@ -181,7 +222,8 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
 
     Raises:
         FileNotFoundError: there is none at `path`.
-        ValueError: a file of it is truncated or corrupt, or names a tensor that another has.
+        ValueError: a file of it is truncated or corrupt, is no regular file, names a tensor that another has, or says of a quantized weight
+            what its planes are not.
     """
     found, formats = _read(Path(path))
     # transformers writes a tensor under the name that its model once had for it, and in the metadata as it has now.
@@ -189,9 +231,14 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
     for fqn, attributes in formats.items():
         qdata, scale = (found.pop(names.get(plane, ""), None) for plane in plane_names(fqn))
         if qdata and scale:
+            if fqn in found:
+                raise found[fqn].error(f"is there twice, quantized as {qdata.name}, too; remove one of the two")
             found[fqn] = _quantized(qdata, scale, fqn, attributes)
         elif source := qdata or scale:
             raise source.error(f"is one of the two planes of {fqn}, and the other is missing; download the checkpoint again")
+    for name, source in found.items():
+        if re.fullmatch(r"(.*\.)?_.+_qdata", name) and name.removesuffix("qdata") + "scale" in found:
+            raise source.error("is a plane of a quantized weight, of which the metadata says nothing that can be read; download it again")
     return found
 
 
@@ -203,14 +250,15 @@ def saved_attributes(path: str | os.PathLike, renaming: Callable[[], Callable[[s
         FileNotFoundError, ValueError: as `sources`.
     """
     found, formats = _read(Path(path))
-    planes = {fqn: plane_names(fqn)[0] for fqn in formats}
     names = {name: name for name in found}
-    if not set(planes.values()) <= set(names):
+    if not {plane_names(fqn)[0] for fqn in formats} <= set(names):
         new = renaming()
         names = {new(name): name for name in found}
     attributes = {}
-    for fqn, plane in planes.items():
-        if plane in names:  # else the weight is shared, and saved under its other name
-            module, _, name = names[plane].rpartition(".")
+    for fqn in formats:
+        qdata, scale = (found.get(names.get(plane, "")) for plane in plane_names(fqn))
+        if qdata and scale:  # else the weight is shared, and saved under its other name
+            _quantized(qdata, scale, fqn, formats[fqn])
+            module, _, name = qdata.name.rpartition(".")
             attributes[f"{module}.{name.removeprefix('_').removesuffix('_qdata')}"] = formats[fqn]
     return attributes

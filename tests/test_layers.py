@@ -33,6 +33,7 @@ LAYERS = [
     "sharding",
     "moe",
     "policy",
+    "files",
     "sources",
     "pretrained",
     "quantize",
