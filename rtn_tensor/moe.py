@@ -5,6 +5,7 @@ the last two dims swapped, and runs them by one of several functions (`ALL_EXPER
 """
 
 import sys
+from collections.abc import Callable
 from itertools import permutations
 from typing import Any
 
@@ -74,29 +75,32 @@ def routers(model: nn.Module) -> set[nn.Module]:
 # ------------------------------------------------------------------------------------------- running them
 
 
+def _is_silu(act_fn: Any) -> bool:
+    """Whether calling `act_fn` is silu and nothing else: of a class of which this is known, without a `forward` of its own or hooks."""
+    if act_fn is nn.functional.silu:
+        return True
+    activations: Any = sys.modules.get("transformers.activations")
+    kind = type(act_fn)
+    known = kind is nn.SiLU or (activations is not None and kind is activations.SiLUActivation)
+    return (
+        known and getattr(act_fn.forward, "__func__", None) is kind.forward and not act_fn._forward_hooks and not act_fn._forward_pre_hooks
+    )
+
+
 def activation_of(module: Any) -> str | None:
-    """Which of `reference.ACTIVATIONS` the module's `_apply_gate` computes, found by trying it; None where it is none of them."""
-    # Past GPT-OSS's limit of 7, and with few enough columns that modules with parameters of their own do not fit.
-    h = torch.linspace(-9, 9, 64).view(4, 16)
-    h = h[:, torch.arange(16) * 5 % 16]
-    try:
-        with torch.no_grad():
-            got = module._apply_gate(h)
-    except (RuntimeError, AttributeError, TypeError, ValueError):
+    """Which of `reference.ACTIVATIONS` the experts of a transformers module compute between their products; None where it is none of them.
+
+    What the module is decides it: trying `_apply_gate` on some numbers would miss a clamp beyond them. It is asked at every call, as an
+    `act_fn` or a limit can be exchanged.
+    """
+    gate = getattr(getattr(module, "_apply_gate", None), "__func__", None)
+    if gate is None or not module.has_gate:
         return None
-    for name, activation in reference.ACTIVATIONS.items():
-        expected = activation(h)
-        if isinstance(got, Tensor) and got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-5, atol=1e-6):
-            return name
+    if gate.__module__ == "transformers.integrations.moe":  # what experts have that bring no gate of their own
+        return "silu" if _is_silu(module.act_fn) else None
+    if gate.__module__ == "transformers.models.gpt_oss.modeling_gpt_oss":
+        return "gpt_oss" if (module.alpha, module.limit) == (reference.GPT_OSS_ALPHA, reference.GPT_OSS_LIMIT) else None
     return None
-
-
-def _known_activation(module: Any) -> str | None:
-    if "rtn_activation" not in vars(module):
-        if not module.has_gate or torch.compiler.is_compiling():  # what trying it gives is no part of a graph
-            return None
-        module.rtn_activation = activation_of(module)
-    return module.rtn_activation
 
 
 def _product(x: Tensor, w: Tensor, offs: Tensor, transposed: bool, bias: Tensor | None, of_row: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ def run(
     experts: Tensor,
     router: Tensor | None,
     top_k: int,
-    activation: str,
+    activation: str | Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Quantized experts in two launches, whatever the routing: one for gate, up and the activation, one for down and the router's weights.
 
@@ -123,7 +127,8 @@ def run(
         up, down: `[E, 2 I, H]` and `[E, H, I]`, biases `[E, 2 I]` and `[E, H]`.
         experts: `[T * top_k]`, the expert of each pair of a token and one of its experts; of one that is not in 0 .. E - 1 the row is zero.
         router: `[T * top_k]`, what each pair's row is multiplied by.
-        activation: one of `reference.ACTIVATIONS`.
+        activation: one of `reference.ACTIVATIONS`; or a function of `[T * top_k, 2 I]`, called between the launches, which are then without
+            gradients.
 
     Returns:
         `[T * top_k, H]`; the sum over top_k is the caller's.
@@ -132,15 +137,18 @@ def run(
     handful = x.is_cuda and len(experts) <= max(8, up.shape[0] // 4)
     pairs, offs = (None, None) if handful else reference.sorted_pairs(experts, up.shape[0])
     (up_planes, up_format), (down_planes, down_format) = (((w.qdata, w.scale), (w.bits, w.group_size)) for w in (up, down))
-    h = ops.routed(x, *up_planes, up_bias, experts, pairs, offs, None, top_k, activation, *up_format)
+    named = activation if isinstance(activation, str) else ""
+    h = ops.routed(x, *up_planes, up_bias, experts, pairs, offs, None, top_k, named, *up_format)
+    if not isinstance(activation, str):
+        h = activation(h)
     return ops.routed(h, *down_planes, down_bias, experts, pairs, offs, router, 1, "", *down_format)
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of a transformers module, `hidden_states [T, H]`, `top_k_index` and `top_k_weights` `[T, top_k]` -> `[T, H]`.
 
-    Quantized, they are `run`. Where a gradient is asked for, or the activation is one that no kernel has, the module's own is computed
-    between two grouped products.
+    Quantized, they are `run`, with the module's own activation where no kernel has it. Where a gradient may be asked for, they are two
+    grouped products, and the module's own activation between them.
     """
     names = ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
     up, down = (getattr(self, name) for name in names)
@@ -154,26 +162,23 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = hidden_states
     has_norm = getattr(self, "has_post_expert_norm", False)  # transformers' from 5.20 on
     learned = [t for t in (x, weights, up_bias, down_bias) if t is not None and t.requires_grad]
-    activation = _known_activation(self)
+    activation, own = activation_of(self), self._apply_gate if self.has_gate else self.act_fn
     fused = (
-        activation is not None
-        and not (torch.is_grad_enabled() and learned)
+        not (torch.is_grad_enabled() and (learned or activation is None))  # an activation may have parameters
         and not ops.transformed()  # it has no derivative
         and x.dtype == up.dtype == down.dtype
         and not torch.is_autocast_enabled(x.device.type)
     )
     if fused:
-        assert activation is not None
         router = None if has_norm else weights
-        y = run(x, up, down, up_bias, down_bias, experts, router, top_k, activation)
+        y = run(x, up, down, up_bias, down_bias, experts, router, top_k, activation or own)
         if router is None:
             y = self.post_expert_norm(y) * weights[:, None]
         return y.view(tokens, top_k, y.shape[-1]).sum(1).to(x.dtype)
     pairs, offs = reference.sorted_pairs(experts, up.shape[0])
     of_row = experts[pairs].clamp(0, up.shape[0] - 1)
     h = _product(x[pairs // top_k].to(up.dtype), up, offs, self.is_transposed, up_bias, of_row)
-    h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
-    y = _product(h.to(down.dtype), down, offs, self.is_transposed, down_bias, of_row)
+    y = _product(own(h).to(down.dtype), down, offs, self.is_transposed, down_bias, of_row)
     if has_norm:
         y = self.post_expert_norm(y)
     y = y * weights[pairs][:, None]
@@ -191,5 +196,4 @@ def use(model: nn.Module) -> None:
         is_transformers = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
         if is_transformers and any(isinstance(w, RTNQuantizedTensor) for w in _stacks(module).values()):
             transformers.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-            _known_activation(module)
             module.config._experts_implementation = IMPLEMENTATION

@@ -133,9 +133,12 @@ def _silu(h: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0
+
+
 def _gpt_oss(h: Tensor) -> Tensor:
-    gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    gate, up = h[..., ::2].clamp(max=GPT_OSS_LIMIT), h[..., 1::2].clamp(-GPT_OSS_LIMIT, GPT_OSS_LIMIT)
+    return (up + 1) * gate * torch.sigmoid(GPT_OSS_ALPHA * gate)
 
 
 # What experts do between their two products, `[..., 2 I]` -> `[..., I]`, in fp32: silu(gate) * up, of gate's columns and then up's, and
