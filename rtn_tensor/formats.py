@@ -17,6 +17,7 @@ from torch import Tensor
 
 CHUNK_BYTES = 16
 VERSION = 1  # of all this; files carry it
+MAX_GROUP_SIZE = 1 << 30  # no row is as long; kernels multiply it by 8 without a thought of overflow
 SCALE_METHODS = ("absmax", "signed", "search")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,7 +61,7 @@ def check_format(bits: int, group_size: int, scale_method: str) -> None:
     """Raises ValueError unless the three name a format this library stores."""
     if type(bits) is not int or bits not in FORMATS:
         raise ValueError(f"bits={bits!r} is not supported; use {' or '.join(map(str, FORMATS))}")
-    if type(group_size) is not int or (group_size != -1 and (group_size <= 0 or group_size % 32)):
+    if type(group_size) is not int or (group_size != -1 and (not 0 < group_size <= MAX_GROUP_SIZE or group_size % 32)):
         raise ValueError(
             f"group_size={group_size!r} is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row"
         )

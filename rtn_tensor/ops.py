@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 
+from rtn_tensor import arguments
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels import choose, cpu, make_problem
 
@@ -22,20 +23,41 @@ _ops = torch.ops.rtn
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
+# ----------------------------------------------------------------------------------------------- registration
+
+
 def _define(schema: str):
-    """Registers the decorated function as the implementation of an op on every backend."""
+    """Registers the decorated function, after a check of its arguments, as the implementation of an op on every backend."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
+    check = getattr(arguments, name)
 
     def register(fn):
         @functools.wraps(fn)
         def run(*args):
+            check(*args)
             if not torch._C._is_any_autocast_enabled():
                 return fn(*args)
             with torch._C._DisableAutocast():  # else it redoes the fp32 products inside a kernel in its own dtype
                 return fn(*args)
 
         _library.impl(name, dispatched(run), "CompositeExplicitAutograd")
+        return run
+
+    return register
+
+
+def _fake(name: str):
+    """Registers the decorated function as what `rtn::name` gives on fake tensors, after the same check."""
+    check = getattr(arguments, name)
+
+    def register(fn):
+        @functools.wraps(fn)
+        def run(*args):
+            check(*args)
+            return fn(*args)
+
+        torch.library.register_fake(f"rtn::{name}", run, lib=_library)
         return run
 
     return register
@@ -148,7 +170,7 @@ def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: i
     return _linear(x, qdata, scale, bias, bits, group_size)
 
 
-@torch.library.register_fake("rtn::linear", lib=_library)
+@_fake("linear")
 def _linear_fake(x, qdata, scale, bias, bits, group_size):
     return x.new_empty(*x.shape[:-1], qdata.shape[-2])
 
@@ -199,7 +221,7 @@ def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: i
     return _linear_dx(dy, qdata, scale, bits, group_size, k)
 
 
-@torch.library.register_fake("rtn::linear_dx", lib=_library)
+@_fake("linear_dx")
 def _linear_dx_fake(dy, qdata, scale, bits, group_size, k):
     return dy.new_empty(*dy.shape[:-1], k)
 
@@ -245,7 +267,7 @@ def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, gr
     return _grouped(x, qdata, scale, offs, bits, group_size)
 
 
-@torch.library.register_fake("rtn::grouped", lib=_library)
+@_fake("grouped")
 def _grouped_fake(x, qdata, scale, offs, bits, group_size):
     return x.new_empty(x.shape[0], qdata.shape[-2])
 
@@ -294,7 +316,7 @@ def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int
     return _grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
 
 
-@torch.library.register_fake("rtn::grouped_dx", lib=_library)
+@_fake("grouped_dx")
 def _grouped_dx_fake(dy, qdata, scale, offs, bits, group_size, k):
     return dy.new_empty(dy.shape[0], k)
 
@@ -350,7 +372,7 @@ def routed(
     return _routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
 
 
-@torch.library.register_fake("rtn::routed", lib=_library)
+@_fake("routed")
 def _routed_fake(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
     return x.new_empty(x.shape[0] * top_k, qdata.shape[-2] // 2 if activation else qdata.shape[-2])
 
@@ -371,7 +393,7 @@ def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_si
     return _embedding(indices, qdata, scale, bits, group_size, k)
 
 
-@torch.library.register_fake("rtn::embedding", lib=_library)
+@_fake("embedding")
 def _embedding_fake(indices, qdata, scale, bits, group_size, k):
     return scale.new_empty(*indices.shape, k)
 
@@ -412,7 +434,7 @@ def quantize_(w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: in
         torch.autograd.graph.increment_version((qdata, scale))  # a backward that saved them is to see the change
 
 
-@torch.library.register_fake("rtn::quantize", lib=_library)
+@_fake("quantize")
 def _quantize_fake(w, bits, group_size, scale_method, scale_dtype):
     *rows, k = w.shape
     qdata = w.new_empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8)
@@ -433,7 +455,7 @@ def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int,
     return _dequantize(qdata, scale, bits, group_size, k, dtype)
 
 
-@torch.library.register_fake("rtn::dequantize", lib=_library)
+@_fake("dequantize")
 def _dequantize_fake(qdata, scale, bits, group_size, k, dtype):
     return qdata.new_empty(*qdata.shape[:-1], k, dtype=dtype)
 

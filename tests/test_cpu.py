@@ -627,6 +627,7 @@ check()
 @pytest.fixture
 def no_library(monkeypatch):
     def forget():
+        cpu._load.cache_clear()
         cpu.library.cache_clear()
         kernels.forget()
 
@@ -650,8 +651,8 @@ def test_without_the_library(no_library):
     assert_expected_inline(
         "\n".join(str(w.message) for w in caught),
         """\
-rtn_tensor was installed without its C++ library: quantized layers run in plain torch on the CPU, many times slower. """
-        """Install a C++ compiler (g++) and reinstall rtn-tensor.""",
+rtn_tensor runs quantized layers in plain torch on the CPU, many times slower. """
+        """Its C++ library was not built; install g++ and reinstall rtn-tensor.""",
     )
     w = Planes(weight.qdata, weight.scale, 4, 32, 64)
     assert_linear_close(y, x, w.exact(torch.bfloat16))

@@ -17,23 +17,42 @@ from rtn_tensor.kernels.problem import Kernel, Problem
 LIBRARY = Path(__file__).with_name("librtn.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling a ctypes.Structure 4.
-_LINEAR = struct.Struct("=21q")
-_PLANES = struct.Struct("=15q")
+# RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling a ctypes.Structure 4.
+ABI = 2
+_LINEAR = struct.Struct("=29q")
+_PLANES = struct.Struct("=19q")
+_NO_MEMORY, _REFUSED = -1, -2
+
+
+@cache
+def _load() -> tuple[Any, str]:
+    """The library, or None and one sentence that says why there is none."""
+    if not LIBRARY.exists():
+        return None, "Its C++ library was not built; install g++ and reinstall rtn-tensor."
+    try:
+        lib = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"Its C++ library cannot be loaded ({error}); reinstall rtn-tensor."
+    try:
+        lib.rtn_abi.restype = ctypes.c_int64
+        abi = lib.rtn_abi()
+    except AttributeError:  # as it was before there were numbers
+        abi = 1
+    if abi != ABI:
+        return None, (
+            f"Its C++ library was built from other sources than this Python code (interface {abi}, and not {ABI}), as after a pull without "
+            "a rebuild; reinstall rtn-tensor (pip install -e .)."
+        )
+    lib.rtn_isa.restype = ctypes.c_char_p
+    return lib, ""
 
 
 @cache
 def library() -> Any:
-    """The library, or None (and one warning) where it was not built."""
-    if not LIBRARY.exists():
-        warnings.warn(
-            "rtn_tensor was installed without its C++ library: quantized layers run in plain torch on the CPU, many times slower. "
-            "Install a C++ compiler (g++) and reinstall rtn-tensor.",
-            stacklevel=2,
-        )
-        return None
-    lib = ctypes.CDLL(str(LIBRARY))
-    lib.rtn_isa.restype = ctypes.c_char_p
+    """The library, or None (and one warning) where there is none that can be used."""
+    lib, why_none = _load()
+    if lib is None:
+        warnings.warn(f"rtn_tensor runs quantized layers in plain torch on the CPU, many times slower. {why_none}", stacklevel=2)
     return lib
 
 
@@ -41,10 +60,8 @@ def register() -> bool:
     """Gives torch's dispatcher the C++ function for `rtn::linear` on CPU tensors; whether there is a library, and a torch that takes it.
 
     The function runs what this kernel can, as long as `RTN_KERNEL` is unset; see `direct`."""
-    try:
-        if not LIBRARY.exists() or library().rtn_register():
-            return False
-    except (OSError, AttributeError):  # of another machine, or an older build: an import is no place to fail, its use will
+    lib, _ = _load()  # an import is no place to warn; a first use is
+    if lib is None or lib.rtn_register():
         return False
     direct(True)
     return True
@@ -75,8 +92,10 @@ def set_isa(name: str) -> None:
 
 
 def _check(status: int) -> None:
-    if status:
+    if status == _NO_MEMORY:
         raise MemoryError("the CPU kernel could not get memory for its buffers")
+    if status:
+        raise ValueError("the CPU kernel refused its arguments, and computed nothing: the planes, x, bias and offs do not fit one another")
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -115,6 +134,10 @@ def _linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, offs: 
         scale.stride(-2),
         scale_expert,
         torch.get_num_threads(),
+        *((1, *qdata.shape) if offs is None else qdata.shape),
+        *((1, *scale.shape) if offs is None else scale.shape),
+        0 if bias is None else bias.numel(),
+        0 if offs is None else offs.numel(),
     )
     _check(library().rtn_linear(arguments))
     return y
@@ -134,8 +157,8 @@ def routed(*args: Any) -> Tensor:
 
 def _planes(
     function: str, w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, scale_method: int, indices: Tensor | None
-) -> None:
-    """`w [R, K]` against `qdata [R or more, B]` and `scale [R or more, G]`, whose last dims are dense."""
+) -> int:
+    """`w [R, K]` against `qdata [R, B]` and `scale [R, G]`, or with `indices [R]` those rows of them; last dims are dense. The status."""
     arguments = _PLANES.pack(
         w.data_ptr(),
         qdata.data_ptr(),
@@ -151,8 +174,10 @@ def _planes(
         scale.stride(0),
         scale_method,
         torch.get_num_threads(),
+        *qdata.shape,
+        *scale.shape,
     )
-    _check(getattr(library(), function)(arguments))
+    return getattr(library(), function)(arguments)
 
 
 def quantize(
@@ -165,7 +190,7 @@ def quantize(
     )
     if qdata.numel() or scale.numel():
         w2, q2, s2 = _dense_rows(w).reshape(-1, k), qdata.view(-1, qdata.shape[-1]), scale.view(-1, scale.shape[-1])
-        _planes("rtn_quantize", w2, q2, s2, bits, group_size, SCALE_METHODS.index(scale_method), None)
+        _check(_planes("rtn_quantize", w2, q2, s2, bits, group_size, SCALE_METHODS.index(scale_method), None))
     return qdata, scale
 
 
@@ -173,18 +198,19 @@ def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int,
     w = torch.empty(*qdata.shape[:-1], k, dtype=dtype)
     if w.numel():
         q2, s2 = qdata.reshape(-1, qdata.shape[-1]), _dense_rows(scale).reshape(-1, scale.shape[-1])
-        _planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, 0, None)
+        _check(_planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, 0, None))
     return w
 
 
 def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     w = torch.empty(*indices.shape, k, dtype=scale.dtype)
     if w.numel():
-        low, high = (int(i) for i in indices.aminmax())
+        flat = indices.reshape(-1).to(torch.int64).contiguous()
+        status = _planes("rtn_dequantize", w.view(-1, k), _dense_rows(qdata), _dense_rows(scale), bits, group_size, 0, flat)
+        low, high = (0, 0) if status != _REFUSED else (int(i) for i in flat.aminmax())
         if low < 0 or high >= qdata.shape[0]:
             raise IndexError(f"embedding index {low if low < 0 else high} is out of range: the weight has {qdata.shape[0]} rows")
-        flat = indices.reshape(-1).to(torch.int64).contiguous()
-        _planes("rtn_dequantize", w.view(-1, k), qdata, _dense_rows(scale), bits, group_size, 0, flat)
+        _check(status)
     return w
 
 
@@ -193,9 +219,9 @@ def why_not(problem: Problem) -> str | None:
         return "It runs on the CPU only."
     if problem.dtype not in DTYPES or problem.scale_dtype not in DTYPES:
         return f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of {problem.scale_dtype}."
-    if library() is None:
-        return "Its C++ library was not built; install g++ and reinstall rtn-tensor."
-    return None
+    if problem.bits not in (4, 8):
+        return f"It reads 4 and 8 bits, not {problem.bits}."
+    return None if library() is not None else _load()[1]
 
 
 KERNEL = Kernel(

@@ -370,7 +370,7 @@ struct Linear {
     const int64_t most = a.m / I::MANY + experts + a.m / M_BLOCK + 1;
     const int64_t x_bytes = (a.m * x_pieces() * int64_t(sizeof(X)) + 63) / 64 * 64;
     char* memory = static_cast<char*>(scratch(PACKED_X, x_bytes + (most + 1) * (sizeof(Tile) + sizeof(Run))));
-    if (!memory) return -1;
+    if (!memory) return RTN_NO_MEMORY;
     packed = reinterpret_cast<X*>(memory);
     tile_list = reinterpret_cast<Tile*>(memory + x_bytes);
     run_list = reinterpret_cast<Run*>(tile_list + most + 1);
@@ -394,7 +394,8 @@ struct Linear {
     parallel_for(a.threads, runs * ((row_blocks + at_once - 1) / at_once), run_turn, this);
     const int64_t size = a.dtype == RTN_FLOAT32 ? 4 : 2;
     for (; row < a.m; ++row) memset(static_cast<char*>(a.y) + row * a.y_stride * size, 0, a.n * size);  // of no expert
-    return failed ? -1 : 0;
+    shrink(PACKED_X);  // alone of all slots it grows with the tokens: 136 MB of [16384, 4096]
+    return failed ? RTN_NO_MEMORY : RTN_OK;
   }
 };
 

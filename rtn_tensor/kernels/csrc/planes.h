@@ -318,7 +318,7 @@ int planes(const rtn_planes_args& a) {
     for (int64_t row = begin; row < end; ++row) j.fn(j.a, row);
   };
   parallel_for(a.threads, (a.rows + at_once - 1) / at_once, run, &job);
-  return 0;
+  return RTN_OK;
 }
 
 int quantize(const rtn_planes_args& a) { return planes<true>(a); }

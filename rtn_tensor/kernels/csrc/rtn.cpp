@@ -1,4 +1,4 @@
-// Chooses the instruction set, once, by what the processor has.
+// Chooses the instruction set, once, by what the processor has; and refuses arguments by which a kernel would leave its arrays.
 #include "rtn.h"
 
 #include <string.h>
@@ -26,6 +26,43 @@ const Isa* fastest() {
 }
 
 std::atomic<const Isa*> chosen{fastest()};
+
+// So large that it never occurs, and so small that sums and products of a few of them do not overflow.
+constexpr int64_t LIMIT = int64_t(1) << 56, GROUP_LIMIT = int64_t(1) << 30;
+
+bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
+
+bool is_dtype(int64_t dtype) { return in(dtype, RTN_FLOAT32, RTN_FLOAT16); }
+
+// Whether a row of a weight of k columns has so many bytes and scales.
+bool row_fits(int64_t k, int64_t bits, int64_t group_size, int64_t bytes, int64_t groups) {
+  if (!in(k, 0, LIMIT) || (bits != 4 && bits != 8)) return false;
+  if (group_size != -1 && (!in(group_size, 32, GROUP_LIMIT) || group_size % 32)) return false;
+  return bytes == (k * bits + 127) / 128 * 16 && groups == (group_size == -1 ? 1 : (k + group_size - 1) / group_size);
+}
+
+bool fits(const rtn_linear_args& a) {
+  const int64_t experts = a.offs ? a.experts : 1;
+  if (!in(a.m, 0, LIMIT) || !in(a.n, 0, LIMIT) || !in(experts, 0, LIMIT) || a.threads < 1) return false;
+  if (!is_dtype(a.dtype) || !is_dtype(a.scale_dtype)) return false;
+  if (!row_fits(a.k, a.bits, a.group_size, a.qdata_bytes, a.scale_groups)) return false;
+  if (a.qdata_rows != a.n || a.scale_rows != a.n || (a.bias && a.bias_size != a.n)) return false;
+  if (a.qdata_experts != experts || a.scale_experts != experts || (a.offs && a.offs_size != experts)) return false;
+  if (a.x_stride < 0 || a.y_stride < a.n || a.qdata_stride < 0 || a.scale_stride < 0 || a.qdata_expert_stride < 0 || a.scale_expert_stride < 0) return false;
+  if (a.m && a.n && !a.y) return false;
+  return !a.m || !a.n || !a.k || !experts || (a.x && a.qdata && a.scale);
+}
+
+bool fits(const rtn_planes_args& a) {
+  if (!in(a.rows, 0, LIMIT) || !in(a.scale_method, 0, 2) || a.threads < 1 || !is_dtype(a.dtype) || !is_dtype(a.scale_dtype)) return false;
+  if (!row_fits(a.k, a.bits, a.group_size, a.qdata_bytes, a.scale_groups) || a.qdata_rows != a.scale_rows) return false;
+  if (a.w_stride < 0 || a.qdata_stride < 0 || a.scale_stride < 0) return false;
+  if (a.rows && ((a.k && (!a.w || !a.qdata)) || (a.scale_groups && !a.scale))) return false;
+  if (!a.indices) return a.rows == a.qdata_rows;
+  for (int64_t i = 0; i < a.rows; ++i)
+    if (!in(a.indices[i], 0, a.qdata_rows - 1)) return false;
+  return true;
+}
 }  // namespace
 }  // namespace rtn
 
@@ -42,7 +79,12 @@ int rtn_set_isa(const char* name) {
   return -1;
 }
 
-int rtn_linear(const rtn_linear_args* a) { return rtn::chosen.load()->linear(*a); }
-int rtn_quantize(const rtn_planes_args* a) { return rtn::chosen.load()->quantize(*a); }
-int rtn_dequantize(const rtn_planes_args* a) { return rtn::chosen.load()->dequantize(*a); }
+int64_t rtn_abi(void) { return RTN_ABI; }
+int rtn_linear(const rtn_linear_args* a) {
+  if (!rtn::fits(*a)) return RTN_REFUSED;
+  // More activations than any memory holds: what is packed of them could not be counted.
+  return a->k && a->m > rtn::LIMIT / (a->k + 128) ? RTN_NO_MEMORY : rtn::chosen.load()->linear(*a);
+}
+int rtn_quantize(const rtn_planes_args* a) { return rtn::fits(*a) && !a->indices ? rtn::chosen.load()->quantize(*a) : RTN_REFUSED; }
+int rtn_dequantize(const rtn_planes_args* a) { return rtn::fits(*a) ? rtn::chosen.load()->dequantize(*a) : RTN_REFUSED; }
 }

@@ -8,6 +8,11 @@ extern "C" {
 #endif
 
 enum { RTN_FLOAT32 = 0, RTN_BFLOAT16 = 1, RTN_FLOAT16 = 2 };
+enum { RTN_OK = 0, RTN_NO_MEMORY = -1, RTN_REFUSED = -2 };  // the last: the arguments do not fit one another, and nothing was read or written
+
+// Of the two structs below and of what the functions do. A caller compares it, as a library may be older or newer than what calls it: raise it
+// with every change, here and in kernels/cpu.py.
+enum { RTN_ABI = 2 };
 
 // y[rows of expert e] = x[rows of expert e] @ w'[e]^T + bias, w' = q * S. Strides count elements; the last dim of every array is dense.
 // Every field is 8 bytes, so that the caller can pack them without padding.
@@ -25,6 +30,10 @@ typedef struct {
   int64_t qdata_stride, qdata_expert_stride;
   int64_t scale_stride, scale_expert_stride;
   int64_t threads;
+  // How large the arrays are, whatever the numbers above say: the sizes of qdata and scale, and the elements of bias and offs.
+  int64_t qdata_experts, qdata_rows, qdata_bytes;
+  int64_t scale_experts, scale_rows, scale_groups;
+  int64_t bias_size, offs_size;
 } rtn_linear_args;
 
 // w [rows, K] <-> qdata and scale, bit for bit as rtn_tensor/reference.py.
@@ -32,19 +41,21 @@ typedef struct {
   void* w;
   uint8_t* qdata;
   void* scale;
-  const int64_t* indices;  // dequantize: row of the planes for each row of w, or null; the caller has checked their range
+  const int64_t* indices;  // dequantize: row of the planes for each row of w, or null
   int64_t rows, k;
   int64_t bits, group_size;
   int64_t dtype, scale_dtype;
   int64_t w_stride, qdata_stride, scale_stride;
   int64_t scale_method;  // quantize: its index in config.SCALE_METHODS
   int64_t threads;
+  int64_t qdata_rows, qdata_bytes, scale_rows, scale_groups;  // how large the planes are
 } rtn_planes_args;
 
+int64_t rtn_abi(void);                    // RTN_ABI
 const char* rtn_isa(void);                // the instruction set in use
 int rtn_set_isa(const char* name);        // forces one; 0, or -1 where this build or machine lacks it
 int rtn_has_threads(void);                // whether the process's OpenMP runtime was found
-int rtn_linear(const rtn_linear_args*);   // each returns 0, or -1 where memory ran out
+int rtn_linear(const rtn_linear_args*);   // each returns RTN_OK, RTN_NO_MEMORY or RTN_REFUSED
 int rtn_quantize(const rtn_planes_args*);
 int rtn_dequantize(const rtn_planes_args*);
 int rtn_register(void);                   // gives torch's dispatcher rtn::linear on CPU tensors; 0, or -1 where this torch cannot take it
@@ -71,6 +82,9 @@ void parallel_for(int64_t threads, int64_t n, void (*fn)(void*, int64_t), void* 
 // 64-byte aligned memory of the calling thread, kept from call to call; null where there is none. Slots do not overlap.
 enum Slot { PACKED_X, SCALES, WEIGHTS, SUMS, SLOTS };
 void* scratch(Slot slot, int64_t bytes);
+
+// Gives back what the calling thread has in a slot, where it is too much to keep.
+void shrink(Slot slot);
 
 }  // namespace rtn
 #endif

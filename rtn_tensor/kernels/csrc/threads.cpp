@@ -91,6 +91,14 @@ void* scratch(Slot slot, int64_t bytes) {
   return bytes || local.memory[slot] ? local.memory[slot] : &local;
 }
 
+void shrink(Slot slot) {
+  constexpr int64_t KEPT = 32 << 20;  // a prefill of 2048 tokens of 8192; to get more anew takes little beside the product that needs it
+  if (local.bytes[slot] <= KEPT) return;
+  free(local.memory[slot]);
+  local.memory[slot] = nullptr;
+  local.bytes[slot] = 0;
+}
+
 }  // namespace rtn
 
 extern "C" int rtn_has_threads(void) { return rtn::gomp() != nullptr; }

@@ -37,6 +37,7 @@ struct Torch {
   int32_t (*float32)();
   int32_t (*bfloat16)();
   int32_t (*float16)();
+  int32_t (*uint8)();
   int32_t (*cpu)();
   // Not in every version that the rest is in.
   Status (*delete_value)(Value*);
@@ -63,7 +64,7 @@ struct Torch {
            find(get_data_ptr, "aoti_torch_get_data_ptr") && find(empty_strided, "aoti_torch_empty_strided") &&
            find(delete_tensor, "aoti_torch_delete_tensor_object") && find(get_num_threads, "torch_get_num_threads") &&
            find(float32, "aoti_torch_dtype_float32") && find(bfloat16, "aoti_torch_dtype_bfloat16") &&
-           find(float16, "aoti_torch_dtype_float16") && find(cpu, "aoti_torch_device_type_cpu");
+           find(float16, "aoti_torch_dtype_float16") && find(uint8, "aoti_torch_dtype_uint8") && find(cpu, "aoti_torch_device_type_cpu");
   }
 };
 
@@ -104,12 +105,12 @@ Tensor product(const Value* stack) {
   if (!x.read(Tensor(stack[0])) || !qdata.read(Tensor(stack[1])) || !scale.read(Tensor(stack[2]))) return nullptr;
   const Value* optional = reinterpret_cast<const Value*>(stack[3]);
   if (x.dtype < 0 || scale.dtype < 0 || x.dim < 1 || x.dim > MOST_DIMS || qdata.dim != 2 || scale.dim != 2) return nullptr;
+  if (qdata.torch_dtype != torch.uint8()) return nullptr;
   if (!(x.contiguous() || (x.dim == 2 && x.dense_rows())) || !qdata.dense_rows() || !scale.dense_rows()) return nullptr;
   if (optional && (!bias.read(Tensor(*optional)) || bias.torch_dtype != x.torch_dtype || bias.dim != 1 || !bias.dense_rows())) return nullptr;
 
   const int64_t n = qdata.sizes[0], k = x.sizes[x.dim - 1], bits = int64_t(stack[4]), group_size = int64_t(stack[5]);
-  if ((bits != 4 && bits != 8) || (group_size != -1 && (group_size <= 0 || group_size % 32))) return nullptr;
-  if (qdata.sizes[1] < (k * bits + 127) / 128 * 16 || scale.sizes[0] != n || (optional && bias.sizes[0] != n)) return nullptr;
+  if (optional && bias.sizes[0] != n) return nullptr;  // one of no elements has no address, and would pass for none
 
   int64_t sizes[MOST_DIMS], strides[MOST_DIMS];
   sizes[x.dim - 1] = n;
@@ -141,6 +142,12 @@ Tensor product(const Value* stack) {
   a.qdata_stride = qdata.strides[0];
   a.scale_stride = scale.strides[0];
   a.threads = threads;
+  a.qdata_experts = a.scale_experts = 1;
+  a.qdata_rows = n;
+  a.qdata_bytes = qdata.sizes[1];
+  a.scale_rows = scale.sizes[0];
+  a.scale_groups = scale.sizes[1];
+  a.bias_size = optional ? bias.sizes[0] : 0;
   if (torch.get_data_ptr(y, &a.y) || rtn_linear(&a)) {
     torch.delete_tensor(y);
     return nullptr;

@@ -82,6 +82,8 @@ def why_not(problem: Problem) -> str | None:
         return f"It needs compute capability 8.0 (Ampere) or later, and this GPU has {major}.{minor}."
     if problem.dtype not in DTYPES or problem.scale_dtype not in DTYPES:
         return f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of {problem.scale_dtype}."
+    if problem.bits not in (4, 8):
+        return f"It reads 4 and 8 bits, not {problem.bits}."
     if problem.op != "quantize" and problem.alignment < 16:
         return f"It reads qdata 16 bytes at a time, and this one's address is a multiple of {problem.alignment} only; clone the weight."
     if problem.op == "linear" and configure(shape_of(problem), _launch().gpu_of(_device(problem))) is None:
