@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
@@ -19,7 +19,17 @@ from rtn_tensor.reference import round_scale
 aten = torch.ops.aten
 
 
-class RTNQuantizedTensor(TorchAOBaseTensor):
+class _ParameterLike(type(TorchAOBaseTensor)):
+    """A class that is called like `nn.Parameter`, too: `type(w)(tensor, requires_grad=False, **vars(w))`, as accelerate does."""
+
+    def __call__(cls, *args: Any, requires_grad: bool = False, **kwargs: Any) -> Any:
+        # That call gives one tensor, and of the planes' names none, or all of them where `vars(w)` goes along.
+        if len(args) != 1 or ("qdata" in kwargs) != ("scale" in kwargs):
+            return super().__call__(*args, **kwargs)
+        return _as_parameter(cls, args[0], kwargs)
+
+
+class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     """A float weight `[..., N, K]` held as round-to-nearest integers and one scale a group.
 
     Attributes:
@@ -33,6 +43,9 @@ class RTNQuantizedTensor(TorchAOBaseTensor):
     The tensor has the shape and dtype of the weight it stands for, never requires a gradient (asking for one is ignored), passes
     gradients to its inputs, and gives views that alias it. Rows (and leading dims) slice anywhere; columns at multiples of
     `group_size`, or to the end. `copy_` from a float tensor quantizes in place. An op it does not know raises NotImplementedError.
+
+    Called with one tensor, as `nn.Parameter` is, the class gives a parameter: an alias of a quantized tensor; or a float tensor quantized
+    in the format that keywords name (`type(w)(tensor, requires_grad=False, **vars(w))` gives what `w` would be if it held `tensor`).
     """
 
     tensor_data_names = ["qdata", "scale"]
@@ -241,6 +254,24 @@ def _error(w: Tensor, what: str, kind: type[Exception] = ValueError) -> Exceptio
 def hung_on(w: Tensor) -> dict[str, Any]:
     """What users hung on `w`: vLLM's weight_loader, say."""
     return {name: value for name, value in vars(w).items() if name not in _OWN}
+
+
+def _as_parameter(cls: type[RTNQuantizedTensor], tensor: Tensor, attributes: dict[str, Any]) -> Tensor:
+    """`tensor` as a parameter with what is hung on `attributes`, quantized in the format that they give if it is a float tensor."""
+    if not isinstance(tensor, cls):
+        if not isinstance(tensor, Tensor) or "bits" not in attributes:
+            got = f"a float tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+            raise TypeError(
+                f"{cls.__name__}({got}) names no format; use {cls.__name__}.from_float(tensor, bits, group_size), or copy_ the tensor into "
+                "the quantized weight, which keeps its format"
+            )
+        format = {name: attributes[name] for name in ("bits", "group_size", "scale_method") if name in attributes}
+        turned = attributes.get("transposed", False)
+        tensor = cls.from_float(tensor.mT if turned else tensor, **format)
+        tensor = tensor.mT if turned else tensor
+    new = nn.Parameter(tensor, requires_grad=False)
+    vars(new).update((name, value) for name, value in attributes.items() if name not in _OWN)
+    return new
 
 
 def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
@@ -776,6 +807,32 @@ def _(func, types, args, kwargs):
 @_function(Tensor.is_shared)
 def _(func, types, args, kwargs):
     return args[0].qdata.is_shared() and args[0].scale.is_shared()
+
+
+@_function(Tensor.data_ptr)
+def _(func, types, args, kwargs):
+    # accelerate and others tell tied weights by it, so it must be one of its own; and no address, where one would read floats.
+    return -args[0].qdata.data_ptr()
+
+
+@_function(Tensor.numpy)
+def _(func, types, args, kwargs):
+    raise _error(
+        args[0],
+        "a quantized weight is no numpy array (accelerate asks for one to offload to disk: offload to the CPU, where it takes a fraction "
+        "of the float weight); use .dequantize().numpy(), or .qdata and .scale",
+        TypeError,
+    )
+
+
+@_op(aten.view.dtype)
+def _(func, types, args, kwargs):
+    raise _error(
+        args[0],
+        f"a quantized weight has no elements to view as {args[1]} (accelerate does so to offload to disk: offload to the CPU, where it "
+        "takes a fraction of the float weight); view .dequantize(), or .qdata and .scale",
+        TypeError,
+    )
 
 
 @_function([Tensor.requires_grad_, Tensor.requires_grad.__set__])  # type: ignore[attr-defined]
