@@ -32,7 +32,7 @@ from rtn_tensor.policy import FilterFn, Rules
 from rtn_tensor.quantize import Target, is_finite, quantize_, targets_of
 from rtn_tensor.sharding import all_ranks, as_part, check_idle, held, place, ranks_of, together
 from rtn_tensor.sources import Source, plane_names, sources, state_sources
-from rtn_tensor.streaming import Piece, check, on_rank, pieces_by_name, stream
+from rtn_tensor.streaming import Piece, check, check_finite, on_rank, pieces_by_name, stream
 from rtn_tensor.tensor import RTNQuantizedTensor, hung_on
 
 # What of a model's folder does not go with its quantized weights into another, by lower-case name, and why.
@@ -86,7 +86,8 @@ def load(
     """A model with its weights from a checkpoint, quantized as they are read: the float model is never in memory.
 
     Above the finished model it takes at most 64 MiB. Nothing of `model` changes before all has been read and checked. Without a config,
-    tensors that have their dtype already are not copied on a CPU, but stay maps of the files.
+    tensors that have their dtype already are not copied on a CPU, but stay maps of the files: then only the scales of a quantized weight
+    are read and looked at, and of a float one nothing, so that a NaN in it is not seen.
 
     Args:
         path: a transformers folder; or a folder or file of safetensors, of `pytorch_model*.bin`, or of what torch.save wrote. A GGUF file
@@ -182,7 +183,10 @@ def _read(
         to = torch.device(device or ("cpu" if old.is_meta else old.device))
         if config is None and not piece.index and (piece.source.quantized or piece.source.dtype == old.dtype):
             t = piece.source.map()
-            new[id(old)][None] = (t if held(old) is old else piece.cut(t, place(old)).contiguous()).to(to)
+            t = t if held(old) is old else piece.cut(t, place(old)).contiguous()
+            if isinstance(t, RTNQuantizedTensor):  # of what is float nothing is read here
+                check_finite(piece.source, t.scale)
+            new[id(old)][None] = t.to(to)
             continue
         if here := on_rank(piece, old.shape, place(old)):
             copied.append(here)

@@ -156,6 +156,12 @@ def _chunks(source: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield source[start : start + rows], to[start : start + rows]
 
 
+def check_finite(source: Source, t: Tensor) -> None:
+    """Raises ValueError where `t`, of `source`, holds a NaN or inf."""
+    if not is_finite(t):
+        raise source.error("holds NaN or inf; the checkpoint is damaged, copy or download it again")
+
+
 def _copy(piece: Piece, source: Tensor, to: Tensor) -> None:
     """Quantizes or converts rows into their place, and looks at them."""
     if not to.is_floating_point():
@@ -166,9 +172,7 @@ def _copy(piece: Piece, source: Tensor, to: Tensor) -> None:
     rows = source.to(to.device, to.dtype)
     to.copy_(rows)
     # Where a group held a NaN or inf, its scale is NaN.
-    seen = to.scale if isinstance(to, RTNQuantizedTensor) else rows
-    if not is_finite(seen):
-        raise piece.source.error("holds NaN or inf; the checkpoint is damaged, copy or download it again")
+    check_finite(piece.source, to.scale if isinstance(to, RTNQuantizedTensor) else rows)
 
 
 @torch.no_grad()

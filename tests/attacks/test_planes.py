@@ -1,0 +1,128 @@
+"""Planes that are not those of the weight that the metadata describes: each is an error that names the file and the weight."""
+
+import pytest
+import torch
+from folders import QUANTIZED, put, quantized, read, saved
+from forked import survives
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_metadata import WEIGHT, from_pretrained, llama  # noqa: F401  (a fixture)
+from transformers import AutoModelForCausalLM
+
+from rtn_tensor.cli import main
+from rtn_tensor.sources import sources
+
+# What becomes of qdata [33, 48] and scale [33, 3]; None: the plane is left out.
+CHANGES = {
+    "qdata of signed bytes": (lambda q: q.view(torch.int8), None),
+    "qdata of words": (lambda q: q.view(torch.int32), None),
+    "qdata of floats": (lambda q: q.float(), None),
+    "qdata one column short": (lambda q: q[:, :-1].contiguous(), None),
+    "qdata one chunk short": (lambda q: q[:, :-16].contiguous(), None),
+    "qdata one chunk longer": (lambda q: torch.cat([q, q[:, :16]], 1), None),
+    "qdata one row short": (lambda q: q[:-1].contiguous(), None),
+    "qdata without rows": (lambda q: q[:0], None),
+    "qdata without columns": (lambda q: q[:, :0], None),
+    "qdata of one dim": (lambda q: q.flatten(), None),
+    "qdata of three dims": (lambda q: q[None], None),
+    "qdata without dims": (lambda q: q[0, 0], None),
+    "qdata transposed": (lambda q: q.T.contiguous(), None),
+    "no qdata": ("missing", None),
+    "scale of bytes": (None, lambda s: s.to(torch.uint8)),
+    "scale of float64": (None, lambda s: s.double()),
+    "scale of integers": (None, lambda s: s.to(torch.int32)),
+    "scale of fp8": (None, lambda s: s.to(torch.float8_e4m3fn)),
+    "scale of bools": (None, lambda s: s != 0),
+    "scale one column short": (None, lambda s: s[:, :-1].contiguous()),
+    "scale one column longer": (None, lambda s: torch.cat([s, s[:, :1]], 1)),
+    "scale of one column": (None, lambda s: s[:, :1].contiguous()),
+    "scale one row short": (None, lambda s: s[:-1].contiguous()),
+    "scale without rows": (None, lambda s: s[:0]),
+    "scale without columns": (None, lambda s: s[:, :0]),
+    "scale of one dim": (None, lambda s: s.flatten()),
+    "scale without dims": (None, lambda s: s[0, 0]),
+    "scale transposed": (None, lambda s: s.T.contiguous()),
+    "no scale": (None, "missing"),
+    "both without rows": (lambda q: q[:0], lambda s: s[:0]),
+    "both without columns": (lambda q: q[:, :0], lambda s: s[:, :0]),
+    "both of another layer": (lambda q: q[:32].contiguous(), lambda s: s[:32].contiguous()),
+}
+
+
+def altered(file, names, changes):
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name).clone() for name in opened.keys()}
+    for name, change in zip(names, changes, strict=True):
+        if change == "missing":
+            del tensors[name]
+        elif change:
+            tensors[name] = change(tensors[name])
+    save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_load(tmp_path, changes):
+    file = saved(tmp_path / "model")
+    altered(file, ("1._weight_qdata", "1._weight_scale"), changes)
+    outcome = survives(read, tmp_path / "model")
+    assert outcome.error == "ValueError"
+    assert str(file) in outcome.message or "does not fit the model" in outcome.message
+    assert QUANTIZED in outcome.message or "1._weight" in outcome.message
+
+
+def run(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(torch.arange(4)[None]).logits.tolist()
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_every_reader_of_a_transformers_folder(llama, changes):  # noqa: F811
+    folder, content = llama
+    (folder / "model.safetensors").write_bytes(content)
+    module, _, name = WEIGHT.rpartition(".")
+    altered(folder / "model.safetensors", [f"{module}._{name}_{plane}" for plane in ("qdata", "scale")], changes)
+    assert survives(main, ["inspect", str(folder)]).value == 1
+    if all(changes) and "missing" not in changes:  # of another weight: transformers looks at no shape of a quantized one
+        outcome = survives(run, folder, allowed=(RuntimeError, ValueError))
+        assert outcome.error
+    else:
+        assert WEIGHT in survives(from_pretrained, folder).value
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("end", ["folder", "file.pt"])
+def test_scales_that_are_no_numbers(tmp_path, value, end):
+    model = quantized()
+    torch.save(model.state_dict(), tmp_path / "file.pt")
+    file = saved(tmp_path / "folder")
+    if end == "folder":
+        altered(file, ["1._weight_scale"], [lambda s: s.index_fill(0, torch.tensor([32]), value)])
+    else:
+        model[1].weight.scale[32] = value
+        torch.save(model.state_dict(), file := tmp_path / end)
+    outcome = survives(read, tmp_path / end)
+    assert outcome.message == f"{file}: 1.weight holds NaN or inf; the checkpoint is damaged, copy or download it again"
+
+
+def values(file):
+    found = sources(file)
+    w = found[QUANTIZED].map()
+    y = torch.nn.functional.linear(torch.ones(3, 96), w)
+    return [t.flatten().tolist() for t in (w.dequantize(), y, found["0.weight"].map(), found["0.weight"].view())]
+
+
+def test_planes_at_odd_addresses(tmp_path):
+    """As after a tensor of an odd size."""
+    file = saved(tmp_path / "model")
+    expected = survives(values, file).value
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name).clone() for name in opened.keys()}
+    for shift in (1, 2, 3, 4, 8):
+        header, data = {"__metadata__": metadata}, b""
+        for name, t in {"odd": torch.zeros(shift, dtype=torch.uint8), **tensors}.items():
+            begin = len(data)
+            data += t.flatten().view(torch.uint8).numpy().tobytes()
+            kind = {torch.uint8: "U8", torch.float32: "F32"}[t.dtype]
+            header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [begin, len(data)]}
+        put(file, header, data)
+        assert survives(values, file).value == expected
