@@ -1,15 +1,22 @@
 """The command `rtn-tensor`: quantize, inspect, perplexity, evaluate, generate, explain, tune."""
 
 import argparse
+import errno
+import io
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
+import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +25,34 @@ from torch import nn
 
 from rtn_tensor.checkpoint import companions, empty_model, load, new_folder, without_place, write
 from rtn_tensor.config import rtn
-from rtn_tensor.evaluate import generate, perplexity, token_losses
+from rtn_tensor.evaluate import check_causal, generate, perplexity, token_losses
 from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, SCALE_METHODS
 from rtn_tensor.kernels import explain
+from rtn_tensor.kernels.problem import device_of
 from rtn_tensor.policy import parse_rule, rules_from_json
 from rtn_tensor.pretrained import but_the_output, ends
 from rtn_tensor.quantize import report
+from rtn_tensor.sources import sources
 from rtn_tensor.tables import table
-from rtn_tensor.tasks import Score, average_recovery, rows, run_tasks, show, text_score
+from rtn_tensor.tasks import Score, average_recovery, check_tasks, rows, run_tasks, show, text_score
 from rtn_tensor.tune import TOKENS, tune, tuned_folder
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    """Prints a line on stderr; what a file's name or content could do to a terminal is escaped."""
+    if sys.stderr is None:
+        return
+    try:
+        print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr, flush=True)
+    except OSError:  # whoever read it is gone, which is no reason to stop
+        _discard(sys.stderr)
+
+
+def _discard(stream: Any) -> None:
+    """Sends what is still to be written to a stream nowhere; else Python fails once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _progress(unit: str) -> Any:
@@ -49,28 +69,76 @@ def _load(path: str) -> Any:
 def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
+    if not Path(path).is_dir():
+        raise ValueError(f"{path} is no folder with a tokenizer; give the model's folder")
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} has no tokenizer that can be read; copy the model's tokenizer files there ({error})") from error
+        # None would ask on stdout whether to run what the folder brings along.
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the kinds of tokenizers fail in as many ways, of no common class
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{path}: its tokenizer needs code of its own (auto_map), which is never run here; call generate from Python"
+            ) from error
+        raise ValueError(f"{path} has no tokenizer that can be read; copy the model's tokenizer files there ({_why(error)})") from error
+
+
+def _ids(tokenizer: Any, text: str, most: int | None) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)[:most]
 
 
 def _read(path: str, wanted: str = "--text takes a UTF-8 text file") -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error.reason
         raise ValueError(f"cannot read {path} ({why}); {wanted}") from error
 
 
+# ------------------------------------------------------------------------------------------- arguments
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8; rename it, or type it in UTF-8") from None
+    return text
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty; give that of a file or folder")
+    return _text(text)
+
+
+def _tasks(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no task; give one or more, as in lambada,piqa")
+    return names
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 20) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
+
+
 def _device(text: str) -> torch.device:
     try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu and cuda are") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("there is no CUDA device here, and which kernel runs depends on it")
-    return device
+        return device_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        n, k = map(int, text.split("x"))
+    except ValueError:
+        n = k = 0
+    if min(n, k) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no weight's size; write out_features x in_features, as in 4096x14336")
+    return n, k
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -140,31 +208,38 @@ def _inspect(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _perplexity(args: argparse.Namespace) -> tuple[Any, str]:
-    text = _read(args.text)
+    text, tokenizer = _read(args.text), _tokenizer(args.path)
     model = _load(args.path)
-    ids = torch.tensor(_tokenizer(args.path)(text, verbose=False)["input_ids"])[: args.max_tokens]
+    ids = _ids(tokenizer, text, args.max_tokens)
     value = perplexity(model, ids, args.window, args.stride, progress=_progress("window"))
     return {"perplexity": value, "tokens": ids.numel(), "window": args.window, "stride": args.stride}, f"{value:.3f}"
 
 
 def _evaluate(args: argparse.Namespace) -> tuple[Any, str]:
-    tasks = list(dict.fromkeys(filter(None, args.tasks.split(","))))
-    if ("perplexity" in tasks) != bool(args.text):
+    if ("perplexity" in args.tasks) != bool(args.text):
         raise ValueError("the task perplexity and --text FILE go together; add the one that is missing")
     text = _read(args.text) if args.text else ""
+    others = [task for task in args.tasks if task != "perplexity"]
+    if others:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        check_tasks(others, args.limit, args.data, args.batch_size)
+    paths = [args.path, *([args.against] if args.against else [])]
+    for path in paths:  # before the first is scored, which takes long
+        check_causal(empty_model(path))
+        sources(path)
+    tokenizers = [_tokenizer(path) for path in paths]
+    ids = [_ids(tokenizer, text, args.max_tokens) for tokenizer in tokenizers] if args.text else []
+    if args.text and args.against and not torch.equal(*ids):
+        raise ValueError(f"{args.path} and {args.against} make other tokens of the text, so that their perplexities cannot be compared")
 
-    def scores(path: str) -> list[Score]:
-        model, tokenizer = _load(path), _tokenizer(path)
-        done = []
+    def scores(i: int) -> list[Score]:
+        model, done = _load(paths[i]), []
         if args.text:
-            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: args.max_tokens]
-            done.append(text_score("perplexity", token_losses(model, ids, progress=_progress("window"))))
-        others = [task for task in tasks if task != "perplexity"]
-        return done + (run_tasks(model, tokenizer, others, args.limit, args.data, args.batch_size) if others else [])
+            done.append(text_score("perplexity", token_losses(model, ids[i], progress=_progress("window"))))
+        return done + (run_tasks(model, tokenizers[i], others, args.limit, args.data, args.batch_size) if others else [])
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    found = scores(args.path)
-    references = scores(args.against) if args.against else None
+    found = scores(0)
+    references = scores(1) if args.against else None
     result: dict[str, Any] = {"scores": rows(found, references)}
     if references:
         result["average_recovery"], result["average_recovery_stderr"] = average_recovery(found, references)
@@ -189,22 +264,6 @@ def _explain(args: argparse.Namespace) -> tuple[Any, str]:
         K=args.k,
     )
     return result.to_dict(), str(result)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens")
-    return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        n, k = map(int, text.split("x"))
-    except ValueError:
-        n = k = 0
-    if min(n, k) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no weight's size; write out_features x in_features, as in 4096x14336")
-    return n, k
 
 
 def _tune(args: argparse.Namespace) -> tuple[Any, str]:
@@ -244,8 +303,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--group-size", type=int, default=128, help="weights that share a scale: a multiple of 32, or -1 for a whole row")
 
     sub = command("quantize", _quantize, "Quantize a transformers folder into another.")
-    sub.add_argument("src", help="folder of the model, with its config.json")
-    sub.add_argument("dst", help="folder to write; must not exist, but with --force")
+    sub.add_argument("src", type=_path, help="folder of the model, with its config.json")
+    sub.add_argument("dst", type=_path, help="folder to write; must not exist, but with --force")
     add_format(sub)
     sub.add_argument("--scale-method", choices=SCALE_METHODS, default="absmax", help="how a group's scale is found")
     sub.add_argument(
@@ -259,38 +318,41 @@ def parser() -> argparse.ArgumentParser:
         help="a format of their own for some layers, as in '*.down_proj=8', '*.0.*=4,32,signed' or 'lm_head=float'; may repeat, and the "
         "first that matches counts",
     )
-    sub.add_argument("--rules", metavar="FILE", help='JSON of such rules, as in [["*.down_proj", {"bits": 8}]]')
+    sub.add_argument("--rules", metavar="FILE", type=_path, help='JSON of such rules, as in [["*.down_proj", {"bits": 8}]]')
     sub.add_argument("--embedding", action="store_true", help="quantize the embedding and lm_head too")
     sub.add_argument("--force", action="store_true", help="replace dst, once the new folder is whole")
 
     sub = command("inspect", _inspect, "List every weight of a model: shape, bits, bytes.")
-    sub.add_argument("path", help="folder of the model, quantized or not")
+    sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
 
     sub = command("perplexity", _perplexity, "Measure a model's perplexity on a text, by sliding window.")
-    sub.add_argument("path", help="folder of the model, quantized or not")
-    sub.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text")
+    sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
+    sub.add_argument("--text", metavar="FILE", type=_path, required=True, help="UTF-8 text")
     sub.add_argument("--window", type=int, default=1024, help="tokens the model sees at once")
     sub.add_argument("--stride", type=int, default=512, help="tokens from one window to the next")
     sub.add_argument("--max-tokens", type=_count, help="use only the first tokens of the text")
 
     sub = command("evaluate", _evaluate, "Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.")
-    sub.add_argument("path", help="folder of the model, quantized or not")
+    sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
     sub.add_argument(
         "--tasks",
         metavar="LIST",
+        type=_tasks,
         default="lambada,hellaswag,arc_easy,arc_challenge,piqa,winogrande",
         help="comma-separated names of the harness, or perplexity",
     )
-    sub.add_argument("--against", metavar="FOLDER", help="a model of which to give the recovery rate, scored on the same items")
-    sub.add_argument("--limit", metavar="N", type=int, help="use only the first items of each task")
-    sub.add_argument("--data", metavar="FOLDER", help="folder of TASK.jsonl, the rows of each dataset; else they come from the hub")
-    sub.add_argument("--batch-size", metavar="B", type=int, default=8, help="options scored at once")
-    sub.add_argument("--text", metavar="FILE", help="UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart")
+    sub.add_argument("--against", metavar="FOLDER", type=_path, help="a model of which to give the recovery rate, scored on the same items")
+    sub.add_argument("--limit", metavar="N", type=_count, help="use only the first items of each task")
+    sub.add_argument(
+        "--data", metavar="FOLDER", type=_path, help="folder of TASK.jsonl, the rows of each dataset; else they come from the hub"
+    )
+    sub.add_argument("--batch-size", metavar="B", type=_count, default=8, help="options scored at once")
+    sub.add_argument("--text", metavar="FILE", type=_path, help="UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart")
     sub.add_argument("--max-tokens", metavar="T", type=_count, help="use only the first tokens of the text")
 
     sub = command("generate", _generate, "Continue a prompt, greedily.")
-    sub.add_argument("path", help="folder of the model, quantized or not")
-    sub.add_argument("prompt", help="text; the user's turn, if the model has a chat template")
+    sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
+    sub.add_argument("prompt", type=_text, help="text; the user's turn, if the model has a chat template")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="stop after this many")
     sub.add_argument("--compile", action="store_true", help="compile the decoding step first, which takes about a minute")
 
@@ -305,33 +367,118 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("tune", _tune, "Measure how the GPU's kernels are best launched, for a model or sizes of weights, and remember it.")
     sub.add_argument(
-        "--model", metavar="FOLDER", action="append", default=[], help="folder of a float model: all its linear layers; may repeat"
+        "--model",
+        metavar="FOLDER",
+        type=_path,
+        action="append",
+        default=[],
+        help="folder of a float model: all its linear layers; may repeat",
     )
     sub.add_argument("--size", metavar="NxK", type=_size, action="append", default=[], help="out_features x in_features; may repeat")
     add_format(sub)
-    sub.add_argument("--tokens", metavar="M", type=int, nargs="+", default=TOKENS, help="rows of activations")
+    sub.add_argument("--tokens", metavar="M", type=_count, nargs="+", default=TOKENS, help="rows of activations")
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the activations")
     sub.add_argument("--device", default="cuda", help="GPU to measure on")
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, or 1 after a one-line error (argparse exits with 2)."""
-    args = parser().parse_args(argv)
+    """Runs one command; returns the exit status: 0; 1 after a one-line error; 130 or 143, as in a shell, after Ctrl-C or SIGTERM. argparse
+    exits with 2."""
+    if sys.stdout is None:
+        return _fail("stdout is closed, so that nothing can be printed; redirect it to a file or to /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a text may have letters that the locale's encoding does not
+    try:
+        with _signals():
+            return _run(argv)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        _say(f"rtn-tensor: stopped by {signal.Signals(number).name}")
+        return 128 + number
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Meanwhile whatever asks the process to end does so as Ctrl-C does, so that what is half done is undone."""
+    last = -math.inf
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last > 1:  # a second one at once would stop the undoing
+            last = time.monotonic()
+            raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets no one handle signals
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: was for number, was in before.items() if was in (signal.SIG_DFL, signal.default_int_handler)}  # nohup's is kept
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield
+    finally:
+        if last == -math.inf:  # else the process is about to end, which takes Python a moment
+            for number, was in before.items():
+                signal.signal(number, was)
+
+
+def _run(argv: list[str] | None) -> int:
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit:
+        _print("")  # what --help wrote
+        raise
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", module="rtn_tensor")
     try:
         if args.run not in (_explain, _tune):
             _silence_transformers()
         data, text = args.run(args)
-        print(json.dumps(_plain(data)) if args.json else text, flush=True)
-    except BrokenPipeError:  # the reader (head, say) has all it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ImportError as error:
         return _fail(f"{error}; pip install 'rtn-tensor[{'evaluate' if args.run is _evaluate else 'cli'}]' brings it")
-    except (OSError, ValueError, TypeError) as error:
-        return _fail(str(error))
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        return _fail(_why(error))
+    return _print(f"{json.dumps(_plain(data)) if args.json else text}\n")
+
+
+def _print(text: str) -> int:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # the reader (head, say) has all it wants
+        _discard(sys.stdout)
+    except OSError as error:
+        _discard(sys.stdout)
+        return _fail(f"stdout cannot be written to ({error.strerror}); redirect it elsewhere")
     return 0
+
+
+# What to do where a file cannot be read or written.
+ADVICE = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some space, or write to another disk",
+    errno.EFBIG: "write to another disk",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "have its permissions changed, or choose another",
+    errno.EPERM: "have its permissions changed, or choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "give a folder's name",
+    errno.EISDIR: "give a file's name",
+}
+
+
+def _why(error: Exception) -> str:
+    """One line. The class is named of an error that was not foreseen."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno and error.strerror and error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}" + (f"; {ADVICE[error.errno]}" if error.errno in ADVICE else "")
+    if not (isinstance(error, OSError | ValueError | TypeError) and text):
+        text = f"{type(error).__name__}{f': {text}' if text else ''}; `{sys.executable} -X dev -m rtn_tensor` and the same words show where"
+    return " ".join(text.split())
 
 
 def _plain(data: Any) -> Any:

@@ -10,6 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtn_tensor.pretrained import is_pretrained
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens `model` can tell the positions of, as its config says; None where that says nothing."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return None
+    config = config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes] if "rope_type" in ropes else ropes.values():  # one, or one for each kind of layer
+        if isinstance(rope, dict) and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+            # Whether max_position_embeddings is before or after the stretching, no rule says.
+            most = max(most, int((rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1)))
+    return most
+
 
 class _Step(nn.Module):
     """A model over a key-value cache of its own."""
@@ -21,12 +40,21 @@ class _Step(nn.Module):
         from transformers import StaticCache
         from transformers.cache_utils import StaticLayer
 
+        name = type(model).__name__
+        if not is_pretrained(model) or getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
+            raise TypeError(f"{name} is no causal language model of transformers; give one, as of a class ...ForCausalLM")
+        other = TypeError(f"{name} keeps other states than keys and values; decode by model.generate")
+
         super().__init__()
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=room)
+        if not all(isinstance(layer, StaticLayer) for layer in self.cache.layers):
+            raise other
         # Of one size all, as transformers exports them: a sliding layer branches on how full it is, and the mask leaves out the same.
         self.cache.layers = [StaticLayer(room) for _ in self.cache.layers]
         self(torch.zeros(1, 1, dtype=torch.long, device=model.device), torch.zeros(1, dtype=torch.long, device=model.device))
+        if not any(layer.is_initialized for layer in self.cache.layers):
+            raise other
         for i, layer in enumerate(self.cache.layers):
             self.register_buffer(f"keys{i}", layer.keys, persistent=False)
             self.register_buffer(f"values{i}", layer.values, persistent=False)
@@ -50,9 +78,18 @@ class Decoder:
         model: a transformers causal language model. Its weights may change in place afterwards; where one is replaced, make a new Decoder.
         room: tokens that fit, those of the prompt included.
         compile: compile the step from token to token. It takes about a minute; where the model is on a CPU a C++ compiler must be there.
+
+    Raises:
+        TypeError: `room` is no whole number, or the model keeps other states than keys and values.
+        ValueError: less room than two tokens, or more than the model has positions.
     """
 
     def __init__(self, model: Any, room: int, compile: bool = False):
+        if not isinstance(room, int) or isinstance(room, bool):
+            raise TypeError(f"room={room!r}; it must be a whole number of tokens")
+        most = positions(model)
+        if room < 2 or (most is not None and room > most):
+            raise ValueError(f"room={room}; it must be at least 2 tokens" + (f", and at most the model's {most} positions" if most else ""))
         self.room = room
         with torch.inference_mode(False), torch.no_grad():
             self._prefill = _Step(model, room)

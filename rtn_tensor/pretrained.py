@@ -97,7 +97,15 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)  # None would ask on stdout
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} needs code of its own (auto_map in config.json), which is never run here; look through it, make the model with "
+            "transformers, and give it to load(path, model=...)"
+        ) from error
     name = (config.architectures or ["none"])[0]
     kind = getattr(transformers, name, None)
     if kind is None:

@@ -34,6 +34,17 @@ def _from_environment(name: str, default: int) -> int:
         raise ValueError(f"{name}={text!r} is no number; use {name}={default}, or unset it") from None
 
 
+def _default_format() -> dict[str, int]:
+    """What RTN_NUM_BITS and RTN_GROUP_SIZE say, or their defaults."""
+    bits, group_size = _from_environment("RTN_NUM_BITS", 8), _from_environment("RTN_GROUP_SIZE", 128)
+    for name, format in (("RTN_NUM_BITS", (bits, 128)), ("RTN_GROUP_SIZE", (8, group_size))):
+        try:
+            rtn(*format)
+        except ValueError as error:
+            raise ValueError(f"{name}={os.environ[name]}: {error}, or unset {name}") from None
+    return {"bits": bits, "group_size": group_size}
+
+
 @dataclass
 class Options:
     """Which layers are quantized, and how.
@@ -67,7 +78,7 @@ class Options:
         keys = (*KEYS, *own)
         if unknown := set(config) - set(keys):
             raise ValueError(f"quantization_config has {', '.join(map(repr, sorted(unknown)))}; it takes {', '.join(map(repr, keys))}")
-        base = {"bits": _from_environment("RTN_NUM_BITS", 8), "group_size": _from_environment("RTN_GROUP_SIZE", 128)}
+        base = _default_format()
         given = {key: config[key] for key in FORMAT_KEYS if key in config}
         default = config_from_json(base | given, rtn(), "quantization_config")
         ignore = config.get("ignore") or []

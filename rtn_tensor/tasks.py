@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from rtn_tensor.evaluate import PROBE, check_ahead, check_causal, check_tokens
 from rtn_tensor.tables import table
 
 NAMES = {"lambada": "lambada_openai"}  # where the harness's own name differs
@@ -93,24 +94,19 @@ def run_tasks(
         batch_size: options scored at once. The longest go first, so that memory runs out at once or never.
 
     Raises:
-        ValueError: no such task, one without any of METRICS, a limit below 1.
+        ValueError: no task, or no such, one without any of METRICS, a limit or a batch_size below 1; a model that is not causal, or has not
+            all tokens of the tokenizer.
         FileNotFoundError: `data` lacks a task's file.
         ImportError: the harness is not installed.
     """
+    names, members = check_tasks(tasks, limit, data, batch_size)
     from lm_eval import evaluate  # pyright: ignore[reportMissingImports]  (an extra)
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}; it must be at least 1, or None for all items")
-    manager = _manager()
-    names = {task: NAMES.get(task, task) for task in tasks}
-    for task, name in names.items():
-        if name not in manager.all_subtasks:
-            near = difflib.get_close_matches(task, [*NAMES, *manager.all_subtasks])
-            raise ValueError(f"lm-evaluation-harness has no task {task!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    check_causal(model)
+    check_ahead(model, torch.arange(PROBE, device=next(model.parameters()).device))
     # A group is the harness's way to change some fields of its tasks.
-    members = [{"task": name, "num_fewshot": 0, **(_local(Path(data), task) if data else {})} for task, name in names.items()]
-    loaded = manager.load({"group": "rtn", "task": members})
+    loaded = _manager().load({"group": "rtn", "task": members})
     for task, name in names.items():
         listed = [entry["metric"] for entry in loaded["tasks"][name].config.metric_list or ()]
         if not set(METRICS) & set(listed):
@@ -118,13 +114,38 @@ def run_tasks(
     wrapped: Any = HFLM  # its decorator hides its parameters
     # The model's own dtype would round log-likelihoods to two or three digits.
     scorer = wrapped(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
-    found: Any = evaluate(scorer, {"tasks": loaded["tasks"]}, limit=limit, bootstrap_iters=0)
+    try:
+        found: Any = evaluate(scorer, {"tasks": loaded["tasks"]}, limit=limit, bootstrap_iters=0)
+    except IndexError:
+        check_tokens(model, torch.arange(len(tokenizer)))
+        raise
     samples = found["samples"]
     scores = []
     for task, name in names.items():
         metrics = [metric for metric in METRICS if metric in samples[name][0]]
         scores += [Score(task, metric, tuple(float(sample[metric]) for sample in samples[name])) for metric in metrics]
     return scores
+
+
+def check_tasks(
+    tasks: Sequence[str], limit: int | None = None, data: str | Path | None = None, batch_size: int = 8
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The harness's names of `tasks`, and what it is to be told of each; `run_tasks` takes and raises the same, but needs a model."""
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"tasks={tasks!r}; give a list of names, one or more, as ['hellaswag', 'piqa']")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"limit={limit!r}; it must be at least 1, or None for all items")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}; it must be at least 1")
+    import lm_eval  # noqa: F401  # pyright: ignore[reportMissingImports]  (an extra)
+
+    manager = _manager()
+    names = {task: NAMES.get(task, task) for task in tasks}
+    for task, name in names.items():
+        if name not in manager.all_subtasks:
+            near = difflib.get_close_matches(task, [*NAMES, *manager.all_subtasks])
+            raise ValueError(f"lm-evaluation-harness has no task {task!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return names, [{"task": name, "num_fewshot": 0, **(_local(Path(data), task) if data else {})} for task, name in names.items()]
 
 
 @functools.cache

@@ -1,9 +1,11 @@
 """Measures launch configurations of the Triton kernels on this GPU and writes the table that `kernels/triton/config.py` reads."""
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from rtn_tensor import kernels
 from rtn_tensor.formats import FORMATS, check_format, groups
-from rtn_tensor.kernels.problem import bucket
+from rtn_tensor.kernels.problem import bucket, device_of
 from rtn_tensor.kernels.triton import config as configs
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, tuned_folder
 
@@ -75,6 +77,13 @@ def random_planes(
     return [(qdata, (torch.rand(n, groups(k, group_size), device=device) + 0.5).to(dtype)) for qdata in planes]
 
 
+def _check_writable(folder: Path) -> None:
+    """Raises OSError where what is measured could not be written to `folder`, which need not be there yet."""
+    there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise OSError(f"{there} is {'no folder' if not there.is_dir() else 'read-only'}; set RTN_TUNED to a folder that can be written")
+
+
 def tune(
     sizes: Iterable[tuple[int, int]],
     bits: int = 4,
@@ -96,10 +105,14 @@ def tune(
     Raises:
         ValueError: there is no GPU for Triton, or the format is none.
     """
-    device = torch.device(device)
     check_format(bits, group_size, "absmax")
-    if measure is graph_seconds and not (device.type == "cuda" and torch.cuda.is_available()):
+    if measure is graph_seconds and not (torch.cuda.is_available() and str(device).startswith("cuda")):
         raise ValueError(f"device={str(device)!r}: tuning measures kernels on a CUDA GPU, and there is none")
+    device = device_of(device)
+    tokens, sizes = list(tokens), list(sizes)
+    if wrong := [m for m in (*tokens, *(side for size in sizes for side in size)) if type(m) is not int or m < 1]:
+        raise ValueError(f"{wrong[0]!r} among the sizes and tokens; both are whole numbers of 1 or more")
+    _check_writable(tuned_folder())
     from rtn_tensor.kernels.triton import launch
 
     if device.type == "cuda" and device.index is None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.formats import check_format
+from rtn_tensor.formats import FLOAT_DTYPES, check_format
 from rtn_tensor.kernels import cpu, dense, triton
-from rtn_tensor.kernels.problem import Kernel, Problem, bucket, capability, make_problem
+from rtn_tensor.kernels.problem import Kernel, Problem, bucket, capability, device_of, make_problem
 from rtn_tensor.tables import table
 
 REFERENCE = Kernel(
@@ -109,11 +109,13 @@ def explain(
         device, dtype, bits, group_size, M, N, K: the problem in plain numbers; M is the number of input rows.
 
     Raises:
-        TypeError: `weight` is not quantized.
-        ValueError: there is no such op or format, or `RTN_KERNEL` names a kernel that cannot run this.
+        TypeError: `weight` is not quantized, or an argument is of another type.
+        ValueError: there is no such op, format or device, or `RTN_KERNEL` names a kernel that cannot run this.
     """
-    if op not in Kernel.__dataclass_fields__ or op in ("name", "why_not", "rounds_weight"):
+    if not isinstance(op, str) or op not in Kernel.__dataclass_fields__ or op in ("name", "why_not", "rounds_weight"):
         raise ValueError(f"op={op!r} is not an op; use linear, linear_dx, grouped, grouped_dx, routed, embedding, quantize or dequantize")
+    if x is not None and not (isinstance(x, Tensor) and x.dim()):
+        raise TypeError(f"x is {'a scalar' if isinstance(x, Tensor) else f'a {type(x).__name__}'}; give a tensor [..., K], or none")
     m = M if x is None else x.numel() // max(x.shape[-1], 1)
     if weight is not None:
         if not hasattr(weight, "qdata"):
@@ -122,10 +124,15 @@ def explain(
             op, weight.dtype if x is None else x.dtype, m, weight.in_features, weight.qdata, weight.scale, weight.bits, weight.group_size
         )
     else:
-        device = torch.device(device)
+        device = device_of(device)
         if x is not None:
             device, dtype, K = x.device, x.dtype, x.shape[-1]
         check_format(bits, group_size, "absmax")
+        if dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(map(str, FLOAT_DTYPES))
+            raise ValueError(f"dtype={dtype!r} is none that a product with a quantized weight has; use one of {allowed}")
+        if wrong := [f"{name}={size!r}" for name, size in (("M", m), ("N", N), ("K", K)) if type(size) is not int]:
+            raise TypeError(f"{', '.join(wrong)}: sizes are whole numbers")
         if min(m, N, K) < 0:
             raise ValueError(f"M={m}, N={N}, K={K}: sizes cannot be negative")
         compute = capability(device.index) if device.type == "cuda" else None

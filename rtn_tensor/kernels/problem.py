@@ -32,6 +32,28 @@ def bucket(m: int) -> int:
     return 1 << (m - 1).bit_length() if m else 0
 
 
+def device_of(device: str | torch.device) -> torch.device:
+    """The device that a user names.
+
+    Raises:
+        TypeError: it is neither a name nor a torch.device.
+        ValueError: torch knows no such device, or it is a GPU that is not there: which kernel runs depends on it.
+    """
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device={device!r}; give its name, as 'cpu' or 'cuda', or a torch.device")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is no device; cpu and cuda are") from None
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ValueError(f"device={str(found)!r}: there is no CUDA device here, and which kernel runs depends on it; use device='cpu'")
+        if found.index is not None and found.index >= count:
+            raise ValueError(f"device={str(found)!r}: there are {count} CUDA devices here; use cuda:0 to cuda:{count - 1}")
+    return found
+
+
 @lru_cache
 def capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
