@@ -138,8 +138,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
             flat = self._flat = self.tensor_data_names, tuple(getattr(self, name) for name in self.tensor_attribute_names)
         return flat
 
-    def __setstate__(self, state: Any) -> None:
-        """What unpickling calls, with what a file says: `__new__` and `__init__` have not run.
+    def _set_state(self, state: Any) -> None:
+        """What unpickling calls as `__setstate__`, with what a file says: `__new__` and `__init__` have not run.
 
         Raises:
             ValueError, TypeError: it is not the state of such a tensor, or its parts do not fit one another.
@@ -226,6 +226,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         return out
 
 
+RTNQuantizedTensor.__setstate__ = RTNQuantizedTensor._set_state  # type: ignore[method-assign]  # the base gives every class its own
 torch.serialization.add_safe_globals([RTNQuantizedTensor])
 
 _OWN = {
