@@ -31,6 +31,22 @@ def test_what_is_left_out_is_the_old_variables(monkeypatch):
         Options.read({})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RTN_NUM_BITS", "3", "RTN_NUM_BITS=3: bits=3 is not supported; use 4 or 8, or unset RTN_NUM_BITS"),
+        ("RTN_NUM_BITS", "", "RTN_NUM_BITS='' is no number; use RTN_NUM_BITS=8, or unset it"),
+        ("RTN_NUM_BITS", "4.0", "RTN_NUM_BITS='4.0' is no number"),
+        ("RTN_GROUP_SIZE", "48", "RTN_GROUP_SIZE=48: group_size=48 is not supported; use a multiple of 32"),
+        ("RTN_GROUP_SIZE", "-2", "RTN_GROUP_SIZE=-2: group_size=-2 is not supported"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        Options.read({})
+
+
 def test_the_first_rule_that_matches_counts():
     rules = [["*.3.*", {"bits": 8}], ["re:.*q_proj", None], ["*", {"group_size": 32}]]
     options = Options.read({"bits": 4, "ignore": ["lm_head"], "rules": rules})
