@@ -183,6 +183,7 @@ def _quantize(args: argparse.Namespace) -> tuple[Any, str]:
         kept, left_out = companions(source)
         unused, read = without_place(source, model)
         _say(f"Loading {source}")
+        warnings.filterwarnings("ignore", ".*has no place for")  # it is said at the end, with all else that is left out
         load(source, rules, model, filter_fn=_selects(model, args.embedding))
         _say(f"Writing {destination}")
         write(model, folder)
