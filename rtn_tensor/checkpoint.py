@@ -26,7 +26,6 @@ from torchao.quantization import FqnToConfig
 
 from rtn_tensor import pretrained
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.files import check_regular, parse_json, read_json
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.moe import use
 from rtn_tensor.policy import FilterFn, Rules
@@ -265,17 +264,13 @@ def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> An
     path = Path(path)
     if not (path / "config.json").is_file():
         there = (
-            "it is a file"
-            if path.is_file()
-            else "it holds an adapter; merge that into its model, and give the folder of that"
-            if (path / "adapter_config.json").exists()
-            else "it has no config.json"
+            "it has no config.json"
             if path.exists()
             else "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"
         )
         raise FileNotFoundError(f"{path} is not a model folder: {there}")
     if dtype is None:
-        about = read_json(path / "config.json")
+        about = json.loads((path / "config.json").read_text())
         dtype = getattr(torch, str(about.get("dtype") or about.get("torch_dtype")), None)
     if dtype is None:
         dtype = next((source.dtype for source in sources(path).values() if source.dtype.is_floating_point), torch.float32)
@@ -488,16 +483,10 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
     if source is not None:
         _check_apart(path, source)
     _check_replaceable(path, force)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(f"{path.parent} is no folder; choose another place for {path.name}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "replaced"))
     try:
-        try:
-            partial.mkdir()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        partial.mkdir()
         yield partial
         readable = partial.stat().st_mode & 0o666  # by the umask; safetensors' own files are their owner's only
         for file in partial.rglob("*"):
@@ -551,10 +540,10 @@ def _no_model_folder(path: Path) -> str | None:
     if all(file.is_file() and re.fullmatch(OWN_FILES, file.name) for file in entries):  # of a module that is not transformers'
         return None
     try:
-        about = read_json(path / "config.json")
+        about = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "holds no config.json of a model"
-    if not {"model_type", "architectures"} & set(about):
+    if not (isinstance(about, dict) and {"model_type", "architectures"} & set(about)):
         return "holds a config.json that is of no model"
     kept = _companion_folders(path)
     others = [entry.name for entry in entries if entry.is_dir() and entry not in kept]
@@ -602,13 +591,12 @@ def companions(source: Path) -> tuple[list[Path], dict[Path, str]]:
 
 def _companion_folders(source: Path) -> list[Path]:
     """sentence-transformers' modules, some with weights of their own; and tokenizers, processors and chat templates, which have none."""
-    modules, file = [], source / "modules.json"
-    if file.exists():
-        check_regular(file)
-        try:
-            modules = parse_json(file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{file} is no JSON ({error}); copy or download it again") from None
+    try:
+        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        modules = []
+    except ValueError as error:
+        raise ValueError(f"{source / 'modules.json'} is no JSON ({error}); copy or download it again") from None
     listed = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
     names = {"additional_chat_templates", *(path.split("/")[0] for path in listed if isinstance(path, str))}
     folders = [entry for entry in sorted(source.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]

@@ -41,6 +41,10 @@ class Format:
         """Elements in one 16-byte chunk."""
         return 8 * CHUNK_BYTES // self.bits
 
+    @property
+    def elements_per_byte(self) -> int:
+        return 8 // self.bits
+
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of `k` elements, padded to whole chunks."""
         return CHUNK_BYTES * -(-k // self.chunk)

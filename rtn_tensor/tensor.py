@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,11 +70,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         # A compiler may hold these two as symbols.
         bits, group_size = (int(n) if isinstance(n, torch.SymInt) else n for n in (bits, group_size))
         check_planes(qdata, scale, bits, group_size, in_features, scale_method, transposed, version)
-        shape = [*qdata.shape[:-1], in_features]
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        if transposed:
-            shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
-        return torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=scale.dtype, device=qdata.device)  # type: ignore[attr-defined]
+        layout = _layout(qdata, bits, in_features, transposed)
+        return torch.Tensor._make_wrapper_subclass(cls, *layout, dtype=scale.dtype, device=qdata.device)  # type: ignore[attr-defined]
 
     def __init__(self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION):
         self.qdata = qdata
@@ -171,6 +169,10 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         # A graph with dynamic shapes gives in_features as the symbol it was traced with; the size it ran with is in outer_size.
         attributes["in_features"] = outer_size[-2 if attributes["transposed"] else -1]
         return cls(**tensor_data_dict, **attributes)
+
+    def data_ptr(self) -> int:
+        # torch copies and pickles with overrides off, and knows by a 0 that the data lies elsewhere; it would get the offset.
+        return super().data_ptr() if torch._C._is_torch_function_enabled() else 0
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         parts = [f"shape={tuple(self.shape)}", f"bits={self.bits}", f"group_size={self.group_size}"]
@@ -291,6 +293,30 @@ def _new_planes(factory, shape: Sequence[int], bits: int, group_size: int, dtype
     *rows, k = shape
     qdata = factory((*rows, FORMATS[bits].row_bytes(k)), dtype=torch.uint8, **kwargs)
     return qdata, factory((*rows, groups(k, group_size)), dtype=dtype, **kwargs)
+
+
+def _contiguous(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor, as torch has them for sizes of 0, too."""
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 1, 0, -1):
+        strides[i - 1] = strides[i] * max(shape[i], 1)
+    return strides
+
+
+def _layout(qdata: Tensor, bits: int, in_features: int, transposed: bool) -> tuple[list[int], list[int], int]:
+    """The size, strides and storage offset that a tensor over `qdata` shows, from which `as_strided` finds the planes again.
+
+    A compiled function gives back a view of its input as nothing but these three numbers. They are those of the plain weight, unless
+    in_features is padded: then the padding counts in the offset, and in the strides of what is not contiguous.
+    """
+    shape, strides, elements = [*qdata.shape[:-1], in_features], list(qdata.stride()), FORMATS[bits].elements_per_byte
+    if strides == _contiguous(qdata.shape):
+        strides = _contiguous(shape)
+    else:
+        strides = [*(stride * elements for stride in strides[:-1]), strides[-1]]
+    if transposed:
+        shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
+    return shape, strides, qdata.storage_offset() * elements
 
 
 def _padded(plane: Tensor, rows: int) -> Tensor:
@@ -518,8 +544,8 @@ def _(func, types, args, kwargs):
     w, sizes = args[:2]
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     total = w.shape[dim]
-    if isinstance(sizes, int):
-        sizes = [min(sizes, total - start) for start in range(0, total, sizes)] if total else [0]
+    if isinstance(sizes, int | torch.SymInt):
+        sizes = [min(sizes, total - i * sizes) for i in range(-(-total // sizes))] if total else [0]
     elif sum(sizes) != total:
         raise _error(w, f"split sizes {list(sizes)} do not add up to {total}, the size of dim {dim}")
     parts, start = [], 0
@@ -549,37 +575,98 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, [_select(w, dim, i) for i in range(w.shape[dim])])
 
 
+def _called_by(*packages: str) -> bool:
+    """Whether a module of one of `packages` called the op that is being handled."""
+    frame = sys._getframe()
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("rtn_tensor", "torchao"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").startswith(packages)
+
+
 @_op([aten.view.default, aten._unsafe_view.default, aten.reshape.default])
 def _(func, types, args, kwargs):
     w, size = args[0], list(args[1])
-    if size == [-1]:
-        # FSDP2 flattens a shard whole and only ever narrows it back: the tensor with its shape kept serves.
-        size = list(w.shape)
-    elif -1 in size:
+    # FSDP2 and DistributedDataParallel flatten a weight whole and only ever make views of it again: the tensor with its shape kept serves.
+    flat = size == [-1] and _called_by("torch.distributed.", "torch.nn.parallel.")
+    if -1 in size and not flat:
         known = -math.prod(size)
         size[size.index(-1)] = w.numel() // known if known else 0
-    same_shape = size == list(w.shape)
+    same_shape = flat or size == list(w.shape)
     if not same_shape and (w.transposed or not size or size[-1] != w.in_features or math.prod(size) != w.numel()):
         raise _error(
             w, f"cannot view shape {tuple(w.shape)} as {tuple(args[1])}; a view keeps the packed last dim, in_features={w.in_features}"
         )
     if same_shape:
         out = rebuilt(w, *(p.view(p.shape) for p in (w.qdata, w.scale)))
-        out._is_flat = args[1] == [-1]
+        out._is_flat = flat
     else:
         out = rebuilt(w, *(func(p, [*size[:-1], p.shape[-1]]) for p in (w.qdata, w.scale)))
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
+def _as_strided(w: RTNQuantizedTensor, size: list[int], stride: list[int], offset: int | None) -> RTNQuantizedTensor | None:
+    """The part of `w` that `_layout` shows with these numbers, None where there is none."""
+    if not size or len(size) != len(stride) or offset < 0:
+        return None
+    # A compiler may hold these as symbols.
+    transposed = bool(len(size) > 1 and stride[-2] == 1 and (stride[-1] != 1 or size[-1] != 1 or (size[-2] == 1 and w.transposed)))
+    if transposed:
+        size, stride = [*size[:-2], *size[:-3:-1]], [*stride[:-2], *stride[:-3:-1]]
+    fmt, k = FORMATS[w.bits], size[-1]
+    elements = fmt.elements_per_byte
+    if stride == _contiguous(size):
+        strides, uneven = _contiguous([*size[:-1], fmt.row_bytes(k)]), []
+    else:
+        strides, uneven = [*(s // elements for s in stride[:-1]), stride[-1]], [s % elements for s in stride[:-1]]
+    # The smallest step from row to row of `w`, in each plane; every other one must be a multiple, and the same multiple in both.
+    steps = [(q, s, n) for n, q, s in zip(w.qdata.shape[:-1], w.qdata.stride(), w.scale.stride(), strict=False) if n > 1 and q]
+    row, scale_row, _ = min(steps, default=(0, 0, 1))
+    shift = offset // elements - w.qdata.storage_offset()
+    first = shift // row if row else 0
+    column = (shift - first * row) * elements
+    unit = fmt.chunk if w.group_size == -1 else w.group_size
+    wanted = [(n, s) for n, s in zip(size[:-1], strides, strict=False) if n > 1]
+    last = first * row + sum((n - 1) * s for n, s in wanted)
+    whole = stride[-1] == 1 and offset % elements == 0 and not any(uneven)
+    alike = all(q * scale_row == s * row for q, s, _ in steps)
+    rows_lie_in_w = all(s % row == 0 if row else s == 0 for _, s in wanted) and 0 <= first and last <= sum((n - 1) * q for q, _, n in steps)
+    columns_lie_in_w = 0 <= column <= w.in_features - k and column % unit == 0 and (k % unit == 0 or column + k == w.in_features)
+    if not (whole and alike and (rows_lie_in_w or 0 in size) and columns_lie_in_w):
+        return None
+    scale_strides = [*(s // row * scale_row if row else 0 for s in strides[:-1]), w.scale.stride(-1)]
+    scale_column = 0 if w.group_size == -1 else column // unit
+    qdata = w.qdata.as_strided([*size[:-1], fmt.row_bytes(k)], strides, offset // elements)
+    scale = w.scale.as_strided(
+        [*size[:-1], groups(k, w.group_size)],
+        scale_strides,
+        w.scale.storage_offset() + first * scale_row + scale_column * w.scale.stride(-1),
+    )
+    out = rebuilt(w, qdata, scale, in_features=k, transposed=transposed)
+    if w.group_size == -1 and k < w.in_features:
+        out._shares_scale = True
+    return out
+
+
 @_op(aten.as_strided.default)
 def _(func, types, args, kwargs):
-    w, size, stride = args[:3]
+    w, size, stride = args[0], list(args[1]), list(args[2])
     offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
-    # FSDP2 takes the rows that are no padding so.
-    first = w[: size[0]] if size and w.dim() == len(size) and size[0] <= len(w) else None
-    if first is None or first.shape != torch.Size(size) or first.stride() != tuple(stride) or offset:
-        raise _error(w, f"as_strided gives the first rows of a quantized tensor only, not size {list(size)} of {list(w.shape)}; use slices")
-    return return_and_correct_aliasing(func, args, kwargs, first)
+    out = _as_strided(w, size, stride, w.storage_offset() if offset is None else offset)
+    if out is None:
+        raise _error(
+            w,
+            f"as_strided gives rows and whole groups of columns that lie in {w!r}, not size {size}, stride {stride} and offset {offset}; "
+            "use slices, or dequantize()",
+        )
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+@_function([Tensor.as_strided, torch.as_strided])
+def _(func, types, args, kwargs):
+    """What a compiled function gives back comes through here. As a view in autograd's eyes (a weight has no gradient) it would be made
+    anew, under symbolic shapes, from symbols that torch has no guard for."""
+    with torch._C._AutoDispatchBelowADInplaceOrView(), torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 @_op(aten.unsqueeze.default)
