@@ -29,10 +29,10 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.moe import use
 from rtn_tensor.policy import FilterFn, Rules
-from rtn_tensor.quantize import Target, is_finite, quantize_, targets_of
+from rtn_tensor.quantize import Target, dequantize_, is_finite, quantize_, targets_of
 from rtn_tensor.sharding import all_ranks, as_part, check_idle, held, place, ranks_of, together
-from rtn_tensor.sources import Source, plane_names, sources, state_sources
-from rtn_tensor.streaming import Piece, check, check_finite, on_rank, pieces_by_name, stream
+from rtn_tensor.sources import Source, flattened, sources, state_sources
+from rtn_tensor.streaming import Piece, check, check_finite, on_rank, pieces_by_name, same, stream
 from rtn_tensor.tensor import RTNQuantizedTensor, hung_on
 
 # What of a model's folder does not go with its quantized weights into another, by lower-case name, and why.
@@ -85,9 +85,10 @@ def load(
 ) -> Any:
     """A model with its weights from a checkpoint, quantized as they are read: the float model is never in memory.
 
-    Above the finished model it takes at most 64 MiB. Nothing of `model` changes before all has been read and checked. Without a config,
-    tensors that have their dtype already are not copied on a CPU, but stay maps of the files: then only the scales of a quantized weight
-    are read and looked at, and of a float one nothing, so that a NaN in it is not seen.
+    Above the finished model it takes at most 64 MiB, and what transformers computes of some tensors, where it does. Nothing of `model`
+    changes before all has been read and checked. Without a config, tensors that have their dtype already are not copied on a CPU, but stay
+    maps of the files: then only the scales of a quantized weight are read and looked at, and of a float one nothing, so that a NaN in it is
+    not seen.
 
     Args:
         path: a transformers folder; or a folder or file of safetensors, of `pytorch_model*.bin`, or of what torch.save wrote. A GGUF file
@@ -125,9 +126,10 @@ def load(
             model = model()
     assert isinstance(model, nn.Module)
     check_idle(model)
-    places = list(_places(model))
+    pieces = _pieces(path, model, rename or {}, fuse or {})
+    places, apart = _untied(list(_places(model)), pieces, pretrained.all_ties(model) if pretrained.is_pretrained(model) else {})
     state = {fqn: t for fqn, _, _, t in places}
-    pieces = check(_pieces(path, model, rename or {}, fuse or {}), state, pretrained.ignored(model))
+    pieces = check(pieces, state, pretrained.ignored(model))
     if left := [fqn for fqn, t in model.named_buffers() if t.is_meta and fqn not in state]:
         raise ValueError(f"{left[0]} was made on meta and is not in the checkpoint; give, as model, a function that makes it")
     if config is not None and any(p.source.quantized for p in pieces):
@@ -139,12 +141,47 @@ def load(
         fqns[id(t)].append(fqn)
     with together(next((ranks_of(t) for t in state.values() if held(t) is not t), None)):
         new = _read(pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress))
-    _put(places, new, configs, fqns if config is not None else {})
+    _put(places, new, configs, fqns if config is not None else {}, apart)
     if device is not None:
         model.to(device)  # the buffers that are not in the checkpoint
     use(model)
-    pretrained.describe(model)
+    pretrained.describe(model, dequantize_)
     return model
+
+
+def _untied(
+    places: list[tuple[str, nn.Module, str, Tensor]], pieces: list[Piece], ties: Mapping[str, str]
+) -> tuple[list[tuple[str, nn.Module, str, Tensor]], dict[str, list[str]]]:
+    """`places`, with tensors of their own where the checkpoint has different ones for names that share one; and, of each name there, those
+    that it shares with no more. A name that the checkpoint lacks goes with that which `ties` ties it to, or with the first."""
+    held_by: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        held_by[piece.target].append(piece)
+    sharing: dict[int, list[str]] = defaultdict(list)
+    for fqn, _, _, t in places:
+        sharing[id(t)].append(fqn)
+    new: dict[str, Tensor] = {}
+    apart: dict[str, list[str]] = {}
+    old = {fqn: t for fqn, _, _, t in places}
+    for names in sharing.values():
+        if sum(name in held_by for name in names) < 2:
+            continue
+        kinds: list[list[str]] = []
+        for name in (name for name in names if name in held_by):
+            if kind := next((kind for kind in kinds if same(held_by[kind[0]], held_by[name], old[name].dtype)), None):
+                kind.append(name)
+            else:
+                kinds.append([name])
+        for name in (name for name in names if name not in held_by):
+            next((kind for kind in kinds if ties.get(name) in kind), kinds[0]).append(name)
+        for kind in kinds[1:]:
+            t = old[kind[0]]
+            own = nn.Parameter(t.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach()
+            vars(own).update(hung_on(t))
+            new |= dict.fromkeys(kind, own)
+        if len(kinds) > 1:
+            apart |= {name: [other for other in names if other not in kind] for kind in kinds for name in kind}
+    return [(fqn, module, name, new.get(fqn, t)) for fqn, module, name, t in places], apart
 
 
 def _pieces(path: Path, model: nn.Module, rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]) -> list[Piece]:
@@ -152,8 +189,7 @@ def _pieces(path: Path, model: nn.Module, rename: Mapping[str, str], fuse: Mappi
     found = sources(path, pretrained.renaming(model)) if pretrained.is_pretrained(model) else sources(path)
     if rename or fuse or not pretrained.is_pretrained(model):
         return pieces_by_name(found, rename, fuse)
-    at = pretrained.renamed(model, {name: source.shape for name, source in found.items()})
-    return [Piece(source, *at[name]) for name, source in found.items()]
+    return [Piece(*place) for place in pretrained.placed(model, found)]
 
 
 def without_place(path: Path, model: nn.Module) -> tuple[list[str], set[Path]]:
@@ -175,7 +211,7 @@ def _read(
     """What this rank holds of each tensor of the model, filled, by the old one's id and by what it is to be: one that is shared, and
     quantized at some of its places only, becomes two."""
     configs = {t.fqn: t.config for t in targets}
-    transposed = {id(t.parameter) for t in targets if t.transposed}
+    transposed = {t.fqn for t in targets if t.transposed}
     new: dict[int, dict[RTNConfig | None, Tensor]] = defaultdict(dict)
     copied: list[Piece] = []
     for piece in pieces:
@@ -192,7 +228,7 @@ def _read(
             copied.append(here)
         for c in {configs.get(fqn): None for fqn in fqns[id(old)]}:
             if c not in new[id(old)]:
-                new[id(old)][c] = _empty(held(old), c, id(old) in transposed, to)
+                new[id(old)][c] = _empty(held(old), c, not transposed.isdisjoint(fqns[id(old)]), to)
     destinations = {p.target: list(new[id(state[p.target])].values()) for p in copied}
     total = sum(p.nbytes * len(destinations[p.target]) for p in copied)
     with bar(total) as meter:
@@ -205,8 +241,10 @@ def _put(
     new: Mapping[int, Mapping[RTNConfig | None, Tensor]],
     configs: Mapping[str, RTNConfig],
     fqns: Mapping[int, list[str]],
+    apart: Mapping[str, list[str]],
 ) -> None:
-    """Puts what `_read` gives in the places of the old tensors; `fqns`, by their ids: where each lies, to tell what was untied."""
+    """Puts what `_read` gives in the places of the old tensors; `fqns`, by their ids: where each lies, and `apart`, where those are that it
+    shared with before: to tell what was untied."""
     parameters: dict[int, Tensor] = {}
     for fqn, module, name, old in places:
         t = new[id(old)][configs.get(fqn)]
@@ -214,7 +252,7 @@ def _put(
             module._buffers[name] = as_part(t, old)
         else:
             if id(t) not in parameters:
-                floats = [other for other in fqns.get(id(old), []) if other not in configs]
+                floats = [other for other in fqns.get(id(old), []) if other not in configs] + list(apart.get(fqn, []))
                 parameters[id(t)] = _parameter(as_part(t, old), old, fqn, floats)
             module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
 
@@ -366,7 +404,7 @@ def load_from_rank0(model: nn.Module, state_dict: Mapping[str, Any] | None = Non
         to = _receive(piece.source, mine, part, held(old), ranks)
         if old.is_meta:
             new[id(old)] = {None: to}
-    _put([place for place in _places(model) if id(place[-1]) in new], new, {}, {})
+    _put([place for place in _places(model) if id(place[-1]) in new], new, {}, {}, {})
 
 
 def _part_here(piece: Piece, to: Tensor) -> Piece | None:
@@ -395,29 +433,28 @@ def _receive(source: Source, mine: Mapping[str, Any] | None, part: Piece | None,
 # ------------------------------------------------------------------------------------------- save
 
 
-def _flat(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a state_dict with quantized ones as their planes, each once, and the metadata that says so."""
+def _to_write(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a state_dict, those that are shared once; but each of those that are not shared any more with some that they were
+    shared with, as who reads them cannot know with which."""
+    places = list(_places(model))
+    untied: dict[str, list[str]] = {fqn: t.untied_from for fqn, _, _, t in places if hasattr(t, "untied_from")}
+    apart = {*untied, *(name for names in untied.values() for name in names)}
     tensors: dict[str, Tensor] = {}
-    metadata = {"format": "pt"}
-    seen: dict[int, str] = {}
-    for fqn, _, _, t in _places(model):
-        if seen.setdefault(id(t), fqn) != fqn:
-            continue
-        if isinstance(t, RTNQuantizedTensor):
-            about = {name: getattr(t, name) for name in t.tensor_attribute_names}
-            metadata[fqn] = json.dumps({"_type": type(t).__name__, "_data": about, "_tensor_data_names": t.tensor_data_names})
-            tensors |= {name: getattr(t, plane).contiguous() for name, plane in zip(plane_names(fqn), t.tensor_data_names, strict=True)}
-        else:
-            metadata[fqn] = json.dumps({"_type": "Tensor"})
-            tensors[fqn] = t.detach().contiguous()
-    return tensors, metadata | {"tensor_names": json.dumps(list(seen.values()))}
+    seen: set[int] = set()
+    for fqn, _, _, t in places:
+        if id(t) not in seen:
+            tensors[fqn] = t
+        elif fqn in apart:
+            tensors[fqn] = t.detach().clone()
+        seen.add(id(t))
+    return tensors
 
 
 def _write(model: nn.Module, folder: Path, max_shard_size: str | int) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    tensors, metadata = _flat(model)
+    tensors, metadata = flattened(_to_write(model))
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
     for file, names in shards.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata)

@@ -1,11 +1,13 @@
 """transformers folders: the empty model that one describes, where each of its tensors goes, and how a quantized model is written as one."""
 
+import copy
+import json
 import re
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from torchao.quantization import FqnToConfig
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import FORMATS, check_format
 from rtn_tensor.policy import FilterFn, products
-from rtn_tensor.sources import check_attributes, plane_names
+from rtn_tensor.sharding import held
+from rtn_tensor.sources import Source, check_attributes, flattened
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 
@@ -177,49 +180,215 @@ def renaming(model: Any) -> Callable[[str], str]:
     return lambda name: rename_source_key(name, renamings, [])[0]
 
 
-def renamed(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int | slice, ...]]]:
-    """Where each tensor of a checkpoint goes, by transformers' own table of old names and of layers that it fuses: its name in the model,
-    and the index of its part of that.
+def placed(model: Any, found: Mapping[str, Source]) -> list[tuple[Source, str, tuple[int | slice, ...]]]:
+    """Where each tensor of a checkpoint goes, by transformers' own table of old names and of layers that it fuses: the tensor, its name in
+    the model, and the index of its part of that. Where transformers computes with tensors, they are what it makes of them, when asked for.
 
     Raises:
-        ValueError: transformers would compute with a tensor, not only place it.
+        ValueError: transformers cannot make of some tensors what its table says.
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist, dot_natural_key, rename_source_key
 
     renamings, converters = _table(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
-    places: dict[str, tuple[str, tuple[int | slice, ...]]] = {}
-    fused: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in sorted(shapes, key=dot_natural_key):
+    places: list[tuple[Source, str, tuple[int | slice, ...]]] = []
+    fused: dict[str, dict[str, list[Source]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(found, key=dot_natural_key):
+        if found[name].quantized:  # under the model's own name
+            places.append((found[name], name, ()))
+            continue
         new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if new not in state and name in state:
             new, pattern = name, None
         if pattern is None:
-            places[name] = new, ()
+            places.append((found[name], new, ()))
         else:
-            fused[new][pattern].append(name)
+            fused[new][pattern].append(found[name])
+    computed: dict[str, dict[str, list[Source]]] = {}
     for new, parts in fused.items():
-        some = next(iter(parts))
-        operations: list[Any] = by_pattern[some].operations
-        kinds = [type(op) for op in operations]
+        converter = by_pattern[next(iter(parts))]
+        kinds = [type(op) for op in converter.operations]
         experts, rows = MergeModulelist in kinds, Concatenate in kinds
         along = {MergeModulelist: 0, Concatenate: 1 if experts else 0}
-        if any(kind not in along or op.dim != along[kind] for kind, op in zip(kinds, operations, strict=True)):
-            raise ValueError(
-                f"{parts[some][0]}: transformers computes {new} from it ({', '.join(kind.__name__ for kind in kinds)}), and load only "
-                "places tensors; use from_pretrained(quantization_config=TorchAoConfig(config))"
-            )
+        if any(kind not in along or op.dim != along[kind] for kind, op in zip(kinds, converter.operations, strict=True)):
+            computed[new] = parts
+            continue
         start = 0
-        for pattern in by_pattern[some].source_patterns:
-            for i, name in enumerate(parts[pattern]):
-                stop = start + shapes[name][0]
-                places[name] = new, (*((i,) if experts else ()), *((slice(start, stop),) if rows else ()))
+        for pattern in converter.source_patterns:
+            for i, source in enumerate(parts[pattern]):
+                stop = start + source.shape[0]
+                places.append((source, new, (*((i,) if experts else ()), *((slice(start, stop),) if rows else ()))))
             start = stop
-    return places
+    places += [(source, target, ()) for target, source in _computed(model, by_pattern, computed)]
+    filled = {target for _, target, _ in places}
+    where = next(iter(found.values())).file if found else Path()
+    # transformers does not write these, and makes them anew.
+    own = [name for name in model._keys_to_ignore_on_save or () if name in state and name not in filled]
+    return places + [(_initial(model, name, state[name], where), name, ()) for name in own]
+
+
+def _initial(model: Any, name: str, t: Tensor, file: Path) -> Source:
+    """What the model itself puts into its tensor `t` of this name, which the checkpoint in `file` lacks."""
+
+    def view() -> Tensor:
+        module, _, last = name.rpartition(".")
+        new = copy.deepcopy(model.get_submodule(module)).to_empty(device="cpu")
+        model._init_weights(new)
+        return getattr(new, last).detach()
+
+    return Source(file, name, tuple(t.shape), t.dtype, view, view)
+
+
+def _computed(model: Any, by_pattern: Mapping[str, Any], groups: Mapping[str, Mapping[str, list[Source]]]) -> Iterator[tuple[str, Source]]:
+    """What transformers computes of each group of tensors, and its name. It is computed again each time, but for the last group's."""
+
+    def convert(new: str, tensor: Callable[[Source], Tensor]) -> dict[str, Tensor]:
+        parts = groups[new]
+        some = next(iter(parts))
+        converter = copy.deepcopy(by_pattern[some])
+        for pattern, sources in parts.items():
+            for source in sources:
+                converter.add_tensor(new, source.name, pattern, tensor(source))
+        try:
+            made = converter.convert(new, model=model, config=model.config)
+        except (
+            RuntimeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            TypeError,
+        ) as error:  # of transformers' operations, on what a file holds
+            kinds = ", ".join(type(op).__name__ for op in converter.operations)
+            raise parts[some][0].error(f"cannot become {new} by transformers' {kinds}: {error}") from error
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+    last = lru_cache(maxsize=1)(lambda new: convert(new, lambda source: source.view()))
+    for new, parts in groups.items():
+        first = next(iter(parts.values()))[0]
+        for target, t in convert(new, lambda source: torch.empty(source.shape, dtype=source.dtype, device="meta")).items():
+            view: Callable[[], Tensor] = lambda new=new, target=target: last(new)[target]  # noqa: E731
+            yield target, Source(first.file, first.name, tuple(t.shape), t.dtype, lambda view=view: view().clone(), view)
 
 
 # ------------------------------------------------------------------------------------------- what transformers is told
+
+
+class _Ties(dict):
+    """`_tied_weights_keys` of a model of which some ties are undone: those that hold; `all` is what its class ties."""
+
+    all: Any
+
+
+def _submodels(model: Any) -> Iterator[tuple[str, Any]]:
+    """`model` and the models of transformers in it, and their names."""
+    for prefix, module in model.named_modules():
+        if is_pretrained(module):
+            yield prefix, module
+
+
+def _ties(model: Any) -> dict[str, str]:
+    """What transformers ties to what in a new model of this class and config, without the models in it."""
+    kept = model._tied_weights_keys
+    if not isinstance(kept, _Ties):
+        return model.get_expanded_tied_weights_keys()
+    try:
+        model._tied_weights_keys = kept.all
+        return model.get_expanded_tied_weights_keys()
+    finally:
+        model._tied_weights_keys = kept
+
+
+def all_ties(model: Any) -> dict[str, str]:
+    """What transformers ties to what in a new model of this class and config, by names."""
+    found = {}
+    for prefix, submodel in _submodels(model):
+        dot = f"{prefix}." if prefix else ""
+        found |= {f"{dot}{name}": f"{dot}{source}" for name, source in _ties(submodel).items()}
+    return found
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t for named in (model.named_parameters, model.named_buffers) for name, t in named(remove_duplicate=False)}
+
+
+def _untied(model: Any) -> set[str]:
+    """The names that a new model ties, and that are not, or not all, one tensor in `model`."""
+    tensors, ties = _tensors(model), all_ties(model)
+
+    def root(name: str) -> str:
+        return root(ties[name]) if ties.get(name, name) != name else name
+
+    groups: dict[str, set[str]] = defaultdict(set)
+    for name, source in ties.items():
+        groups[root(name)] |= {name, source}
+    return {name for names in groups.values() if len({id(tensors.get(name)) for name in names}) > 1 for name in names}
+
+
+def _to_write(model: Any) -> dict[str, Tensor]:
+    """The tensors of a state_dict that a file must hold for a new model of this class to be filled by it: one of those that are tied, and
+    each of those that are not tied any more."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    tensors, untied = _tensors(model), _untied(model)
+    state = model.state_dict()
+    first: dict[int, str] = {}
+    floats: dict[str, Tensor] = {}
+    quantized: dict[str, Tensor] = {}
+    for name, t in state.items():
+        if name in (model._keys_to_ignore_on_save or ()):
+            continue
+        again = first.setdefault(id(tensors.get(name, t)), name) != name
+        if isinstance(held(t), RTNQuantizedTensor):
+            if held(t) is not t:
+                raise ValueError(
+                    f"{name} is a rank's part of a quantized weight; gather the whole model first, or use torch.distributed.checkpoint"
+                )
+            if not again or name in untied:
+                quantized[name] = t
+        else:
+            floats[name] = t.clone() if again and name in untied else t
+    found = remove_tied_weights_from_state_dict(floats, model) | quantized
+    return {name: found[name] for name in state if name in found}
+
+
+def _under_old_names(model: Any, tensors: Mapping[str, Tensor], conversions: list[Any] | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What transformers would write of `tensors`, quantized ones as their planes, and the metadata that says so.
+
+    transformers writes tensors as they were in the checkpoint that a model is of: under their old names, and undoing what it computes.
+    With planes it cannot compute, and so they, and floats that would be computed together with them, are only renamed.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        apply_converters,
+        apply_renamings,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+
+    if conversions is None:
+        conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)]
+    reverse = [entry.reverse_transform() for entry in conversions[::-1]]
+    renamings = [entry for entry in reverse if not isinstance(entry, WeightConverter)]
+    converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        new, pattern = apply_converters(name, converters)
+        groups[new if pattern is not None else name].append(name)
+    kept = {name for names in groups.values() if any(isinstance(tensors[n], RTNQuantizedTensor) for n in names) for name in names}
+    with _set_for_now([(model, "_weight_conversions", conversions)]):
+        written = revert_weight_conversion(model, {name: t for name, t in tensors.items() if name not in kept})
+    flat, metadata = flattened(tensors)
+    read = _table(model)
+    for name, t in flattened({name: tensors[name] for name in tensors if name in kept})[0].items():
+        ways = (apply_renamings(name, renamings), name)
+        fits = [way for way in ways if rename_source_key(way, *read) == (name, None)]
+        if not fits:
+            raise ValueError(f"{name} would be read under another name by transformers; leave its weight float")
+        written[fits[0]] = t
+    return written, metadata
 
 
 @cache
@@ -227,21 +396,39 @@ def _quantizer_class() -> type:
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
     class RTNHfQuantizer(TorchAoHfQuantizer):
+        """What transformers asks about a model that `quantize_` or `load` quantized.
+
+        Attributes:
+            conversions: the model's `_weight_conversions`, in whose place it has none: what is written is converted here.
+            undo: `dequantize_`.
+        """
+
+        __module__, __qualname__ = __name__, "RTNHfQuantizer"
+        conversions: list[Any] | None = None
+        undo: Callable[[Any], Any]
+
         @property
         def is_trainable(self) -> bool:  # adapters over it are; transformers' own goes by the name of the config, and says no of int4
             return True
 
         def get_state_dict_and_metadata(self, model: Any) -> tuple[dict, dict]:
-            # torchao would write a tensor once for every place that shares it.
-            tensors, metadata = super().get_state_dict_and_metadata(model)
-            names: dict[int, str] = {}
-            for fqn, w in model.named_parameters(remove_duplicate=False):
-                if names.setdefault(id(w), fqn) != fqn and isinstance(w, RTNQuantizedTensor):
-                    for plane in plane_names(fqn):
-                        del tensors[plane]
-            return tensors, metadata
+            # It is a part of another model, maybe, whose config says nothing of it, or is its own config, too.
+            _set([(submodel.config, "quantization_config", None) for _, submodel in _submodels(model)])
+            _set([(model.config, "quantization_config", _in_config(_quantization_config(model)))])
+            return _under_old_names(model, _to_write(model), self.conversions)
+
+        def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+            self.undo(model)
+            return model.to(dtype) if isinstance(dtype, torch.dtype) and dtype != model.dtype else model
 
     return RTNHfQuantizer
+
+
+def __getattr__(name: str) -> Any:
+    """Of the class that is made only where transformers is there, so that it can be pickled."""
+    if name == "RTNHfQuantizer":
+        return _quantizer_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _quantization_config(model: nn.Module) -> Any:
@@ -265,23 +452,61 @@ def _quantization_config(model: nn.Module) -> Any:
     return TorchAoConfig(quant_type, modules_to_not_convert=floats, include_input_output_embeddings=embedding)
 
 
-def _description(model: Any) -> list[tuple[Any, str, Any]]:
-    """The attributes (owner, name, value) by which transformers knows how `model` is quantized; None: to be removed."""
+def _in_config(quantization_config: Any) -> dict[str, Any] | None:
+    """As config.json has it: torch.compile may look through the config of a model, and cannot through a TorchAoConfig."""
+    return None if quantization_config is None else json.loads(json.dumps(quantization_config.to_dict()))
+
+
+def _description(model: Any, undo: Callable[[Any], Any] | None) -> list[tuple[Any, str, Any]]:
+    """The attributes (owner, name, value) by which transformers knows how `model`, or what in it is its own, is quantized; None: to be
+    removed."""
+    settings: list[tuple[Any, str, Any]] = []
+    whole: list[str] = []
+    for prefix, submodel in _submodels(model):
+        settings += _of_one(submodel, undo)
+        if not any(f"{prefix}.".startswith(outer) for outer in whole):  # no part of another; its config may be that of the other, too
+            whole.append(f"{prefix}." if prefix else "")
+            config = _in_config(_quantization_config(submodel))
+            if config is not None or _is_ours(getattr(submodel.config, "quantization_config", None)):
+                settings.append((submodel.config, "quantization_config", config))
+    return settings
+
+
+def _is_ours(quantization_config: Any) -> bool:
+    return bool(re.search("RTN(Int[48]Weight)?Config", str(quantization_config)))
+
+
+def _of_one(model: Any, undo: Callable[[Any], Any] | None) -> list[tuple[Any, str, Any]]:
+    """`_description`, of `model` without its config and without the models in it."""
     from transformers.integrations.torchao import TorchAoDeserialize
 
-    quantization_config = _quantization_config(model)
-    quantizer = None if quantization_config is None else _quantizer_class()(quantization_config, pre_quantized=True)
     settings: list[tuple[Any, str, Any]] = []
-    ours = re.search("RTN(Int[48]Weight)?Config", str(getattr(model.config, "quantization_config", "")))
-    if quantizer is not None or ours:  # which it may have been, and dequantized since
-        settings += [(model, "hf_quantizer", quantizer), (model.config, "quantization_config", quantization_config)]
-    # Of a model that was read quantized, transformers remembers how, and refuses to write it: it cannot go back that way.
-    if conversions := getattr(model, "_weight_conversions", None):
-        kept = [c for c in conversions if not any(isinstance(op, TorchAoDeserialize) for op in getattr(c, "operations", ()))]
-        settings.append((model, "_weight_conversions", kept))
-    first, last = (getattr(end, "weight", None) for end in ends(model))
-    if first is not None and last is not None and any(isinstance(w, RTNQuantizedTensor) for w in (first, last)):
-        settings.append((model.config, "tie_word_embeddings", first is last))  # else whoever reads it ties them anew
+    before = getattr(model, "hf_quantizer", None)
+    known = type(before).__name__ == "RTNHfQuantizer"
+    conversions = before.conversions if known else vars(model).get("_weight_conversions")
+    if conversions is not None:
+        # Of a model that was read quantized, transformers remembers how, and refuses to write it: it cannot go back that way.
+        deserializes = lambda entry: any(isinstance(op, TorchAoDeserialize) for op in getattr(entry, "operations", ()))  # noqa: E731
+        conversions = [entry for entry in conversions if not deserializes(entry)]
+    if (quantization_config := _quantization_config(model)) is not None:
+        quantizer = _quantizer_class()(quantization_config, pre_quantized=True)
+        quantizer.conversions = conversions
+        quantizer.undo = undo
+        settings += [(model, "hf_quantizer", quantizer), (model, "_weight_conversions", [])]
+    elif known or before is not None and _is_ours(before.quantization_config.to_dict()):  # and it was dequantized since
+        settings += [(model, "hf_quantizer", None), (model, "_weight_conversions", conversions)]
+    tensors, ties = _tensors(model), _ties(model)
+    kept = {name: source for name, source in ties.items() if tensors.get(name) is tensors.get(source)}
+    own = model._tied_weights_keys
+    if len(kept) < len(ties) or isinstance(own, _Ties):
+        left = _Ties(kept)
+        left.all = own.all if isinstance(own, _Ties) else own
+        together = {
+            name: source
+            for name, source in vars(model).get("all_tied_weights_keys", {}).items()
+            if tensors.get(name) is tensors.get(source)
+        }
+        settings += [(model, "_tied_weights_keys", left), (model, "all_tied_weights_keys", together)]
     return settings
 
 
@@ -294,19 +519,23 @@ def _set(settings: list[tuple[Any, str, Any]]) -> None:
             delattr(owner, name)
 
 
-def describe(model: Any) -> None:
-    """Tells transformers how `model` is quantized, so that its own `save_pretrained` and `Trainer` take it; nothing, of another's model."""
-    if is_pretrained(model):
-        _set(_description(model))
-
-
 @contextmanager
-def described(model: Any) -> Iterator[None]:
-    """`describe`, undone at the end."""
-    settings = _description(model)
+def _set_for_now(settings: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """`_set`, undone at the end."""
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in settings]
     try:
         _set(settings)
         yield
     finally:
-        _set(before)
+        _set(before[::-1])
+
+
+def describe(model: Any, undo: Callable[[Any], Any]) -> None:
+    """Tells transformers how `model`, or what in it is its own, is quantized, so that `save_pretrained`, `tie_weights` and `Trainer`
+    take it; `undo` is `dequantize_`."""
+    _set(_description(model, undo))
+
+
+def described(model: Any) -> Any:
+    """`describe`, undone at the end."""
+    return _set_for_now(_description(model, None))

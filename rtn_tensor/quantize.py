@@ -263,7 +263,7 @@ def quantize_(
     use(model)
     if device is not None:
         model.to(device)
-    describe(model)
+    describe(model, dequantize_)
     return report(model)
 
 
@@ -292,7 +292,7 @@ def dequantize_(model: nn.Module) -> "Report":
             if id(parameter) not in shared:
                 shared[id(parameter)] = parameter, nn.Parameter(as_part(part.dequantize(), parameter))
             setattr(module, name, shared[id(parameter)][1])
-    describe(model)
+    describe(model, dequantize_)
     return report(model)
 
 

@@ -1,6 +1,7 @@
 """The tensors of a checkpoint, left on disk until they are asked for."""
 
 import functools
+import json
 import math
 import mmap
 import os
@@ -77,6 +78,22 @@ def plane_names(fqn: str) -> list[str]:
     """What the planes of the quantized weight `fqn` are called in a file, as by torchao."""
     module, _, name = fqn.rpartition(".")
     return [f"{module}._{name}_{plane}" for plane in RTNQuantizedTensor.tensor_data_names]
+
+
+def flattened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`tensors` with quantized ones as their planes, and the metadata that says so, as by torchao."""
+    flat: dict[str, Tensor] = {}
+    metadata = {"format": "pt"}
+    for name, t in tensors.items():
+        if isinstance(t, RTNQuantizedTensor):
+            about = {attribute: getattr(t, attribute) for attribute in t.tensor_attribute_names}
+            metadata[name] = json.dumps({"_type": type(t).__name__, "_data": about, "_tensor_data_names": t.tensor_data_names})
+            flat |= {plane: getattr(t, data).contiguous() for plane, data in zip(plane_names(name), t.tensor_data_names, strict=True)}
+        else:
+            metadata[name] = json.dumps({"_type": "Tensor"})
+            flat[name] = t.detach().contiguous()
+    # torchao's reader takes every name in the list apart at its last dot.
+    return flat, metadata | {"tensor_names": json.dumps([name for name in tensors if "." in name])}
 
 
 def check_attributes(attributes: Any) -> None:

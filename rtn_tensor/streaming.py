@@ -80,6 +80,26 @@ def _part(shape: Sequence[int], index: tuple[int | slice, ...]) -> tuple[int, ..
     return tuple(torch.empty(shape, device="meta")[index].shape)
 
 
+def same(one: list[Piece], other: list[Piece], dtype: torch.dtype) -> bool:
+    """Whether what a checkpoint has for two names of one tensor of `dtype` is the same."""
+    if len(one) != len(other):
+        return False
+    by_index = [sorted(pieces, key=lambda piece: str(piece.index)) for pieces in (one, other)]
+    return all(a.index == b.index and _equal(a.source, b.source, dtype) for a, b in zip(*by_index, strict=True))
+
+
+def _equal(one: Source, other: Source, dtype: torch.dtype) -> bool:
+    if one.shape != other.shape or one.quantized != other.quantized:
+        return False
+    a, b = one.view(), other.view()
+    if isinstance(a, RTNQuantizedTensor) and isinstance(b, RTNQuantizedTensor):
+        alike = all(getattr(a, name) == getattr(b, name) for name in a.tensor_attribute_names)
+        return alike and torch.equal(a.qdata, b.qdata) and torch.equal(a.scale, b.scale)
+    if a.dtype == b.dtype and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():  # a file of torch.save has it once
+        return True
+    return torch.equal(a.to(dtype), b.to(dtype))
+
+
 def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[str]) -> list[Piece]:
     """The pieces that have a place, once each; every place must be filled.
 
@@ -178,15 +198,19 @@ def _copy(piece: Piece, source: Tensor, to: Tensor) -> None:
 @torch.no_grad()
 def stream(pieces: list[Piece], destinations: Mapping[str, list[Tensor]], meter: Callable[[int], Any]) -> None:
     """Fills `destinations`, by target, from the files."""
-    work = [
+    # One after the other: what transformers computes from a file takes memory from here on.
+    work = (
         (piece, *chunk)
         for piece in pieces
         for to in destinations[piece.target]
         for chunk in _chunks(piece.cut(piece.source.view(), piece.part), to[piece.index])
-    ]
-    for i, (piece, rows, place) in enumerate(work):
+    )
+    now = next(work, None)
+    while now is not None:
+        piece, rows, place = now
+        now = next(work, None)
         # The disk reads on while this chunk is quantized. A thread of ours that read would take a core from the quantizing.
-        for coming, its_rows, _ in work[i + 1 : i + 2]:
-            coming.source.read_soon(its_rows)
+        if now is not None:
+            now[0].source.read_soon(now[1])
         _copy(piece, rows, place)
         meter(rows.nbytes)

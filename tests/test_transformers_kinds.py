@@ -1,0 +1,239 @@
+"""What transformers' models do with their weights besides multiplying by them: they tie them, compute them from a checkpoint's, give them
+names with no dot, scale by a flag of the config. Each comes back from both writers through both readers as it was."""
+
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, rtn_int8, save
+
+IDS = torch.randint(4, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+DECODER = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+TEXT = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 128} | TOKENS
+BART = {
+    **{"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    **{"encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 128, "max_position_embeddings": 64, "forced_eos_token_id": 2},
+    **TOKENS,
+}
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+MOE = {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+MODELS = {
+    # tied by the flag, by which these scale their output, too
+    "UMT5ForConditionalGeneration": ("UMT5Config", T5, DECODER),
+    "SwitchTransformersForConditionalGeneration": ("SwitchTransformersConfig", T5 | {"num_decoder_layers": 2, "num_experts": 4}, DECODER),
+    # tied whatever config.json says of it
+    "T5ForConditionalGeneration": ("T5Config", T5, DECODER),
+    # tied biases beside tied weights
+    "BertForMaskedLM": ("BertConfig", TEXT, {"input_ids": IDS}),
+    "RobertaForMaskedLM": ("RobertaConfig", TEXT | {"pad_token_id": 1, "max_position_embeddings": 64}, {"input_ids": IDS}),
+    "DebertaForMaskedLM": ("DebertaConfig", TEXT, {"input_ids": IDS}),
+    # a name with no dot: final_logits_bias, logit_scale
+    "BartForConditionalGeneration": ("BartConfig", BART, DECODER),
+    "CLIPModel": ("CLIPConfig", {"text_config": TEXT, "vision_config": VISION}, {"input_ids": IDS, "pixel_values": PIXELS}),
+    # computed: one tensor of a file is three of the model, and experts are transposed
+    "NomicBertForMaskedLM": ("NomicBertConfig", TEXT, {"input_ids": IDS}),
+    "Qwen3VLMoeForConditionalGeneration": (
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": TEXT | MOE | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
+            "vision_config": {"hidden_size": 64, "intermediate_size": 96, "depth": 2, "num_heads": 4, "out_hidden_size": 64}
+            | {"deepstack_visual_indexes": [0]},
+            **{"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123},
+        },
+        {"input_ids": IDS % 100},
+    ),
+    # positions that no checkpoint holds
+    "MarianMTModel": ("MarianConfig", BART, DECODER),
+}
+ALL = pytest.mark.parametrize("name", MODELS)
+
+
+def make(name):
+    """A float model of which no parameter is as its constructor leaves it, but for what it computes itself."""
+    torch.manual_seed(0)
+    config, sizes, _ = MODELS[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
+    with torch.no_grad():
+        for fqn, w in model.named_parameters():
+            if fqn not in (model._keys_to_ignore_on_save or ()):
+                w.add_(torch.randn_like(w), alpha=0.05)
+    return model
+
+
+@torch.inference_mode()
+def output(name, model):
+    return model(**MODELS[name][2])[0]
+
+
+def assert_same(name, got, expected):
+    """Every tensor, which of them are one, what the config says of that, and the answer."""
+    names = [fqn for fqn, _ in expected.named_parameters(remove_duplicate=False)]
+    assert [fqn for fqn, _ in got.named_parameters(remove_duplicate=False)] == names
+    for fqn in names:
+        a, b = got.get_parameter(fqn), expected.get_parameter(fqn)
+        assert (type(a), a.dtype) == (type(b), b.dtype), fqn
+        assert torch.equal(a, b), fqn
+    assert ties(got) == ties(expected)
+    assert getattr(got.config, "tie_word_embeddings", None) == getattr(expected.config, "tie_word_embeddings", None)
+    torch.testing.assert_close(output(name, got), output(name, expected), rtol=1e-5, atol=1e-5)  # strides may be others
+
+
+def ties(model):
+    places = {}
+    for fqn, w in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(w), []).append(fqn)
+    return sorted(fqns for fqns in places.values() if len(fqns) > 1)
+
+
+def but_one_layer(module, fqn):
+    """Of what a checkpoint has in one, some stays float."""
+    return isinstance(module, nn.Linear) and not fqn.endswith("k_proj")
+
+
+# ------------------------------------------------------------------------------------------- there and back
+
+
+@ALL
+@pytest.mark.parametrize("choice", [None, but_one_layer], ids=["all", "some"])
+@pytest.mark.parametrize("writer", ["save", "save_pretrained"])
+def test_written_and_read(name, choice, writer, tmp_path):
+    model = make(name)
+    tied = getattr(model.config, "tie_word_embeddings", None)
+    quantize_(model, rtn_int8(32), choice)
+    assert getattr(model.config, "tie_word_embeddings", None) == tied
+    save(model, tmp_path / "model") if writer == "save" else model.save_pretrained(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert_same(name, loaded, model)
+    read = type(model).from_pretrained(tmp_path / "model").eval()
+    assert_same(name, read, model)
+    for again in (loaded, read):
+        save(again, tmp_path / "again", force=True)
+        assert_same(name, load(tmp_path / "again"), model)
+
+
+@ALL
+def test_float_folder(name, tmp_path):
+    make(name).save_pretrained(tmp_path / "float")
+    expected = type(make(name)).from_pretrained(tmp_path / "float").eval()
+    assert_same(name, load(tmp_path / "float"), expected)
+    loaded = load(tmp_path / "float", rtn_int8(32))
+    by_load = {fqn.removesuffix(".weight") for fqn, w in loaded.named_parameters() if isinstance(w, RTNQuantizedTensor)}
+    quantize_(expected, rtn_int8(32), lambda module, fqn: fqn in by_load or f"{fqn}.down_proj" in by_load)
+    assert_same(name, loaded, expected)
+
+
+@ALL
+def test_dequantized(name, tmp_path):
+    """The answer, too: where it was scaled by the flag, it was 8 times too large."""
+    model = make(name)
+    quantize_(model, rtn_int8(32))
+    quantized = output(name, model)
+    model.tie_weights()
+    assert torch.equal(output(name, model), quantized)
+    assert ((quantized - output(name, make(name))).norm() / quantized.norm()) < 0.1
+    dequantize_(model)
+    torch.testing.assert_close(output(name, model), quantized, rtol=1e-4, atol=1e-4)
+    model.tie_weights()
+    torch.testing.assert_close(output(name, model), quantized, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "dequantized")
+    assert_same(name, type(model).from_pretrained(tmp_path / "dequantized").eval(), model)
+    assert_same(name, load(tmp_path / "dequantized"), model)
+
+
+@ALL
+def test_pickled(name, tmp_path):
+    model = make(name)
+    quantize_(model, rtn_int8(32))
+    assert_same(name, pickle.loads(pickle.dumps(model)), model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert_same(name, again, model)
+    again.save_pretrained(tmp_path / "model")
+    assert_same(name, load(tmp_path / "model"), model)
+    assert_same(name, pickle.loads(pickle.dumps(load(tmp_path / "model"))), model)
+    dequantize_(model)
+    assert again.dequantize() is again
+    assert not again.is_quantized
+    assert_same(name, again, model)
+
+
+# ------------------------------------------------------------------------------------------- ties
+
+
+def test_three_of_one_tensor(tmp_path):
+    """The encoder's embedding quantized, the decoder's and the output float: a new model ties all of them."""
+    name = "T5ForConditionalGeneration"
+    model = make(name)
+    quantize_(model, [("encoder.embed_tokens.weight", rtn_int8(32))])
+    assert ties(model) == [["shared.weight", "decoder.embed_tokens.weight", "lm_head.weight"]]
+    save(model, tmp_path / "model")
+    assert_same(name, load(tmp_path / "model"), model)
+    read = type(model).from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(output(name, read), output(name, model))
+    save(load(tmp_path / "model"), tmp_path / "again")
+    assert_same(name, load(tmp_path / "again"), model)
+
+
+@pytest.mark.parametrize("tied", ["equal", "different"])
+def test_a_file_with_both_of_a_tied_pair(tied, tmp_path):
+    """As transformers has it: tied where they are equal, and else not."""
+    from safetensors.torch import load_file, save_file
+
+    name = "BertForMaskedLM"
+    model = make(name)
+    model.save_pretrained(tmp_path / "float")
+    state = load_file(tmp_path / "float" / "model.safetensors")
+    state["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"] + (tied == "different")
+    save_file(state, tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    expected = type(model).from_pretrained(tmp_path / "float").eval()
+    assert_same(name, load(tmp_path / "float"), expected)
+    quantize_(expected, rtn_int8(32))
+    assert_same(name, load(tmp_path / "float", rtn_int8(32), filter_fn=lambda module, fqn: isinstance(module, nn.Linear)), expected)
+
+
+# ------------------------------------------------------------------------------------------- a part of another model
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(64, 32)
+
+
+def test_what_is_inside_another_module(tmp_path):
+    """As in sentence-transformers: its models' `save_pretrained`, and that of a model inside a model."""
+    name = "BertForMaskedLM"
+    wrapper = Wrapper(make(name))
+    quantize_(wrapper, rtn_int8(32))
+    wrapper.model.save_pretrained(tmp_path / "model")
+    assert_same(name, load(tmp_path / "model"), wrapper.model)
+    save(wrapper.model, tmp_path / "saved")
+    assert_same(name, type(wrapper.model).from_pretrained(tmp_path / "saved").eval(), wrapper.model)
+    wrapper.model.bert.save_pretrained(tmp_path / "bert")
+    inner = transformers.BertModel.from_pretrained(tmp_path / "bert").eval()
+    expected = wrapper.model.bert
+    assert torch.equal(inner(IDS).last_hidden_state, expected(IDS).last_hidden_state)
+    dequantize_(wrapper)
+    wrapper.model.save_pretrained(tmp_path / "float")
+    assert_same(name, type(wrapper.model).from_pretrained(tmp_path / "float").eval(), wrapper.model)
+
+
+@pytest.mark.parametrize("name", ["BartForConditionalGeneration"])
+def test_compiled_whole(name):
+    """Their forward looks through the config for what kind of cache to make."""
+    model = make(name)
+    quantize_(model, rtn_int8(32))
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(**MODELS[name][2])[0]
+        assert torch.equal(compiled, model(**MODELS[name][2])[0])
