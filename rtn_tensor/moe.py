@@ -4,6 +4,7 @@ transformers keeps the experts of a layer in 3-D parameters of one module, `[E, 
 the last two dims swapped, and runs them by one of several functions (`ALL_EXPERTS_FUNCTIONS`). Ours is registered there as "rtn".
 """
 
+import re
 import sys
 from collections.abc import Callable
 from itertools import permutations
@@ -60,16 +61,72 @@ def unknown_experts(module: nn.Module) -> list[str]:
     return [name for name, p in _stacks(module).items() if name not in known and p.shape[0] > 1 and min(p.shape[1:]) >= 32]
 
 
-def routers(model: nn.Module) -> set[nn.Module]:
-    """The linears that choose among experts: beside the experts, stacked or in a list, with an output for each. They are small, an error of
-    theirs sends a token elsewhere, and so they stay float unless they are named."""
+ROUTING = {"router", "routers", "routing", "gate", "gates", "gating"}
+
+
+def _words(name: str) -> set[str]:
+    """The words of a snake_case or CamelCase name, in lower case."""
+    return {word.lower() for word in re.findall(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+", name)}
+
+
+def _chooses(name: str, module: nn.Module) -> bool:
+    return bool((ROUTING | {"switch", "wg"}) & _words(name) or ROUTING & _words(type(module).__name__))
+
+
+def _count(module: nn.Module) -> int:
+    """How many modules, or matrices in one parameter, `module` holds side by side; 0 where it holds none."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return len(module)
+    lists = [len(child) for child in module.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
+    return next(iter([stack.shape[0] for stack in _stacks(module).values()] + lists), getattr(module, "num_experts", 0))
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def _routers_of(parent: nn.Module) -> set[nn.Module]:
+    children = dict(parent.named_children())
+    choosing = {name: child for name, child in children.items() if _chooses(name, child)}
+    counts = {_count(parent)} if transposed_experts(parent) else set()
+    lists: list[nn.ModuleList] = []
+    for name, child in children.items():
+        words = _words(name)
+        called = "shared" not in words and {"expert", "experts"} & (words | _words(type(child).__name__))
+        if name not in choosing and (called or transposed_experts(child)):
+            counts.add(_count(child))
+        elif isinstance(child, nn.ModuleList) and len({type(part) for part in child}) == 1:
+            lists.append(child)
+    counts -= {0, 1}
     found: set[nn.Module] = set()
-    for parent in model.modules():
-        children = list(parent.children())
-        counts = {next(iter(_stacks(child).values())).shape[0] for child in children if transposed_experts(child)}
-        counts |= {len(child) for child in children if isinstance(child, nn.ModuleList) and len({type(expert) for expert in child}) == 1}
-        found |= {child for child in children if isinstance(child, nn.Linear) and child.out_features in counts - {1}}
+    if counts:
+        sized = [n for n, child in children.items() if isinstance(child, nn.Linear) and child.out_features in counts]
+        # A head may have as many classes: what has no such name counts only where nothing else chooses.
+        unnamed = not choosing and not any(ROUTING & _words(name) for name in parent._parameters)
+        found |= {children[name] for name in sized if unnamed or name in choosing}
+        for child in choosing.values():
+            found |= set() if isinstance(child, nn.Linear) else set(_linears(child))
+    for experts in lists:  # of which nothing says that they are experts
+        inputs = {parts[0].in_features for expert in experts if (parts := _linears(expert))}
+        for child in choosing.values():
+            parts = _linears(child)
+            if parts and len(experts) > 1 and parts[-1].out_features == len(experts) and inputs == {parts[0].in_features}:
+                found |= set(parts)
     return found
+
+
+def routers(model: nn.Module) -> set[nn.Module]:
+    """The linears that choose among experts. They are small, an error of theirs sends a token elsewhere, and so they stay float unless they
+    are named.
+
+    They are what is called a router; beside experts, all of what is called a gate or the like, or, where nothing is, what has an output
+    for each; and beside a list of equal modules that are called nothing, a gate with their number of inputs and an output for each. A
+    list alone is none: a head may have as many classes as a model has layers.
+    """
+    found = {
+        module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "router" in _words(name.rpartition(".")[2])
+    }
+    return found.union(*(_routers_of(parent) for parent in model.modules()))
 
 
 # ------------------------------------------------------------------------------------------- running them
