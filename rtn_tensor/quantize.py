@@ -1,20 +1,21 @@
 """`quantize_`, which checks every weight before it changes one, its undoing, and the report of what is quantized."""
 
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
-from torchao.quantization import FqnToConfig, register_quantize_module_handler
+from torchao.quantization import FqnToConfig, quant_api, register_quantize_module_handler
 
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
-from rtn_tensor.policy import COMPUTED, FilterFn, Rules, check_pattern, find, matches, products, resolve, weights
+from rtn_tensor.policy import COMPUTED, FilterFn, Rules, check_pattern, find, is_linear, matches, products, resolve, weights
 from rtn_tensor.pretrained import describe
 from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held, ranks_of
 from rtn_tensor.tables import table
@@ -65,33 +66,35 @@ def _means(key: str, name: str) -> bool:
     return matches(key, name) if key.startswith("re:") else key == name
 
 
+def _keys_for(table: Mapping[str, Any], prefix: str, module: nn.Module, name: str, parameter: Tensor) -> list[str]:
+    """The keys of an FqnToConfig that are for a parameter, by torchao's precedence: the parameter's name, its module's name, "re:" on the
+    parameter, "re:" on the module."""
+    fqn = f"{prefix}.{name}" if prefix else name
+    owns_weight = (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module)
+    patterns = [key for key in table if key.startswith("re:")]
+    # A pattern for a layer's weight is not meant for its bias.
+    by_parameter = [key for key in patterns if parameter.dim() > 1 and matches(key, fqn)]
+    by_module = [key for key in patterns if owns_weight and matches(key, prefix)]
+    return [key for key in (fqn, *([prefix] if owns_weight else [])) if key in table] + by_parameter + by_module
+
+
 def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
-    """torchao's precedence, the first match winning: parameter name, module name, "re:" on the parameter, "re:" on the module,
-    "_default" on what is quantized by default."""
-    table = config.fqn_to_config
+    """The first of `_keys_for` decides; without any, "_default" does, on what is quantized by default."""
+    table: Mapping[str, Any] = config.fqn_to_config
     for key in table:
         check_pattern(key, f"FqnToConfig: {key!r}")
-    patterns = [key for key in table if key.startswith("re:")]
     # What stays float may be any module or vector.
     named = [name for names in (model.named_modules(), model.named_parameters()) for name, _ in names]
     floats = {key for key in table if table[key] is None and any(_means(key, name) for name in named)}
     unseen = set(table) - {"_default"} - floats
     by_default = products(model)
-
-    def lookup(prefix: str, module: nn.Module, name: str, fqn: str, parameter: Tensor) -> Any:
-        owns_weight = (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module)
-        # A pattern for a layer's weight is not meant for its bias.
-        by_parameter = [key for key in patterns if parameter.dim() > 1 and matches(key, fqn)]
-        by_module = [key for key in patterns if owns_weight and matches(key, prefix)]
-        found = [key for key in (fqn, *([prefix] if owns_weight else [])) if key in table] + by_parameter + by_module
-        unseen.difference_update(found)
-        if found:
-            return table[found[0]]
-        default = (name == "weight" and by_default(module, prefix)) or name in transposed_experts(module)
-        return table.get("_default") if default else None
-
     for fqn, module, name, parameter in _named_parameters(model):
-        if (found := lookup(fqn.removesuffix(name).removesuffix("."), module, name, fqn, parameter)) is not None:
+        prefix = fqn.removesuffix(name).removesuffix(".")
+        keys = _keys_for(table, prefix, module, name, parameter)
+        unseen.difference_update(keys)
+        if not keys and ((name == "weight" and by_default(module, prefix)) or name in transposed_experts(module)):
+            keys = ["_default"]
+        if keys and (found := table.get(keys[0])) is not None:
             yield Target(module, name, fqn, found, by_name=True)
     if unseen:
         raise ValueError(
@@ -270,16 +273,43 @@ def quantize_(
 @register_quantize_module_handler(RTNConfig)
 @register_quantize_module_handler(RTNInt4WeightConfig)
 @register_quantize_module_handler(RTNInt8WeightConfig)
-def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: str = "weight") -> nn.Module:
+def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: str = "weight", fqn: str = "") -> nn.Module:
     """What torchao's own `quantize_`, and so transformers, calls for each module; the keyword lets FqnToConfig name parameters."""
     # PEFT, to merge an adapter, puts a tensor in the place of the weight, which is then no parameter.
     if isinstance(w := vars(module).get(parameter_name), Tensor):
         setattr(module, parameter_name, nn.Parameter(w.detach()))
-    target = Target(module, parameter_name, f"{type(module).__name__}.{parameter_name}", config, by_name=True)
+    target = Target(module, parameter_name, fqn or f"{type(module).__name__}.{parameter_name}", config, by_name=True)
     _check([target])
     setattr(module, parameter_name, _quantized(target))
     use(module)
     return module
+
+
+def _quantize_by_fqn(module: nn.Module, fqn: str, config: FqnToConfig, others: Callable[..., nn.Module]) -> nn.Module:
+    """What torchao's own `quantize_` does of an FqnToConfig to one module, as `quantize_` here does it.
+
+    Of patterns that overlap torchao 0.18 applies one after the other, biases included, and lets a later one quantize what None excludes;
+    by its documentation the first that matches decides. `others` is its own function, for what is of no format here.
+    """
+    table: Mapping[str, Any] = config.fqn_to_config
+    if not any(isinstance(c, RTNConfig) for c in table.values()):
+        return others(module, fqn, config)
+    for name, parameter in list(module._parameters.items()):
+        if parameter is None:
+            continue
+        keys = _keys_for(table, fqn, module, name, parameter)
+        if not keys and name == "weight" and is_linear(module, fqn):
+            keys = ["_default"]
+        chosen = table.get(keys[0]) if keys else None
+        full = f"{fqn}.{name}" if fqn else name
+        if isinstance(chosen, RTNConfig):
+            _quantize_module(module, chosen, parameter_name=name, fqn=full)
+        elif chosen is not None:
+            module = others(module, fqn, FqnToConfig(OrderedDict({fqn if name == "weight" else full: chosen})))
+    return module
+
+
+quant_api._fqn_to_config_handler = partial(_quantize_by_fqn, others=quant_api._fqn_to_config_handler)  # the one place torchao asks
 
 
 def dequantize_(model: nn.Module) -> "Report":

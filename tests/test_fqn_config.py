@@ -1,6 +1,7 @@
 """torchao's FqnToConfig, and its own `quantize_`."""
 
 import copy
+import random
 import warnings
 
 import pytest
@@ -9,9 +10,9 @@ import torchao.quantization
 from expecttest import assert_expected_inline
 from tiny_model import Experts, Model, formats, rejected
 from torch import nn
-from torchao.quantization import FqnToConfig
+from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 
-from rtn_tensor import quantize_, rtn, rtn_int4, rtn_int8
+from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4, rtn_int8
 
 
 def chosen(table, model=None):
@@ -54,14 +55,12 @@ def test_a_pattern_leaves_vectors():
 
 @pytest.mark.parametrize("first", [4, 8])
 def test_first_of_two_patterns_wins(first):
-    """torchao 0.18 quantizes such a weight twice."""
     other = 12 - first
     assert chosen({r"re:(up|down)\.weight": rtn(first), r"re:.*p\.weight": rtn(other)}) == {"up.weight": first, "down.weight": first}
     assert chosen({"re:up|down": rtn(first), "re:.*p": rtn(other)}) == {"up.weight": first, "down.weight": first}
 
 
 def test_none_at_an_exact_name_beats_patterns():
-    """torchao 0.18 removes the wrong parameter from those that the patterns may match, if any but the first is excluded."""
     model = nn.ModuleDict({"mlp": Experts()})
     model["mlp"].register_parameter("down_proj", nn.Parameter(torch.randn(3, 64, 32)))
     model["mlp"].register_parameter("router", nn.Parameter(torch.randn(3, 64)))
@@ -140,3 +139,47 @@ def test_torchao_quantize_names_the_parameter():
     model.up.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"Linear\.weight holds NaN or inf"):
         torchao.quantization.quantize_(model, rtn_int4())
+
+
+KEYS = [
+    *("up", "down", "embed", "head", "up.weight", "down.weight", "embed.weight", "experts.gate_up_proj", "experts.bias"),
+    *(
+        "re:.*",
+        "re:up|down",
+        "re:.*p",
+        r"re:.*\.weight",
+        r"re:(up|head)\.weight",
+        "re:[^.]*",
+        "re:e.*",
+        r"re:experts\..*",
+        r"re:.*\.gate_up.*",
+    ),
+    *(r"re:up\..*", "re:u.*|d.*", r"re:(?!head).*\.weight"),
+]
+
+
+def nested():
+    return nn.ModuleDict({**dict(Model().named_children()), "experts": Experts()})
+
+
+@pytest.mark.filterwarnings("ignore:.*may be experts' weights:UserWarning", "ignore:no weight is selected:UserWarning")
+@pytest.mark.parametrize("seed", range(60))
+def test_overlapping_keys_do_the_same_in_both(seed):
+    """Whatever the table, and whichever of its keys wins."""
+    pick = random.Random(seed)
+    table = {key: pick.choice([None, rtn_int4(), rtn_int8(), rtn(4, 64)]) for key in pick.sample(KEYS, pick.randint(1, 6))}
+    table |= {"up.bias": None} if pick.random() < 0.5 else {}
+    ours = nested()
+    theirs = copy.deepcopy(ours)
+    quantize_(ours, FqnToConfig(table))
+    torchao.quantization.quantize_(theirs, FqnToConfig(table), filter_fn=None)
+    assert_same_model(ours, theirs)
+
+
+def test_torchaos_own_configs_are_torchaos():
+    """Beside ours in one table, and alone."""
+    for table in ({"up": Int8WeightOnlyConfig(), "re:.*": rtn_int4()}, {"re:up|head": Int8WeightOnlyConfig()}):
+        model = Model()
+        torchao.quantization.quantize_(model, FqnToConfig(table), filter_fn=None)
+        assert type(model.up.weight).__module__.startswith("torchao.")
+        assert isinstance(model.down.weight, RTNQuantizedTensor) == ("up" in table)
