@@ -58,7 +58,20 @@ def transposed_experts(module: nn.Module) -> dict[str, bool]:
 def unknown_experts(module: nn.Module) -> list[str]:
     """Names of 3-D parameters that look like experts' weights, several matrices of 32 and more a side, and are not understood."""
     known = transposed_experts(module)
-    return [name for name, p in _stacks(module).items() if name not in known and p.shape[0] > 1 and min(p.shape[1:]) >= 32]
+    stacks = {n: p.shape for n, p in _stacks(module).items() if n not in known and p.shape[0] > 1 and min(p.shape[1:]) >= 32}
+    return [
+        name
+        for name, shape in stacks.items()
+        if "expert" in f"{type(module).__name__} {name}".lower()
+        or any(_may_be_up_and_down(shape, other) for another, other in stacks.items() if another != name)
+    ]
+
+
+def _may_be_up_and_down(one: torch.Size, other: torch.Size) -> bool:
+    """Whether, however they lie, they have the model's width in common, and beside it the experts' width or twice that (gate and up)."""
+    (e, *one_sides), (e_, *other_sides) = one, other
+    ways = [(a, b, c, d) for a, b in (one_sides, one_sides[::-1]) for c, d in (other_sides, other_sides[::-1])]
+    return e == e_ and any(a == c and (b == d or b == 2 * d or d == 2 * b) for a, b, c, d in ways)
 
 
 ROUTING = {"router", "routers", "routing", "gate", "gates", "gating"}

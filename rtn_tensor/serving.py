@@ -16,7 +16,7 @@ from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import FORMATS
 from rtn_tensor.policy import FORMAT_KEYS, Rules, config_from_json, matches, reaches, rules_from_json
 from rtn_tensor.pretrained import renaming
-from rtn_tensor.sources import saved_attributes
+from rtn_tensor.sources import saved_attributes, tensor_names
 
 KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what engines call the linears that choose among experts
@@ -236,3 +236,8 @@ def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
             raise ValueError(f"{name} is saved as [in_features, out_features]; serve the float folder instead, with quantization='rtn'")
         formats[name] = RTNConfig(about["bits"], about["group_size"], about["scale_method"])
     return formats
+
+
+def has_own_output(path: str | os.PathLike) -> bool:
+    """Whether a folder holds an output layer, which one whose output layer is its embedding does not, whatever its config says."""
+    return any(re.search(r"(^|\.)lm_head\._?weight", name) for name in tensor_names(path))

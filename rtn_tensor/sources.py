@@ -259,6 +259,15 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
     return found
 
 
+def tensor_names(path: str | os.PathLike) -> set[str]:
+    """What the files of a checkpoint call their tensors, planes included.
+
+    Raises:
+        FileNotFoundError, ValueError: as `sources`.
+    """
+    return set(_read(Path(path))[0])
+
+
 def saved_attributes(path: str | os.PathLike, renaming: Callable[[], Callable[[str], str]]) -> dict[str, dict]:
     """The attributes of each quantized weight of a checkpoint, by the name that its files give it; `renaming()` maps names there to the
     metadata's, and is asked for where they differ.

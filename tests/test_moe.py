@@ -194,6 +194,30 @@ def test_which_shapes_fit_one_another():
     assert moe.unknown_experts(nn.Bilinear(40, 40, 40)) == []
 
 
+class ParallelExperts(nn.Module):
+    """JetMoE's: up and down are modules of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 96, 64))
+
+
+def test_what_may_be_experts():
+    """One table of positions (Gemma 4) or projections of several heads (Zamba) may not."""
+    both = ["w0", "w1"]
+    for shapes, expected in {
+        ((2, 1024, 64),): [],
+        ((2, 36, 64), (2, 64, 32)): [],
+        ((4, 96, 64), (4, 64, 96)): both,
+        ((4, 64, 64), (4, 64, 64)): both,
+        ((4, 192, 64), (4, 96, 64)): both,
+        ((4, 96, 64), (4, 96, 64), (4, 64, 96)): [*both, "w2"],
+        ((4, 96, 64), (3, 64, 96)): [],
+    }.items():
+        assert moe.unknown_experts(Stacked(*shapes)) == expected, shapes
+    assert moe.unknown_experts(ParallelExperts()) == ["weight"]
+
+
 def test_experts_that_are_not_understood_are_named():
     model = nn.Sequential(nn.Linear(64, 64), Stacked((4, 96, 64), (4, 64, 96)))
     with pytest.warns(UserWarning, match="may be experts' weights") as caught:

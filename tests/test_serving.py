@@ -1,14 +1,16 @@
 """What plugins for serving engines decide, without an engine. The engines themselves: `make test-serving`."""
 
+import json
 import re
 
 import pytest
 from tiny_llama import tiny_llama
 from tiny_moe import tiny_moe
+from torch import nn
 from torchao.quantization import FqnToConfig
 
 from rtn_tensor import quantize_, rtn, rtn_int4, rtn_int8, save
-from rtn_tensor.serving import Options, check_cut, is_saved, saved_formats, worth_it
+from rtn_tensor.serving import Options, check_cut, has_own_output, is_saved, saved_formats, worth_it
 
 NAME = "model.layers.3.self_attn.qkv_proj"
 PARTS = [f"model.layers.3.self_attn.{part}_proj" for part in "qkv"]
@@ -155,3 +157,21 @@ def test_experts_whose_dims_are_swapped_are_refused(tmp_path):
     save(model, tmp_path / "saved")
     with pytest.raises(ValueError, match=r"is saved as \[in_features, out_features\]; serve the float folder instead"):
         saved_formats(tmp_path / "saved")
+
+
+def but_the_ends(module, fqn):
+    return isinstance(module, nn.Linear) and fqn != "lm_head"
+
+
+def only_the_embedding(module, fqn):
+    return isinstance(module, nn.Embedding)
+
+
+@pytest.mark.parametrize("filter_fn", [None, but_the_ends, only_the_embedding], ids=["output", "neither", "embedding"])
+def test_a_folder_says_whether_its_output_layer_is_the_embedding(tmp_path, filter_fn):
+    """config.json says tied, of a model of which one of the two was quantized, too."""
+    model = tiny_llama(tied=True)
+    quantize_(model, rtn_int8(32), filter_fn)
+    save(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
+    assert has_own_output(tmp_path / "saved") == (filter_fn is not but_the_ends)

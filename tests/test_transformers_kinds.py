@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from tiny_llama import tiny_llama
 from torch import nn
 
 from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, rtn_int8, save
@@ -237,3 +238,16 @@ def test_compiled_whole(name):
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)(**MODELS[name][2])[0]
         assert torch.equal(compiled, model(**MODELS[name][2])[0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tokens", [300, 340])
+def test_resized_embeddings(tied, tokens):
+    """The output layer becomes a float one of what the quantized one stood for."""
+    model = tiny_llama(tied)
+    quantize_(model, rtn_int8(32))
+    expected = model.lm_head.weight.dequantize()
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    kept = min(tokens, len(expected))
+    assert torch.equal(model.lm_head.weight[:kept], expected[:kept])
+    assert model(IDS).logits.shape[-1] == tokens

@@ -30,7 +30,7 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import FORMATS, groups, pack_gptq, unpack
 from rtn_tensor.moe import run
 from rtn_tensor.quantize import is_finite
-from rtn_tensor.serving import Options, check_cut, describe, is_saved, saved_formats
+from rtn_tensor.serving import Options, check_cut, describe, has_own_output, is_saved, saved_formats
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows no others
@@ -88,9 +88,11 @@ class RTNQuantizationConfig(QuantizationConfig):
         return "rtn" if is_saved(hf_quant_cfg) else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        self.tied = hf_config is not None and bool(hf_config.get_text_config().tie_word_embeddings)
         if self.options.default is None:
             self.options.saved = saved_formats(model_name)
+            if hf_config is not None and has_own_output(model_name):  # else vLLM takes the embedding in its stead
+                hf_config.get_text_config().tie_word_embeddings = False
+        self.tied = hf_config is not None and bool(hf_config.get_text_config().tie_word_embeddings)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.options.saved = hf_to_vllm_mapper.apply_dict(self.options.saved)
