@@ -177,7 +177,18 @@ def renaming(model: Any) -> Callable[[str], str]:
     from transformers.core_model_loading import rename_source_key
 
     renamings, _ = _table(model)
-    return lambda name: rename_source_key(name, renamings, [])[0]
+    state = model.state_dict()
+
+    def new(name: str) -> str:
+        name = rename_source_key(name, renamings, [])[0]
+        module, _, last = name.rpartition(".")
+        if (plane := re.fullmatch("_(.+)_(qdata|scale)", last)) is None:
+            return name
+        # transformers adds or removes the prefix of a base model by the name of the weight.
+        weight = rename_source_key(f"{module}.{plane[1]}", [], [], model.base_model_prefix, state)[0]
+        return f"{weight.removesuffix(plane[1])}{last}"
+
+    return new
 
 
 def placed(model: Any, found: Mapping[str, Source]) -> list[tuple[Source, str, tuple[int | slice, ...]]]:
@@ -364,7 +375,6 @@ def _under_old_names(model: Any, tensors: Mapping[str, Tensor], conversions: lis
         WeightConverter,
         apply_converters,
         apply_renamings,
-        rename_source_key,
         revert_weight_conversion,
     )
 
@@ -375,16 +385,16 @@ def _under_old_names(model: Any, tensors: Mapping[str, Tensor], conversions: lis
     converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
     groups: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
-        new, pattern = apply_converters(name, converters)
-        groups[new if pattern is not None else name].append(name)
+        target, pattern = apply_converters(name, converters)
+        groups[target if pattern is not None else name].append(name)
     kept = {name for names in groups.values() if any(isinstance(tensors[n], RTNQuantizedTensor) for n in names) for name in names}
     with _set_for_now([(model, "_weight_conversions", conversions)]):
         written = revert_weight_conversion(model, {name: t for name, t in tensors.items() if name not in kept})
     flat, metadata = flattened(tensors)
-    read = _table(model)
+    new, (_, reading) = renaming(model), _table(model)
     for name, t in flattened({name: tensors[name] for name in tensors if name in kept})[0].items():
         ways = (apply_renamings(name, renamings), name)
-        fits = [way for way in ways if rename_source_key(way, *read) == (name, None)]
+        fits = [way for way in ways if new(way) == name and apply_converters(name, reading)[1] is None]
         if not fits:
             raise ValueError(f"{name} would be read under another name by transformers; leave its weight float")
         written[fits[0]] = t

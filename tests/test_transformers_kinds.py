@@ -51,6 +51,13 @@ MODELS = {
         },
         {"input_ids": IDS % 100},
     ),
+    # a model of its own around another, whose names transformers tells apart by the prefix of the base model
+    "ShieldGemma2ForImageClassification": (
+        "ShieldGemma2Config",
+        {"text_config": TEXT | {"num_key_value_heads": 2, "head_dim": 16}, "vision_config": VISION, "mm_tokens_per_image": 4}
+        | {"image_token_index": 100, "yes_token_index": 7, "no_token_index": 8},
+        {"input_ids": IDS % 90 + 4},
+    ),
     # positions that no checkpoint holds
     "MarianMTModel": ("MarianConfig", BART, DECODER),
 }
