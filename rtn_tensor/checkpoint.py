@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ from rtn_tensor.policy import FilterFn, Rules
 from rtn_tensor.quantize import Target, dequantize_, is_finite, quantize_, targets_of
 from rtn_tensor.sharding import all_ranks, as_part, check_idle, held, place, ranks_of, together
 from rtn_tensor.sources import Source, flattened, sources, state_sources
-from rtn_tensor.streaming import Piece, check, check_finite, on_rank, pieces_by_name, same, stream
+from rtn_tensor.streaming import Piece, check, check_finite, on_rank, pieces_by_name, same, some, stream
 from rtn_tensor.tensor import RTNQuantizedTensor, hung_on
 
 # What of a model's folder does not go with its quantized weights into another, by lower-case name, and why.
@@ -109,7 +110,8 @@ def load(
     Raises:
         FileNotFoundError: no checkpoint at `path`, or a part of it is missing.
         ValueError: a file is truncated or corrupt; a tensor is missing, has no place, another shape, an unknown dtype, a NaN or inf; a
-            weight cannot be quantized as `config` says; `model` has run under fully_shard. The message names the file and the tensor.
+            weight cannot be quantized as `config` says; another library quantized it; `model` has run under fully_shard. The message names
+            the file and the tensor. What a transformers model has no place for is left out instead, with a warning, as by transformers.
         RuntimeError: another rank failed.
     """
     path = Path(path)
@@ -125,11 +127,26 @@ def load(
         with pretrained.parameters_on_meta():
             model = model()
     assert isinstance(model, nn.Module)
+    if pretrained.is_pretrained(model) and (path / "config.json").is_file():
+        pretrained.read_config(path)
     check_idle(model)
     pieces = _pieces(path, model, rename or {}, fuse or {})
     places, apart = _untied(list(_places(model)), pieces, pretrained.all_ties(model) if pretrained.is_pretrained(model) else {})
     state = {fqn: t for fqn, _, _, t in places}
-    pieces = check(pieces, state, pretrained.ignored(model))
+    try:
+        pieces, left_out = check(pieces, state, pretrained.ignored(model), strict=not pretrained.is_pretrained(model))
+    except ValueError as error:
+        if why := pretrained.foreign(path, (piece.source.name for piece in pieces)):
+            raise ValueError(why) from error
+        raise
+    if left_out:
+        warnings.warn(f"{path}: {type(model).__name__} has no place for, and load left out, {some(left_out)}", stacklevel=2)
+    if float_ones := [p.target for p in pieces if p.target in apart and not p.source.quantized]:
+        warnings.warn(
+            f"{path}: {some(float_ones)} are one weight in the model, and the files hold different values for them, so they are not tied, "
+            "as in transformers; if that is meant, set tie_word_embeddings to false in config.json",
+            stacklevel=2,
+        )
     if left := [fqn for fqn, t in model.named_buffers() if t.is_meta and fqn not in state]:
         raise ValueError(f"{left[0]} was made on meta and is not in the checkpoint; give, as model, a function that makes it")
     if config is not None and any(p.source.quantized for p in pieces):
@@ -142,6 +159,10 @@ def load(
     with together(next((ranks_of(t) for t in state.values() if held(t) is not t), None)):
         new = _read(pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress))
     _put(places, new, configs, fqns if config is not None else {}, apart)
+    if pretrained.is_pretrained(model):
+        for fqn, others in apart.items():
+            if model.all_tied_weights_keys.get(fqn) in others:
+                del model.all_tied_weights_keys[fqn]  # else transformers ties them anew
     if device is not None:
         model.to(device)  # the buffers that are not in the checkpoint
     use(model)
@@ -297,10 +318,13 @@ def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> An
 
     Raises:
         FileNotFoundError: `path` is not such a folder.
-        ValueError: its class is not one of transformers'.
+        TypeError: `dtype` is not a float one.
+        ValueError: its config.json cannot be read; its class is not one of transformers'; another library quantized it.
     """
-    path = Path(path)
-    if not (path / "config.json").is_file():
+    path, floats = Path(path), (*FLOAT_DTYPES, torch.float64)
+    if dtype not in (None, *floats):
+        raise TypeError(f"dtype is {dtype}; a model has one of {', '.join(map(str, floats))}")
+    if not ((path / "config.json").exists() or (path / "config.json").is_symlink()):
         there = (
             "it has no config.json"
             if path.exists()
@@ -308,10 +332,11 @@ def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> An
         )
         raise FileNotFoundError(f"{path} is not a model folder: {there}")
     if dtype is None:
-        about = json.loads((path / "config.json").read_text())
-        dtype = getattr(torch, str(about.get("dtype") or about.get("torch_dtype")), None)
+        about = pretrained.read_config(path)
+        named = str(about.get("dtype") or about.get("torch_dtype")).removeprefix("torch.")
+        dtype = next((dtype for dtype in floats if str(dtype) == f"torch.{named}"), None)
     if dtype is None:
-        dtype = next((source.dtype for source in sources(path).values() if source.dtype.is_floating_point), torch.float32)
+        dtype = next((source.dtype for source in sources(path).values() if source.dtype in floats), torch.float32)
     return pretrained.build(path, dtype)
 
 
@@ -393,7 +418,7 @@ def load_from_rank0(model: nn.Module, state_dict: Mapping[str, Any] | None = Non
     with together(ranks):
         state = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}  # FSDP2 reshards meanwhile
         found = {source.name: source for source in state_sources(box[0], Path("rank 0's state_dict"))}
-        pieces = check(pieces_by_name(found, {}, {}), state, pretrained.ignored(model))
+        pieces, _ = check(pieces_by_name(found, {}, {}), state, pretrained.ignored(model))
         kinds = [(p.target, _kind(p.source.view()), _kind(held(state[p.target]))) for p in pieces if p.source.quantized]
         if unlike := [f"{name} has {got}, the model's has {own}" for name, got, own in kinds if got != own]:
             raise ValueError("quantize_ the model as rank 0's state_dict is; nothing was loaded:\n  " + "\n  ".join(unlike[:10]))

@@ -181,7 +181,9 @@ def _quantize(args: argparse.Namespace) -> tuple[Any, str]:
         kept, left_out = companions(source)
         unused, read = without_place(source, model)
         _say(f"Loading {source}")
-        load(source, rules, model, filter_fn=_selects(model, args.embedding))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*has no place for", UserWarning)  # it is said below, of all that is left out
+            load(source, rules, model, filter_fn=_selects(model, args.embedding))
         _say(f"Writing {destination}")
         write(model, folder)
         result = report(model)

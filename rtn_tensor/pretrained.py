@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchao.quantization import FqnToConfig
 
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.files import read_json
 from rtn_tensor.formats import FORMATS, check_format
 from rtn_tensor.policy import FilterFn, products
 from rtn_tensor.sharding import held
@@ -76,11 +77,89 @@ def is_pretrained(model: nn.Module) -> bool:
 # ------------------------------------------------------------------------------------------- the empty model
 
 
+# What other libraries call the ways in which they quantize (quant_method), and how the names of their tensors end.
+FOREIGN = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "fp8": "fp8 with a scale for each block",
+    "fbgemm_fp8": "FBGEMM's fp8",
+    "mxfp4": "MXFP4",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "modelopt": "NVIDIA's ModelOpt",
+    "hqq": "HQQ",
+    "quanto": "quanto",
+    "auto-round": "AutoRound",
+}
+FOREIGN_NAMES = {
+    r"\.qzeros$": "GPTQ or AWQ",
+    r"\.weight_scale_inv$": "fp8 with a scale for each block",
+    r"\.weight_packed$": "compressed-tensors",
+    r"_blocks$": "MXFP4",
+    r"\.quant_state\.bitsandbytes__": "bitsandbytes",
+    r"\.(weight|input)_scale$": "fp8",
+    r"\.W_q$": "HQQ",
+}
+MOST_PARAMETERS, MOST_LAYERS = 200_000, 10_000  # of a model that config.json describes: it is made before its weights are looked at
+FOREIGN_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "NVIDIA's ModelOpt"}
+
+
+def _foreign(kind: str, where: str) -> str:
+    return (
+        f"{where}: the weights are quantized by {kind}, which load does not read; give the float model, or read this one by transformers' "
+        "from_pretrained"
+    )
+
+
+def foreign(path: Path, names: Iterable[str]) -> str | None:
+    """Of a checkpoint with tensors of such `names`: which other library quantized it, and what to do; None where it looks like none did."""
+    for name in names:
+        for pattern, kind in FOREIGN_NAMES.items():
+            if re.search(pattern, name):
+                return _foreign(kind, f"{path} (as its {name} says)")
+    found = [kind for name, kind in FOREIGN_FILES.items() if (path / name).is_file()]
+    return _foreign(found[0], str(path)) if found else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A transformers folder's config.json, of a model whose weights are float or ours, and which runs no code of the folder's.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be read, or is of another kind of model.
+    """
+    config = read_json(file := path / "config.json")
+    for about in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key in ("quantization_config", "compression_config"):
+            if not (how := about.get(key)):
+                continue
+            if not isinstance(how, dict):
+                raise ValueError(f"{file}: {key} is {str(how)[:100]}; it must be an object, or not there")
+            method = how.get("quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(how) else None)
+            if method != "torchao":
+                raise ValueError(_foreign(FOREIGN.get(str(method), str(method)), f"{file} ({key})"))
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+            if "/" in str(about.get(key)):
+                raise ValueError(f"{file}: {key} is {str(about[key])[:100]!r}, code from elsewhere, which is not run; remove that line")
+        for key, value in about.items():
+            if key.endswith(("layers", "n_layer")) and type(value) is int and value > MOST_LAYERS:
+                raise ValueError(f"{file}: {key} is {value}, more than any model has; mend or replace it")
+    return config
+
+
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules made here have their parameters on meta; their buffers, which a checkpoint need not hold, are real."""
+def parameters_on_meta(at_most: int | None = None) -> Iterator[None]:
+    """Modules made here have their parameters on meta; their buffers, which a checkpoint need not hold, are real.
+
+    Raises:
+        ValueError: there are more parameters than `at_most`.
+    """
+    made = 0
 
     def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:  # torch's annotation forgets the parameter
+        nonlocal made
+        made += 1
+        if at_most is not None and made > at_most:
+            raise ValueError(f"it has more than {at_most} parameters, more than any model")
         if parameter is None or parameter.is_meta:
             return None
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
@@ -92,31 +171,54 @@ def parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
+def _class(path: Path, about: Mapping[str, Any]) -> Any:
+    """transformers' class of the model that a folder's config.json describes."""
+    import transformers
+
+    file, names = path / "config.json", about.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ValueError(f"{file}: architectures is {str(names)[:100]}; it must be a list with the name of transformers' class")
+    kind = getattr(transformers, names[0], None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind
+    if about.get("auto_map"):
+        raise ValueError(
+            f"{file}: {names[0]} is code of the folder's own (auto_map), which is never run here; read it, and make the model yourself: "
+            "AutoModel.from_config(config, trust_remote_code=True), and load(path, model=it)"
+        )
+    raise ValueError(f"{path}: transformers has no class {names[0]}, which config.json names; give the model to fill")
+
+
+@contextmanager
+def _of_transformers(file: Path, what: str) -> Iterator[None]:
+    """Names the file from which transformers makes `what`: it raises errors of any kind, and names none."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split()) or "no reason is given"
+        raise ValueError(f"{file}: transformers makes no {what} of it ({type(error).__name__}: {why[:500]}); mend or replace it") from error
+
+
 def build(path: Path, dtype: torch.dtype) -> nn.Module:
     """The model that `path`/config.json describes, of its own class, with its parameters on meta.
 
     Raises:
-        ValueError: its class is not one of transformers'.
+        FileNotFoundError, ValueError: that file cannot be read; its class is not one of transformers', or its weights are of another
+            library's format.
     """
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)  # None would ask on stdout
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"{path} needs code of its own (auto_map in config.json), which is never run here; look through it, make the model with "
-            "transformers, and give it to load(path, model=...)"
-        ) from error
-    name = (config.architectures or ["none"])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise ValueError(f"{path}: transformers has no class {name}, which config.json names; give the model to fill")
+    about = read_config(path)
+    kind = _class(path, about)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with parameters_on_meta():
+        with _of_transformers(path / "config.json", "model"), parameters_on_meta(MOST_PARAMETERS):
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            if not about.get("quantization_config") and "quantization_config" in vars(config):
+                del config.quantization_config  # null or {}: transformers asks only whether it is there
             model = kind(config)
     finally:
         torch.set_default_dtype(before)
@@ -127,8 +229,11 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
                 parameter.data = parameter.data.to(kept)
     model.config.dtype = dtype
     model.name_or_path = str(path)
-    if model.can_generate() and (path / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    file = path / "generation_config.json"
+    if model.can_generate() and (file.exists() or file.is_symlink()):
+        read_json(file)
+        with _of_transformers(file, "generation config"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
 
 

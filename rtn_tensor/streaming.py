@@ -100,14 +100,20 @@ def _equal(one: Source, other: Source, dtype: torch.dtype) -> bool:
     return torch.equal(a.to(dtype), b.to(dtype))
 
 
-def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[str]) -> list[Piece]:
-    """The pieces that have a place, once each; every place must be filled.
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[str], strict: bool = True) -> tuple[list[Piece], list[str]]:
+    """The pieces that have a place, once each; and the names of the tensors that have none, and match none of `ignored`, which are none
+    where `strict`. Every place must be filled.
 
     Raises:
         ValueError: it lists what does not fit.
     """
     problems: list[str] = []
     kept: list[Piece] = []
+    left_out: list[Source] = []
     filled: dict[int, int] = defaultdict(int)
     taken: set[tuple] = set()
     misshapen: set[int] = set()
@@ -115,7 +121,7 @@ def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[st
         source, to = piece.source, state.get(piece.target)
         if to is None:
             if not any(re.search(pattern, piece.target) for pattern in ignored):
-                problems.append(f"{source.file.name}: {source.name} has no place in the model")
+                left_out.append(source)
             continue
         try:
             shape = _part(to.shape, piece.index)
@@ -133,10 +139,11 @@ def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[st
             kept.append(piece)
     lacking = {name: t for name, t in state.items() if filled[id(t)] < t.numel() and id(t) not in misshapen}
     problems += [f"the checkpoint lacks {name} {list(t.shape)}" for name, t in sorted(lacking.items())]
-    if problems:
+    if problems or (strict and left_out) or not kept:
+        problems = [f"{source.file.name}: {source.name} has no place in the model" for source in left_out] + problems
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError("the checkpoint does not fit the model, and nothing was loaded:\n  " + "\n  ".join(problems[:10]) + more)
-    return kept
+    return kept, [source.name for source in left_out]
 
 
 def on_rank(piece: Piece, shape: Sequence[int], held: Sequence[slice]) -> Piece | None:
