@@ -141,7 +141,8 @@ def load(
         raise
     if left_out:
         warnings.warn(f"{path}: {type(model).__name__} has no place for, and load left out, {some(left_out)}", stacklevel=2)
-    if float_ones := [p.target for p in pieces if p.target in apart and not p.source.quantized]:
+    quantized = {p.target for p in pieces if p.source.quantized}  # one of them alone, say, which is meant
+    if float_ones := [p.target for p in pieces if p.target in apart and quantized.isdisjoint([p.target, *apart[p.target]])]:
         warnings.warn(
             f"{path}: {some(float_ones)} are one weight in the model, and the files hold different values for them, so they are not tied, "
             "as in transformers; if that is meant, set tie_word_embeddings to false in config.json",

@@ -138,6 +138,7 @@ def test_float_folder(name, tmp_path):
     assert_same(name, loaded, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*so they are not tied, as in transformers")
 @ALL
 def test_dequantized(name, tmp_path):
     """The answer, too: where it was scaled by the flag, it was 8 times too large."""
@@ -192,6 +193,7 @@ def test_three_of_one_tensor(tmp_path):
     assert_same(name, load(tmp_path / "again"), model)
 
 
+@pytest.mark.filterwarnings("ignore:.*so they are not tied, as in transformers")
 @pytest.mark.parametrize("tied", ["equal", "different"])
 def test_a_file_with_both_of_a_tied_pair(tied, tmp_path):
     """As transformers has it: tied where they are equal, and else not."""
