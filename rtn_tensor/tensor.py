@@ -254,6 +254,12 @@ def _error(w: Tensor, what: str, kind: type[Exception] = ValueError) -> Exceptio
     return kind(f"{name}: {what}" if name else what)
 
 
+def _or_float(w: Tensor) -> str:
+    """What to do where a model does with the weight `w` what no quantized one can do: MobileBERT joins two of different columns."""
+    name = getattr(w, "fqn", None)
+    return f"; a weight that its model uses so stays float by the rule ({name!r}, None)" if name else ""
+
+
 def hung_on(w: Tensor) -> dict[str, Any]:
     """What users hung on `w`: vLLM's weight_loader, say."""
     return {name: value for name, value in vars(w).items() if name not in _OWN}
@@ -674,7 +680,9 @@ def _(func, types, args, kwargs):
     w, dim = args
     plane_dim = dim % (w.dim() + 1)
     if plane_dim > w.dim() - (2 if w.transposed else 1):
-        raise _error(w, f"cannot unsqueeze at dim {dim}: the last {2 if w.transposed else 1} dim(s) of {tuple(w.shape)} must stay last")
+        raise _error(
+            w, f"cannot unsqueeze at dim {dim}: the last {2 if w.transposed else 1} dim(s) of {tuple(w.shape)} must stay last{_or_float(w)}"
+        )
     return return_and_correct_aliasing(func, args, kwargs, rebuilt(w, *(func(p, plane_dim) for p in (w.qdata, w.scale))))
 
 
@@ -730,7 +738,7 @@ def _(func, types, args, kwargs):
     covered = sum(1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.dim() for i in indices)
     free = w.dim() - (2 if w.transposed else 1)
     if covered > free:
-        raise _error(w, f"cannot index {covered} dim(s) of shape {tuple(w.shape)} by tensors: only the first {free} can be")
+        raise _error(w, f"cannot index {covered} dim(s) of shape {tuple(w.shape)} by tensors: only the first {free} can be{_or_float(w)}")
     return rebuilt(w, *(func(p, indices) for p in (w.qdata, w.scale)))
 
 
@@ -750,11 +758,11 @@ def _(func, types, args, kwargs):
     name = "stack" if func is aten.stack.default else "cat"
     for t in tensors:
         if not isinstance(t, RTNQuantizedTensor) or _format(t) != _format(first):
-            raise _error(first, f"cannot {name} {first!r} with {t!r}: format and dtype must be the same", TypeError)
+            raise _error(first, f"cannot {name} {first!r} with {t!r}: format and dtype must be the same{_or_float(first)}", TypeError)
     if func is aten.stack.default:
         plane_dim = dim % (first.dim() + 1)
         if plane_dim > first.dim() - (2 if first.transposed else 1):
-            raise _error(first, f"cannot stack along dim {dim}: the packed dims of {tuple(first.shape)} must stay last")
+            raise _error(first, f"cannot stack along dim {dim}: the packed dims of {tuple(first.shape)} must stay last{_or_float(first)}")
         in_features = first.in_features
         same = [t.in_features == in_features for t in tensors]
     elif _is_packed(first, dim):

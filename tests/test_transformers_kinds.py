@@ -3,6 +3,7 @@ names with no dot, scale by a flag of the config. Each comes back from both writ
 
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -260,3 +261,48 @@ def test_resized_embeddings(tied, tokens):
     kept = min(tokens, len(expected))
     assert torch.equal(model.lm_head.weight[:kept], expected[:kept])
     assert model(IDS).logits.shape[-1] == tokens
+
+
+# ------------------------------------------------------------------------------------------- not only products
+
+
+OTHERWISE = {
+    # joins the output layer's weight with another's columns
+    "MobileBertForMaskedLM": (
+        "MobileBertConfig",
+        TEXT | {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32},
+        "cls.predictions.decoder.weight",
+    ),
+    # takes rows of the transposed weight of a layer that it never runs
+    "LayoutLMv3ForSequenceClassification": (
+        "LayoutLMv3Config",
+        TEXT | {"coordinate_size": 8, "shape_size": 16, "visual_embed": False, "max_position_embeddings": 64},
+        "layoutlmv3.encoder.rel_pos_bias.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_weight_that_is_used_otherwise(name):
+    """The error says which stays float, and how; and with that it runs."""
+    config, sizes, _ = OTHERWISE[name]
+    inputs = {"input_ids": IDS} | ({"bbox": torch.zeros(2, 9, 4, dtype=torch.int64)} if "Layout" in name else {})
+    kept = []
+    while message := refusal(name, config, sizes, kept, inputs):
+        pattern = r"(?s)(\S+): cannot .*; a weight that its model uses so stays float by the rule \('(\S+)', None\)"
+        named = re.fullmatch(pattern, message)
+        assert named, message
+        assert named[1] == named[2] not in kept
+        kept.append(named[1])
+    assert OTHERWISE[name][2] in kept
+
+
+def refusal(name, config, sizes, kept, inputs):
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
+    quantize_(model, [*((fqn, None) for fqn in kept), ("*", rtn_int8(32))])
+    try:
+        model(**inputs)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
