@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections import OrderedDict, defaultdict
@@ -51,6 +53,7 @@ LEFT_OUT = (
     (("quantize_config.json", "quant_config.json", "hf_quant_config.json"), "it describes another quantization"),
     ((".*",), "hidden"),
 )
+FILE_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")
 OWN_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 
 # ------------------------------------------------------------------------------------------- load
@@ -493,18 +496,22 @@ def save(model: Any, path: str | os.PathLike, max_shard_size: str | int = "5GB",
     """Writes `model`, quantized or not, as a folder of safetensors that `load` reads back bit for bit; a transformers model with its
     config, so that transformers reads it, too.
 
-    It is written under a temporary name beside `path` and renamed at the end, so a folder named `path` is always whole.
+    It is written under a temporary name beside `path` and renamed at the end, so a folder named `path` is always whole. What an earlier
+    process was killed over is removed, or put back where it was the only one.
 
     Args:
         model: any module.
-        path: the folder to make.
+        path: the folder to make; a name that ends as a file's, as in "model.safetensors", is refused.
         max_shard_size: bytes, or as "5GB", from which on a file is split.
         force: replace the model folder that is at `path`, once the new one is whole.
 
     Raises:
         FileExistsError: there is something at `path`, and not `force`, or something other than a model folder.
         OSError: it could not be written (a full disk, say); nothing stays behind.
+        ValueError: `path` is named as a file is.
     """
+    if Path(path).suffix.lower() in FILE_ENDS:
+        raise ValueError(f"save makes a folder, and {path} is named as a file is; leave out {Path(path).suffix}, or use torch.save")
     with new_folder(path, force) as folder:
         write(model, folder, max_shard_size)
 
@@ -545,12 +552,16 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
         path = path.resolve()
     if source is not None:
         _check_apart(path, source)
+    _remove_stale(path)
     _check_replaceable(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "replaced"))
+    lock = None
     try:
         partial.mkdir()
-        yield partial
+        lock = _locked(partial)
+        with _signals_raise():
+            yield partial
         readable = partial.stat().st_mode & 0o666  # by the umask; safetensors' own files are their owner's only
         for file in partial.rglob("*"):
             if file.is_file():
@@ -567,6 +578,67 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
         shutil.rmtree(partial, ignore_errors=True)
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that locks `folder` as long as this process lives or keeps it open; None where another has it, or there are no locks."""
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(opened)
+        return None
+    return opened
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what processes that were killed have left of writing `path`; the folder that one was about to replace goes back where none
+    is."""
+    left = [file for file in path.parent.glob(".*") if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.(partial|replaced)", file.name)]
+    for folder in sorted(left):  # of one process, the partial one first
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        writing = folder.with_suffix(".partial")
+        if any(other.is_dir() and not _is_free(other) for other in (writing, path, folder)):
+            continue
+        if folder.suffix == ".replaced" and not os.path.lexists(path):
+            folder.rename(path)
+        else:
+            shutil.rmtree(folder)
+
+
+def _is_free(folder: Path) -> bool:
+    lock = _locked(folder)
+    if lock is not None:
+        os.close(lock)
+    return lock is not None
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Where they would end the process at once, SIGTERM and SIGHUP raise SystemExit, so that what was begun is removed."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler is signal.SIG_DFL}
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _take(path: Path, partial: Path) -> None:

@@ -1,6 +1,9 @@
 """What is at the destination of `save` and `rtn-tensor quantize`: nothing of another's is deleted, and nothing half-made stays."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,3 +171,62 @@ def test_nothing_half_made_stays(tmp_path, error):
             (partial / "half").write_text("")
             raise error
         assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.BIN", "x.gguf"])
+def test_names_of_files(tmp_path, name):
+    with pytest.raises(ValueError, match=f"save makes a folder, and .*{name} is named as a file is"):
+        save(nn.Linear(2, 2), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    save(nn.Linear(2, 2), tmp_path / "Qwen2.5-0.5B")
+
+
+WRITER = """
+import os, sys, time
+from rtn_tensor.checkpoint import new_folder
+with new_folder(sys.argv[1], force=True) as folder:
+    (folder / "half").write_text("")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def writer(path):
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WRITER, path], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(tmp_path, number):
+    with writer(tmp_path / "out") as process:
+        process.send_signal(number)
+        assert process.wait() == 128 + number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """And what another process is writing is not."""
+    save(nn.Linear(2, 2), tmp_path / "out")
+    with writer(tmp_path / "out") as killed:
+        killed.kill()
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / ".out.1.replaced").mkdir()
+    (tmp_path / ".other.1.partial").mkdir()
+    with writer(tmp_path / "out") as alive:
+        save(nn.Linear(2, 3), tmp_path / "out", force=True)
+        kept = {f".out.{alive.pid}.partial", ".other.1.partial", "out"}
+        assert {path.name for path in tmp_path.iterdir()} == kept
+        alive.kill()
+    save(nn.Linear(2, 3), tmp_path / "out", force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {".other.1.partial", "out"}
+
+
+def test_what_was_about_to_be_replaced_comes_back(tmp_path):
+    save(nn.Linear(2, 2), tmp_path / "out")
+    before = tree(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.1.replaced")
+    with pytest.raises(FileExistsError, match="pass force=True"):
+        save(nn.Linear(2, 3), tmp_path / "out")
+    assert tree(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
