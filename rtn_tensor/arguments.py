@@ -125,7 +125,7 @@ def quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
         lambda: f"rtn::quantize: w is {w.dtype} {list(w.shape)} for a scale of {scale_dtype}; it must be [..., K], both of {FLOAT_DTYPES}",
     )
     if out is not None:
-        _weight("quantize", *out, bits, group_size, w.shape[-1])
+        _weight("quantize", out[0], out[1], bits, group_size, w.shape[-1])
         torch._check(
             out[0].shape[:-1] == w.shape[:-1] and out[0].device == w.device,
             lambda: f"rtn::quantize: w {list(w.shape)} on {w.device} does not fit planes of {list(out[0].shape)} on {out[0].device}",

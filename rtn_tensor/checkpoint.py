@@ -466,7 +466,7 @@ def _to_write(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a state_dict, those that are shared once; but each of those that are not shared any more with some that they were
     shared with, as who reads them cannot know with which."""
     places = list(_places(model))
-    untied: dict[str, list[str]] = {fqn: t.untied_from for fqn, _, _, t in places if hasattr(t, "untied_from")}
+    untied: dict[str, list[str]] = {fqn: vars(t)["untied_from"] for fqn, _, _, t in places if "untied_from" in vars(t)}
     apart = {*untied, *(name for names in untied.values() for name in names)}
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -15,7 +15,7 @@ from rtn_tensor.pretrained import is_pretrained
 
 def positions(model: Any) -> int | None:
     """How many tokens `model` can tell the positions of, as its config says; None where that says nothing."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return None
     config = config.get_text_config()

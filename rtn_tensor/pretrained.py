@@ -596,7 +596,7 @@ def _of_one(model: Any, undo: Callable[[Any], Any] | None) -> list[tuple[Any, st
     from transformers.integrations.torchao import TorchAoDeserialize
 
     settings: list[tuple[Any, str, Any]] = []
-    before = getattr(model, "hf_quantizer", None)
+    before: Any = getattr(model, "hf_quantizer", None)
     known = type(before).__name__ == "RTNHfQuantizer"
     conversions = before.conversions if known else vars(model).get("_weight_conversions")
     if conversions is not None:
