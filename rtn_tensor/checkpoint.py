@@ -164,9 +164,10 @@ def load(
         new = _read(pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress))
     _put(places, new, configs, fqns if config is not None else {}, apart)
     if pretrained.is_pretrained(model):
+        ties: Any = model.all_tied_weights_keys
         for fqn, others in apart.items():
-            if model.all_tied_weights_keys.get(fqn) in others:
-                del model.all_tied_weights_keys[fqn]  # else transformers ties them anew
+            if ties.get(fqn) in others:
+                del ties[fqn]  # else transformers ties them anew
     if device is not None:
         model.to(device)  # the buffers that are not in the checkpoint
     use(model)

@@ -216,7 +216,7 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
     torch.set_default_dtype(dtype)
     try:
         with _of_transformers(path / "config.json", "model"), parameters_on_meta(MOST_PARAMETERS):
-            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
             if not about.get("quantization_config") and "quantization_config" in vars(config):
                 del config.quantization_config  # null or {}: transformers asks only whether it is there
             model = kind(config)
