@@ -29,6 +29,7 @@ from torchao.quantization import FqnToConfig
 
 from rtn_tensor import pretrained
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.files import check_regular, parse_json, read_json
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.moe import use
 from rtn_tensor.policy import FilterFn, Rules
@@ -331,7 +332,11 @@ def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> An
         raise TypeError(f"dtype is {dtype}; a model has one of {', '.join(map(str, floats))}")
     if not ((path / "config.json").exists() or (path / "config.json").is_symlink()):
         there = (
-            "it has no config.json"
+            "it is a file"
+            if path.is_file()
+            else "it holds an adapter; merge that into its model, and give the folder of that"
+            if (path / "adapter_config.json").exists()
+            else "it has no config.json"
             if path.exists()
             else "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"
         )
@@ -555,11 +560,17 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
         _check_apart(path, source)
     _remove_stale(path)
     _check_replaceable(path, force)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{path.parent} is no folder; choose another place for {path.name}") from None
     partial, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "replaced"))
     lock = None
     try:
-        partial.mkdir()
+        try:
+            partial.mkdir()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         lock = _locked(partial)
         with _signals_raise():
             yield partial
@@ -676,10 +687,10 @@ def _no_model_folder(path: Path) -> str | None:
     if all(file.is_file() and re.fullmatch(OWN_FILES, file.name) for file in entries):  # of a module that is not transformers'
         return None
     try:
-        about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        about = read_json(path / "config.json")
     except (OSError, ValueError):
         return "holds no config.json of a model"
-    if not (isinstance(about, dict) and {"model_type", "architectures"} & set(about)):
+    if not {"model_type", "architectures"} & set(about):
         return "holds a config.json that is of no model"
     kept = _companion_folders(path)
     others = [entry.name for entry in entries if entry.is_dir() and entry not in kept]
@@ -727,12 +738,13 @@ def companions(source: Path) -> tuple[list[Path], dict[Path, str]]:
 
 def _companion_folders(source: Path) -> list[Path]:
     """sentence-transformers' modules, some with weights of their own; and tokenizers, processors and chat templates, which have none."""
-    try:
-        modules = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        modules = []
-    except ValueError as error:
-        raise ValueError(f"{source / 'modules.json'} is no JSON ({error}); copy or download it again") from None
+    modules, file = [], source / "modules.json"
+    if file.exists():
+        check_regular(file)
+        try:
+            modules = parse_json(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{file} is no JSON ({error}); copy or download it again") from None
     listed = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
     names = {"additional_chat_templates", *(path.split("/")[0] for path in listed if isinstance(path, str))}
     folders = [entry for entry in sorted(source.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]

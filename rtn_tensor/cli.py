@@ -26,6 +26,7 @@ from torch import nn
 from rtn_tensor.checkpoint import companions, empty_model, load, new_folder, without_place, write
 from rtn_tensor.config import rtn
 from rtn_tensor.evaluate import check_causal, generate, perplexity, token_losses
+from rtn_tensor.files import parse_json
 from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, SCALE_METHODS
 from rtn_tensor.kernels import explain
 from rtn_tensor.kernels.problem import device_of
@@ -79,7 +80,7 @@ def _tokenizer(path: str) -> Any:
             raise ValueError(
                 f"{path}: its tokenizer needs code of its own (auto_map), which is never run here; call generate from Python"
             ) from error
-        raise ValueError(f"{path} has no tokenizer that can be read; copy the model's tokenizer files there ({_why(error)})") from error
+        raise ValueError(f"{path} has no tokenizer that can be read; copy the model's tokenizer files there ({_named(error)})") from error
 
 
 def _ids(tokenizer: Any, text: str, most: int | None) -> torch.Tensor:
@@ -158,9 +159,10 @@ def _rules(args: argparse.Namespace) -> Any:
     rest = rtn(args.bits, args.group_size, args.scale_method)
     rules: list[Any] = [(pattern, None) for pattern in args.skip] + [parse_rule(text, rest) for text in args.rule]
     if args.rules:
+        text = _read(args.rules, "--rules takes a JSON file")
         try:
-            given = json.loads(_read(args.rules, "--rules takes a JSON file"))
-        except json.JSONDecodeError as error:
+            given = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"{args.rules} is no JSON ({error}); --rules takes a list of [pattern, format]") from None
         try:
             rules += rules_from_json(given, rest)
@@ -225,6 +227,10 @@ def _evaluate(args: argparse.Namespace) -> tuple[Any, str]:
     if others:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         check_tasks(others, args.limit, args.data, args.batch_size)
+        if not sys.stderr.isatty():
+            from datasets import disable_progress_bars
+
+            disable_progress_bars()
     paths = [args.path, *([args.against] if args.against else [])]
     for path in paths:  # before the first is scored, which takes long
         check_causal(empty_model(path))
@@ -433,12 +439,14 @@ def _run(argv: list[str] | None) -> int:
     except SystemExit:
         _print("")  # what --help wrote
         raise
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", module="rtn_tensor")
     try:
-        if args.run not in (_explain, _tune):
-            _silence_transformers()
-        data, text = args.run(args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore")
+            warnings.filterwarnings("default", module="rtn_tensor")
+            warnings.showwarning = lambda message, *_, **__: _say(f"rtn-tensor: warning: {' '.join(str(message).split())}")
+            if args.run not in (_explain, _tune):
+                _silence_transformers()
+            data, text = args.run(args)
     except ImportError as error:
         return _fail(f"{error}; pip install 'rtn-tensor[{'evaluate' if args.run is _evaluate else 'cli'}]' brings it")
     except Exception as error:
@@ -468,19 +476,29 @@ ADVICE = {
     errno.EACCES: "have its permissions changed, or choose another",
     errno.EPERM: "have its permissions changed, or choose another",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the name",
     errno.ENOTDIR: "give a folder's name",
     errno.EISDIR: "give a file's name",
 }
 
 
+FORESEEN = OSError, ValueError, TypeError  # kinds whose messages are for a user
+
+
 def _why(error: Exception) -> str:
-    """One line. The class is named of an error that was not foreseen."""
-    text = str(error)
+    """One line."""
+    text = _named(error)
     if isinstance(error, OSError) and error.errno and error.strerror and error.filename is not None:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}" + (f"; {ADVICE[error.errno]}" if error.errno in ADVICE else "")
-    if not (isinstance(error, OSError | ValueError | TypeError) and text):
-        text = f"{type(error).__name__}{f': {text}' if text else ''}; `{sys.executable} -X dev -m rtn_tensor` and the same words show where"
+    if not isinstance(error, FORESEEN):
+        text += f"; `{sys.executable} -X dev -m rtn_tensor` and the same words show where"
     return " ".join(text.split())
+
+
+def _named(error: Exception) -> str:
+    """The error's own words; with its class, where those are not for a user."""
+    text = str(error)
+    return text if text and isinstance(error, FORESEEN) else f"{type(error).__name__}{f': {text}' if text else ''}"
 
 
 def _plain(data: Any) -> Any:

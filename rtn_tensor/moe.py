@@ -169,7 +169,8 @@ def activation_of(module: Any) -> str | None:
     if gate.__module__ == "transformers.integrations.moe":  # what experts have that bring no gate of their own
         return "silu" if _is_silu(module.act_fn) else None
     if gate.__module__ == "transformers.models.gpt_oss.modeling_gpt_oss":
-        return "gpt_oss" if (module.alpha, module.limit) == (reference.GPT_OSS_ALPHA, reference.GPT_OSS_LIMIT) else None
+        known = reference.ACTIVATIONS["gpt_oss"]
+        return "gpt_oss" if (module.alpha, module.limit) == (known.alpha, known.limit) else None
     return None
 
 

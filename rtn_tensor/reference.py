@@ -4,6 +4,7 @@ Names: `w [..., N, K]` float weight, `qdata [..., N, B]` uint8, `scale [..., N, 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -128,22 +129,30 @@ def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int
     return dx
 
 
-def _silu(h: Tensor) -> Tensor:
-    gate, up = h.chunk(2, dim=-1)
-    return F.silu(gate) * up
+@dataclass(frozen=True)
+class SwiGLU:
+    """What experts do between their two products, `[..., 2 I]` -> `[..., I]`, in fp32: gate * sigmoid(alpha * gate) * (up + beta), of gate
+    clamped to at most `limit`, and up to -limit .. limit.
+
+    `interleaved` says whether the columns are those of gate and up in turn, and not gate's and then up's.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    limit: float | None = None
+    interleaved: bool = False
+
+    def __call__(self, h: Tensor) -> Tensor:
+        gate, up = (h[..., ::2], h[..., 1::2]) if self.interleaved else h.chunk(2, dim=-1)
+        gate, up = gate.float(), up.float()
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        gate = F.silu(gate) if self.alpha == 1 else gate * torch.sigmoid(self.alpha * gate)
+        return ((up + self.beta if self.beta else up) * gate).to(h.dtype)
 
 
-GPT_OSS_ALPHA, GPT_OSS_LIMIT = 1.702, 7.0
-
-
-def _gpt_oss(h: Tensor) -> Tensor:
-    gate, up = h[..., ::2].clamp(max=GPT_OSS_LIMIT), h[..., 1::2].clamp(-GPT_OSS_LIMIT, GPT_OSS_LIMIT)
-    return (up + 1) * gate * torch.sigmoid(GPT_OSS_ALPHA * gate)
-
-
-# What experts do between their two products, `[..., 2 I]` -> `[..., I]`, in fp32: silu(gate) * up, of gate's columns and then up's, and
-# GPT-OSS's own, of columns of gate and up in turn.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": _silu, "gpt_oss": _gpt_oss}
+# Those that kernels compute between the products: the usual one, and GPT-OSS's.
+ACTIVATIONS: dict[str, SwiGLU] = {"silu": SwiGLU(), "gpt_oss": SwiGLU(alpha=1.702, beta=1.0, limit=7.0, interleaved=True)}
 
 
 def routed(

@@ -3,19 +3,22 @@
 The engines' own classes are in `integrations/`; here is what all of them share, and it imports none of them.
 """
 
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rtn_tensor import reference
 from rtn_tensor.checkpoint import empty_model
 from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import FORMATS
 from rtn_tensor.policy import FORMAT_KEYS, Rules, config_from_json, matches, reaches, rules_from_json
 from rtn_tensor.pretrained import renaming
+from rtn_tensor.reference import SwiGLU
 from rtn_tensor.sources import saved_attributes, tensor_names
 
 KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules")
@@ -209,6 +212,44 @@ def check_cut(name: str, config: RTNConfig, in_features: int, of_rank: int) -> N
         how = f"use group_size {' or '.join(map(str, fits))}" if fits else "keep the layer float, or use fewer ranks"
         raise ValueError(
             f"{name}: tensor parallelism gives each rank {of_rank} of its {in_features} columns, a cut inside a group of {unit}; {how}"
+        )
+
+
+# What engines call the activations of experts. The last has no limit of its own, and every model gives it one.
+ACTIVATIONS = {"silu": SwiGLU(), "swigluoai": reference.ACTIVATIONS["gpt_oss"], "swigluoai_uninterleave": SwiGLU(limit=math.nan)}
+
+
+def activation_of(name: str, kind: str, limit: float | None, alpha: float | None, beta: float | None) -> str | SwiGLU:
+    """What the experts `name` compute between their products, as `moe.run` takes it.
+
+    Args:
+        kind: the engine's word for it.
+        limit, alpha, beta: what the model sets of it; None: what goes with `kind`.
+
+    Raises:
+        ValueError: an activation that is not one of `ACTIVATIONS`, or not with these settings.
+    """
+    how = f"name {name!r} in ignore to keep them float"
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"{name}: experts with the activation {kind!r} are not supported, only {', '.join(ACTIVATIONS)}; {how}")
+    given = {key: value for key, value in (("limit", limit), ("alpha", alpha), ("beta", beta)) if value is not None}
+    wanted = replace(ACTIVATIONS[kind], **given)
+    plain = kind == "silu" and (wanted.alpha, wanted.beta) != (1, 0)  # engines differ in what they make of it
+    if plain or (wanted.limit is not None and not wanted.limit > 0):
+        settings = ", ".join(f"swiglu_{key}={value}" for key, value in given.items()) or "no swiglu_limit"
+        raise ValueError(
+            f"{name}: experts with the activation {kind!r} and {settings} are not supported: 'silu' takes a limit alone, the others alpha, "
+            f"beta and a limit above 0; {how}"
+        )
+    return next((known for known, each in reference.ACTIVATIONS.items() if each == wanted), wanted)
+
+
+def check_router(name: str, on_input: bool, top_k: int) -> None:
+    """Raises ValueError where router weights are for the inputs of several experts a token: one product has one input."""
+    if on_input and top_k != 1:
+        raise ValueError(
+            f"{name}: apply_router_weight_on_input with {top_k} experts per token is not supported, only with 1; name {name!r} in ignore "
+            "to keep them float"
         )
 
 

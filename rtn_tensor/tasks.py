@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from rtn_tensor.evaluate import PROBE, check_ahead, check_causal, check_tokens
+from rtn_tensor.files import parse_json
 from rtn_tensor.tables import table
 
 NAMES = {"lambada": "lambada_openai"}  # where the harness's own name differs
@@ -100,6 +101,7 @@ def run_tasks(
         ImportError: the harness is not installed.
     """
     names, members = check_tasks(tasks, limit, data, batch_size)
+    from jinja2 import UndefinedError
     from lm_eval import evaluate  # pyright: ignore[reportMissingImports]  (an extra)
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
@@ -119,6 +121,10 @@ def run_tasks(
     except IndexError:
         check_tokens(model, torch.arange(len(tokenizer)))
         raise
+    except (UndefinedError, KeyError) as error:
+        if data is None:
+            raise
+        raise ValueError(f"{data}: rows lack what their task needs ({error}); write them as the hub's dataset has them") from error
     samples = found["samples"]
     scores = []
     for task, name in names.items():
@@ -160,8 +166,24 @@ def _local(data: Path, task: str) -> dict[str, Any]:
     file = data / f"{task}.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; write the task's rows there, or leave the folder out to fetch them from the hub")
+    _check_rows(file)
     splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "test"}
     return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(file)}}, **splits}
+
+
+def _check_rows(file: Path) -> None:
+    """Raises ValueError where a line of `file` is no JSON object, or there is none."""
+    count = 0
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                count += 1
+                if not isinstance(parse_json(line), dict):
+                    raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{file}, line {count or 1}: {error}; each line is a row of the dataset, as JSON") from None
+    if not count:
+        raise ValueError(f"{file} is empty; each line is a row of the dataset, as JSON")
 
 
 def main_scores(scores: Sequence[Score]) -> list[Score]:

@@ -46,6 +46,47 @@ def test_prompts_that_do_not_fit(model, prompt):
         Decoder(model, 24)(prompt)
 
 
+@pytest.mark.parametrize(
+    ("room", "error", "message"),
+    [
+        (1, ValueError, "room=1; it must be at least 2 tokens, and at most the model's 256 positions"),
+        (-3, ValueError, "room=-3; it must be at least 2 tokens"),
+        (257, ValueError, "room=257; it must be at least 2 tokens, and at most the model's 256 positions"),
+        (20.0, TypeError, "room=20.0; it must be a whole number of tokens"),
+    ],
+)
+def test_rooms_that_are_none(model, room, error, message):
+    with pytest.raises(error, match=message):
+        Decoder(model, room)
+
+
+def test_models_that_keep_other_states_than_keys_and_values():
+    """They would be decoded without their past, or start anew at each token."""
+    from transformers import (
+        MambaConfig,
+        MambaForCausalLM,
+        RwkvConfig,
+        RwkvForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+        XLMConfig,
+        XLMWithLMHeadModel,
+    )
+
+    small = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2}
+    for other in (
+        MambaForCausalLM(MambaConfig(**small)),
+        RwkvForCausalLM(RwkvConfig(**small)),
+        XLMWithLMHeadModel(XLMConfig(vocab_size=100, emb_dim=64, n_layers=2, n_heads=4)),
+    ):
+        with pytest.raises(TypeError, match="keeps other states than keys and values; decode by model.generate"):
+            Decoder(other.eval(), 20)
+    encoder_decoder = T5ForConditionalGeneration(T5Config(vocab_size=100, d_model=64, num_layers=2, num_heads=4, d_ff=96, d_kv=16))
+    for other in (encoder_decoder, torch.nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="is no causal language model of transformers"):
+            Decoder(other.eval(), 20)
+
+
 @pytest.mark.slow
 def test_compiled(model, monkeypatch):
     """The same tokens, by our kernel, through weights that are not copied."""

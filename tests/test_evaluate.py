@@ -8,6 +8,7 @@ from tiny_llama import greedy, tiny_llama, tiny_tokenizer
 from torch import nn
 
 from rtn_tensor import quantize_, rtn_int4
+from rtn_tensor.decode import positions
 from rtn_tensor.evaluate import generate, perplexity
 
 
@@ -178,11 +179,96 @@ def test_generate_checks_its_input(model, tokenizer):
         generate(model, tokenizer, "We", 0)
 
 
-def test_compiled_generate_refuses_what_it_does_not_apply(tokenizer):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 1.1),
+        ("no_repeat_ngram_size", 1),
+        ("bad_words_ids", [[5]]),
+        ("suppress_tokens", [5]),
+        ("begin_suppress_tokens", [5]),
+        ("sequence_bias", [[[5], -1.0]]),
+        ("min_new_tokens", 1),
+        ("min_length", 4),
+        ("forced_bos_token_id", 5),
+        ("forced_eos_token_id", 5),
+        ("stop_strings", ["e"]),
+        ("max_time", 1.0),
+        ("guidance_scale", 2.0),
+        ("exponential_decay_length_penalty", (1, 1.1)),
+        ("remove_invalid_values", True),
+        ("token_healing", True),
+        ("watermarking_config", {"greenlist_ratio": 0.5}),
+        ("penalty_alpha", 0.5),
+        ("dola_layers", "low"),
+        ("num_return_sequences", 2),
+        ("encoder_repetition_penalty", 1.1),
+    ],
+)
+def test_compiled_generate_refuses_what_it_does_not_apply(tokenizer, name, value):
     model = tiny_llama()
-    model.generation_config.repetition_penalty = 1.1
-    with pytest.raises(ValueError, match="repetition_penalty, which compiled decoding does not apply"):
+    setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"{name}, which compiled decoding does not apply"):
         generate(model, tokenizer, "We", 5, compile=True)
+
+
+def test_what_changes_no_greedy_token_is_no_reason_to_refuse(monkeypatch, tokenizer):
+    settings = {
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.9,
+        "do_sample": True,
+        "num_beams": 4,
+        "max_length": 4096,
+        "repetition_penalty": 1.0,
+    }
+    settings |= {"eos_token_id": [1, 2], "pad_token_id": 0, "cache_implementation": "static", "length_penalty": 2.0, "guidance_scale": 1.0}
+    settings |= {"no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": [], "min_length": 0, "of_another_program": "chatml"}
+    model = tiny_llama()
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    monkeypatch.setattr("rtn_tensor.decode._compiled", lambda step: step)
+    assert generate(model, tokenizer, "We", 5, compile=True).text == generate(tiny_llama(), tokenizer, "We", 5).text
+
+
+def test_generate_keeps_to_what_the_model_asks_for(tokenizer):
+    """A setting that changes the result's type, and one that transformers applies only if it is given the tokenizer."""
+    model = tiny_llama()
+    plain = generate(model, tokenizer, "We the people", 10)
+    model.generation_config.return_dict_in_generate = True
+    assert generate(model, tokenizer, "We the people", 10).text == plain.text
+    assert "y" in plain.text[:-1]
+    model.generation_config.stop_strings = ["y"]
+    assert generate(model, tokenizer, "We the people", 10).tokens < 10
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_model_that_is_not_causal_is_refused(tokenizer, compile):
+    from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
+
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    for kind in (BertForMaskedLM, BertLMHeadModel):
+        model = kind(BertConfig(**sizes)).eval()
+        with pytest.raises(ValueError, match="give a causal language model"):
+            generate(model, tokenizer, "We the people", 5, compile=compile)
+        with pytest.raises(ValueError, match="give a causal language model"):
+            perplexity(model, tokens(20))
+    assert perplexity(BertLMHeadModel(BertConfig(is_decoder=True, **sizes)).eval(), tokens(20)) > 0
+
+
+def test_positions_are_those_of_the_config():
+    from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig, XLNetConfig
+
+    def of(config):
+        return positions(type("Model", (), {"config": config}))
+
+    assert of(LlamaConfig(max_position_embeddings=64)) == 64
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    assert of(LlamaConfig(max_position_embeddings=64, rope_parameters=yarn)) == 256
+    assert of(LlamaConfig(max_position_embeddings=256, rope_parameters=yarn)) == 256
+    assert of(Gemma3TextConfig(max_position_embeddings=64)) == 64
+    assert of(GPT2Config(n_positions=32)) == 32
+    assert of(MambaConfig()) is of(XLNetConfig()) is positions(nn.Linear(2, 2)) is None
 
 
 @pytest.mark.slow

@@ -530,6 +530,33 @@ reference        It could, but dense is preferred.""",
     assert explain(w, op="quantize").kernel == "reference"
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"device": "banana"}, ValueError, "device='banana' is no device; cpu and cuda are"),
+        ({"device": 0.5}, TypeError, "device=0.5; give its name"),
+        ({"dtype": torch.int8}, ValueError, "dtype=torch.int8 is none that a product with a quantized weight has"),
+        ({"dtype": "bfloat16"}, ValueError, "dtype='bfloat16' is none"),
+        ({"op": 3}, ValueError, "op=3 is not an op"),
+        ({"M": "1"}, TypeError, "M='1': sizes are whole numbers"),
+        ({"N": 2.5, "K": None}, TypeError, "N=2.5, K=None: sizes are whole numbers"),
+        ({"x": torch.tensor(1.0)}, TypeError, "x is a scalar; give a tensor"),
+        ({"x": 3}, TypeError, "x is a int; give a tensor"),
+    ],
+)
+def test_explain_says_what_is_wrong(given, error, message):
+    with pytest.raises(error, match=message):
+        explain(**given)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", torch.device("cuda")])
+def test_explain_of_a_gpu_that_is_not_there(device):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="there is no CUDA device here, and which kernel runs depends on it; use device='cpu'"):
+        explain(device=device)
+
+
 def test_explain_by_numbers(use):
     use(OTHER_DEVICE, SMALL, dense.KERNEL, REFERENCE)
     assert_expected_inline(

@@ -4,13 +4,25 @@ import json
 import re
 
 import pytest
+import torch
 from tiny_llama import tiny_llama
 from tiny_moe import tiny_moe
 from torch import nn
 from torchao.quantization import FqnToConfig
 
-from rtn_tensor import quantize_, rtn, rtn_int4, rtn_int8, save
-from rtn_tensor.serving import Options, check_cut, has_own_output, is_saved, saved_formats, worth_it
+from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4, rtn_int8, save
+from rtn_tensor.moe import run
+from rtn_tensor.reference import SwiGLU
+from rtn_tensor.serving import (
+    Options,
+    activation_of,
+    check_cut,
+    check_router,
+    has_own_output,
+    is_saved,
+    saved_formats,
+    worth_it,
+)
 
 NAME = "model.layers.3.self_attn.qkv_proj"
 PARTS = [f"model.layers.3.self_attn.{part}_proj" for part in "qkv"]
@@ -30,6 +42,22 @@ def test_what_is_left_out_is_the_old_variables(monkeypatch):
     assert Options.read({"bits": 8, "scale_method": "signed"}).default == rtn(8, -1, "signed")
     monkeypatch.setenv("RTN_NUM_BITS", "four")
     with pytest.raises(ValueError, match="RTN_NUM_BITS='four' is no number; use RTN_NUM_BITS=8, or unset it"):
+        Options.read({})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RTN_NUM_BITS", "3", "RTN_NUM_BITS=3: bits=3 is not supported; use 4 or 8, or unset RTN_NUM_BITS"),
+        ("RTN_NUM_BITS", "", "RTN_NUM_BITS='' is no number; use RTN_NUM_BITS=8, or unset it"),
+        ("RTN_NUM_BITS", "4.0", "RTN_NUM_BITS='4.0' is no number"),
+        ("RTN_GROUP_SIZE", "48", "RTN_GROUP_SIZE=48: group_size=48 is not supported; use a multiple of 32"),
+        ("RTN_GROUP_SIZE", "-2", "RTN_GROUP_SIZE=-2: group_size=-2 is not supported"),
+    ],
+)
+def test_a_variable_that_is_wrong_is_named(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
         Options.read({})
 
 
@@ -175,3 +203,72 @@ def test_a_folder_says_whether_its_output_layer_is_the_embedding(tmp_path, filte
     save(model, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
     assert has_own_output(tmp_path / "saved") == (filter_fn is not but_the_ends)
+
+
+# ------------------------------------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        ("silu", (None, None, None), "silu"),
+        ("silu", (None, 1.0, 0.0), "silu"),
+        ("silu", (10.0, None, None), SwiGLU(limit=10.0)),
+        ("silu", (1000, 1, 0), SwiGLU(limit=1000)),
+        ("swigluoai", (None, None, None), "gpt_oss"),
+        ("swigluoai", (7, 1.702, 1), "gpt_oss"),
+        ("swigluoai", (10.0, None, None), SwiGLU(1.702, 1.0, 10.0, interleaved=True)),
+        ("swigluoai_uninterleave", (7.0, 1.702, 1.0), SwiGLU(1.702, 1.0, 7.0)),
+        ("swigluoai_uninterleave", (7.0, None, None), SwiGLU(limit=7.0)),
+    ],
+)
+def test_what_the_experts_of_an_engine_compute(kind, settings, expected):
+    assert activation_of("experts", kind, *settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gelu", (None, None, None)),
+        ("silu_no_mul", (None, None, None)),
+        ("swiglustep", (7.0, None, None)),
+        ("silu", (None, 1.702, None)),
+        ("silu", (None, None, 1.0)),
+        ("silu", (0.0, None, None)),
+        ("silu", (float("nan"), None, None)),
+        ("swigluoai_uninterleave", (None, 1.702, 1.0)),
+    ],
+)
+def test_experts_of_another_kind_are_refused_by_name(kind, settings):
+    with pytest.raises(ValueError, match=f"^layers.0.experts: experts with the activation '{kind}' .*name 'layers.0.experts' in ignore"):
+        activation_of("layers.0.experts", kind, *settings)
+
+
+def test_the_message_has_the_settings():
+    with pytest.raises(ValueError, match=re.escape("the activation 'silu' and swiglu_limit=10.0, swiglu_beta=1.0 are not supported")):
+        activation_of("experts", "silu", 10.0, None, 1.0)
+
+
+def test_router_weights_on_inputs():
+    check_router("experts", True, 1)
+    check_router("experts", False, 2)
+    with pytest.raises(ValueError, match="experts: apply_router_weight_on_input with 2 experts per token is not supported"):
+        check_router("experts", True, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_clamped_gate_between_two_launches(dtype):
+    """As the reference has it, in fp32 between the products' roundings."""
+    torch.manual_seed(0)
+    up, down = (RTNQuantizedTensor.from_float(torch.randn(*shape, dtype=dtype), 8, 32) for shape in ((4, 192, 64), (4, 64, 96)))
+    x, experts, router = torch.randn(5, 64, dtype=dtype) * 3, torch.randint(0, 4, (10,)), torch.rand(10)
+    gate = SwiGLU(1.702, 1.0, 10.0)
+    got = run(x, up, down, None, None, experts, router, 2, gate)
+    for p, e in enumerate(experts):
+        h = up.dequantize(torch.float32)[e] @ x[p // 2].float()
+        gate_h, up_h = h.chunk(2)
+        h = gate_h.clamp(max=10) * torch.sigmoid(1.702 * gate_h.clamp(max=10)) * (up_h.clamp(-10, 10) + 1)
+        expected = down.dequantize(torch.float32)[e] @ h * router[p]
+        torch.testing.assert_close(
+            got[p].float(), expected, rtol=0, atol=float(expected.abs().max()) * (1e-5 if dtype == torch.float32 else 0.03)
+        )

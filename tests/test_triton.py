@@ -175,6 +175,19 @@ def test_every_way_to_deal_rows(ends):
     assert not dx[ends[-1] :].any()
 
 
+@pytest.mark.parametrize(("ends", "meant"), [([3, 400, 400], [3, 48, 48]), ([-70, 20, 48], [0, 20, 48]), ([1 << 30] * 3, [48] * 3)])
+def test_ends_past_the_rows_lead_to_no_others(ends, meant):
+    """They had: what lies after x and y in memory was read and written."""
+    w = experts_of(3, 70, 192, 4, torch.bfloat16)
+    x, dy = activations(48, 192, torch.bfloat16, DEVICE), activations(48, 70, torch.bfloat16, DEVICE)
+    (y, dx), (expected_y, expected_dx) = (
+        (launch.grouped(x, w.qdata, w.scale, offs, 4, 64), launch.grouped_dx(dy, w.qdata, w.scale, offs, 4, 64, 192))
+        for offs in (torch.tensor(e, dtype=torch.int32, device=DEVICE) for e in (ends, meant))
+    )
+    assert torch.equal(y, expected_y)
+    assert torch.equal(dx, expected_dx)
+
+
 # ------------------------------------------------------------------------------------------- bad input, and the choice
 
 

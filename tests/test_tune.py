@@ -244,3 +244,17 @@ weight       tokens     us  us before
 written to FOLDER/tuned
 """,
     )
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_place_that_cannot_be_written_is_seen_before_anything_is_measured(monkeypatch, tmp_path, name):
+    (tmp_path / "file").write_text("text")
+    monkeypatch.setenv("RTN_TUNED", str(tmp_path / name))
+    with pytest.raises(OSError, match="file is no folder; set RTN_TUNED to a folder that can be written"):
+        tune.tune([(512, 1024)], tokens=[16], device="cpu", measure=lambda run: pytest.fail("it was measured"))
+
+
+@pytest.mark.parametrize(("sizes", "tokens"), [([(0, 64)], [1]), ([(64, -64)], [1]), ([(64, 64)], [0]), ([(64, 64.0)], [1])])
+def test_sizes_that_are_none(sizes, tokens):
+    with pytest.raises(ValueError, match="whole numbers of 1 or more"):
+        tune.tune(sizes, tokens=tokens, device="cpu", measure=lambda run: pytest.fail("it was measured"))

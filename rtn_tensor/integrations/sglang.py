@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.moe import run
 from rtn_tensor.quantize import is_finite
-from rtn_tensor.serving import Options, check_cut
+from rtn_tensor.serving import Options, activation_of, check_cut, check_router
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 logger = logging.getLogger(__name__)
@@ -149,11 +149,25 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         i, about = intermediate_size_per_partition, layer.moe_runner_config
-        plain = about.activation == "silu" and about.is_gated and about.gemm1_alpha is None and about.gemm1_clamp_limit is None
-        if with_bias or not plain or about.swiglu_limit is not None or about.no_combine:
+        alpha, limit, beta = about.gemm1_alpha, about.gemm1_clamp_limit, about.gemm1_beta
+        unsupported = {
+            "biases": with_bias,
+            "no gate": not about.is_gated,
+            "no_combine": about.no_combine,
+            "only one of gemm1_alpha and gemm1_clamp_limit": (alpha is None) != (limit is None),
+            "gemm1_beta but no gemm1_alpha": alpha is None and beta is not None,
+            "gemm1_alpha and swiglu_limit": alpha is not None and about.swiglu_limit is not None,
+        }
+        if found := [what for what, has in unsupported.items() if has]:
             raise ValueError(
-                f"{self.name}: only experts of silu(gate) * up without biases are supported with SGLang; name {self.name!r} in ignore"
+                f"{self.name}: experts with {', '.join(found)} are not supported; name {self.name!r} in ignore to keep them float"
             )
+        check_router(self.name, about.apply_router_weight_on_input, about.top_k)
+        if alpha is None or about.activation != "silu":
+            self.activation = activation_of(self.name, about.activation, about.swiglu_limit, None, None)
+        else:  # what SGLang calls silu is then GPT-OSS's
+            kind = "swigluoai" if about.gate_up_interleaved else "swigluoai_uninterleave"
+            self.activation = activation_of(self.name, kind, limit, alpha, 1.0 if beta is None else beta)
         check_cut(f"{self.name}.down_proj", self.configs["w2"], i * layer.moe_tp_size, i)
         for w, shape in {"w13": (num_experts, 2 * i, hidden_size), "w2": (num_experts, hidden_size, i)}.items():
             config = self.configs[w]
@@ -174,6 +188,6 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         router: Tensor | None = topk.topk_weights.reshape(-1)
         if self.about.apply_router_weight_on_input:
             x, router = x * topk.topk_weights.to(x.dtype), None  # of one expert a token
-        y = run(x, layer.w13_weight, layer.w2_weight, None, None, topk.topk_ids.reshape(-1).long(), router, top_k, "silu")
+        y = run(x, layer.w13_weight, layer.w2_weight, None, None, topk.topk_ids.reshape(-1).long(), router, top_k, self.activation)
         y = y.view(tokens, top_k, y.shape[-1]).sum(1)
         return StandardCombineInput(hidden_states=y * (self.about.routed_scaling_factor or 1.0))

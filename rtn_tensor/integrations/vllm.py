@@ -30,7 +30,16 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import FORMATS, groups, pack_gptq, unpack
 from rtn_tensor.moe import run
 from rtn_tensor.quantize import is_finite
-from rtn_tensor.serving import Options, check_cut, describe, has_own_output, is_saved, saved_formats
+from rtn_tensor.serving import (
+    Options,
+    activation_of,
+    check_cut,
+    check_router,
+    describe,
+    has_own_output,
+    is_saved,
+    saved_formats,
+)
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows no others
@@ -40,7 +49,6 @@ KERNELS = {
     "vllm": "vLLM's for mixed precision: Machete or Marlin on CUDA, its own int4 on a CPU; --linear-backend names one",
 }
 TYPES = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}  # q - qmin, without a sign
-ACTIVATIONS = {"silu": "silu", "swigluoai": "gpt_oss"}  # vLLM's names of `reference.ACTIVATIONS`
 
 
 def register() -> None:
@@ -140,11 +148,6 @@ class RTNQuantizationConfig(QuantizationConfig):
             raise ValueError(
                 f"{prefix}: kernel='vllm' is not supported for experts; drop it, as this library's kernels run them, or name {prefix!r} in "
                 "ignore to keep them float"
-            )
-        if layer.activation.value not in ACTIVATIONS:
-            raise ValueError(
-                f"{prefix}: experts with the activation {layer.activation.value!r} are not supported, only {', '.join(ACTIVATIONS)}; "
-                f"name {prefix!r} in ignore to keep them float"
             )
         if self.options.default is None and layer.is_fused_checkpoint_transposed:
             raise ValueError(f"{prefix}: quantized experts of this model cannot be loaded; serve the float folder, with quantization='rtn'")
@@ -324,6 +327,8 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self.parent, self.name = parent, name
         self.configs: dict[str, RTNConfig] = dict(zip(("w13", "w2"), configs, strict=True))
+        self.activation = activation_of(name, layer.activation.value, layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
+        check_router(name, layer.apply_router_weight_on_input, layer.top_k)
         self.saved = parent.options.default is None
         self.at_once = layer.activation.value == "swigluoai"
         self.uses_meta_device = not self.saved and not self.at_once
@@ -399,6 +404,5 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:
             x, router = x * topk_weights.to(x.dtype), None  # of one expert a token
         up_bias, down_bias = (getattr(layer, f"{w}_bias", None) for w in ("w13", "w2"))
-        activation = ACTIVATIONS[layer.activation.value]
-        y = run(x, layer.w13_weight, layer.w2_weight, up_bias, down_bias, experts, router, top_k, activation)
+        y = run(x, layer.w13_weight, layer.w2_weight, up_bias, down_bias, experts, router, top_k, self.activation)
         return y.view(tokens, top_k, y.shape[-1]).sum(1)

@@ -1,6 +1,7 @@
 """The C library and the ops refuse arguments by which a kernel would read or write past an array; each in a forked process."""
 
 import gc
+import os
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from rtn_tensor import RTNQuantizedTensor, explain, ops
 from rtn_tensor.formats import FORMATS, Format
-from rtn_tensor.kernels import cpu, problem, triton
+from rtn_tensor.kernels import cpu, forget, problem, triton
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="the C++ library was not built")
 HUGE = 1 << 62
@@ -241,6 +242,20 @@ def test_kernels_say_which_bits_they_have(monkeypatch):
     assert reasons["cpu"] == "It reads 4 and 8 bits, not 2."
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton.why_not(problem.make_problem("dequantize", w.dtype, 8, 64, w.qdata, w.scale, 2, 32)) == reasons["cpu"]
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("ends", [[3, 100, 100], [-7, 2, 5], [5, 2, 1], [1 << 30, -(1 << 30), 5], [0, 0, 2]])
+def test_ends_that_are_none_stay_inside(kernel, ends):
+    """Of rows that no expert's own range holds nothing is said; what is read and written are rows that there are."""
+
+    def run():
+        os.environ["RTN_KERNEL"] = kernel
+        forget()
+        arguments = good("grouped") | {"offs": torch.tensor(ends, dtype=torch.int32)}
+        return ops.grouped(*arguments.values()).isfinite().all().item()
+
+    assert survives(run, allowed=(RuntimeError,) if kernel == "reference" else ()).value in (True, None)
 
 
 @needs_library

@@ -91,9 +91,18 @@ class Experts(FusedMoE):
         self.quant_method.create_moe_runner(self, self.moe_runner_config)
 
 
-@pytest.mark.parametrize("factor", [None, 2.5])
-def test_experts(factor):
-    layer = Experts(config(bits=4, group_size=32), routed_scaling_factor=factor)
+@pytest.mark.parametrize(
+    ("about", "gate"),
+    [
+        ({}, reference.ACTIVATIONS["silu"]),
+        ({"routed_scaling_factor": 2.5}, reference.ACTIVATIONS["silu"]),
+        ({"swiglu_limit": 2.0}, reference.SwiGLU(limit=2.0)),
+        ({"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0}, reference.ACTIVATIONS["gpt_oss"]),
+        ({"gemm1_alpha": 1.5, "gemm1_clamp_limit": 2.0, "gate_up_interleaved": False}, reference.SwiGLU(1.5, 1.0, 2.0)),
+    ],
+)
+def test_experts(about, gate):
+    layer = Experts(config(bits=4, group_size=32), **about)
     w13, w2, x = torch.randn(4, 192, 64), torch.randn(4, 64, 96), torch.randn(3, 64)
     for e in range(4):  # as SGLang's loader does, an expert and one of gate and up at a time
         layer.w13_weight.data[e].narrow(0, 0, 96).copy_(w13[e, :96])
@@ -106,13 +115,28 @@ def test_experts(factor):
     expected = torch.zeros(3, 64)
     for t in range(3):
         for e, weight in zip(ids[t].tolist(), weights[t], strict=True):
-            expected[t] += weight * (down[e] @ reference.ACTIVATIONS["silu"](up[e] @ x[t]))
-    torch.testing.assert_close(got, expected * (factor or 1), rtol=1e-4, atol=1e-4)
+            expected[t] += weight * (down[e] @ gate(up[e] @ x[t]))
+    torch.testing.assert_close(got, expected * about.get("routed_scaling_factor", 1), rtol=1e-4, atol=1e-3)
 
 
-def test_experts_of_another_kind_are_refused():
-    with pytest.raises(ValueError, match="model.layers.0.mlp.experts: only experts of silu"):
-        Experts(config(bits=4, group_size=32), activation="gelu")
+@pytest.mark.parametrize(
+    ("about", "what"),
+    [
+        ({"activation": "gelu"}, "the activation 'gelu'"),
+        ({"activation": "situ", "gemm1_alpha": 4.0, "gemm1_clamp_limit": 1.0}, "the activation 'situ'"),
+        ({"is_gated": False}, "no gate"),
+        ({"no_combine": True}, "no_combine"),
+        ({"gemm1_clamp_limit": 7.0}, "only one of gemm1_alpha and gemm1_clamp_limit"),
+        ({"gemm1_alpha": 1.702}, "only one of gemm1_alpha and gemm1_clamp_limit"),
+        ({"gemm1_beta": 1.0}, "gemm1_beta but no gemm1_alpha"),
+        ({"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "swiglu_limit": 10.0}, "gemm1_alpha and swiglu_limit"),
+        ({"apply_router_weight_on_input": True}, "apply_router_weight_on_input with 2 experts per token"),
+    ],
+    ids=str,
+)
+def test_experts_of_another_kind_are_refused(about, what):
+    with pytest.raises(ValueError, match=f"model.layers.0.mlp.experts: .*{what}"):
+        Experts(config(bits=4, group_size=32), **about)
 
 
 def test_ranks_that_would_cut_a_group():

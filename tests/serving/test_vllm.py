@@ -22,6 +22,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload import layerwise
 
@@ -30,6 +31,7 @@ from benchmarks.real_model import MODEL
 from rtn_tensor import RTNQuantizedTensor, load, ops, rtn_int4, rtn_int8, save
 from rtn_tensor.cli import main
 from rtn_tensor.integrations import vllm as plugin
+from rtn_tensor.reference import SwiGLU
 
 HERE = Path(__file__).parent
 
@@ -108,6 +110,30 @@ def test_tokens(folder, calls, name):
     assert calls["routed"] >= 8 * 4 or name == "smollm2"
     assert difference(reference(path, BY_TURNS), generated) < ROUNDING["float32"]
     assert difference(reference(path), generated) > 100 * ROUNDING["float32"]  # the check tells float weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "gate"),
+    [("silu", (0.05, None, None), SwiGLU(limit=0.05)), ("swigluoai_uninterleave", (0.1, 1.5, 1.0), SwiGLU(1.5, 1.0, 0.1))],
+)
+def test_what_a_model_sets_of_its_activation(folder, monkeypatch, kind, settings, gate):
+    """As models' own code does by arguments of FusedMoE."""
+    make = plugin.RTNQuantizationConfig._experts_method
+
+    def with_settings(self, layer, prefix):
+        layer.activation = MoEActivation(kind)
+        layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta = settings
+        return make(self, layer, prefix)
+
+    monkeypatch.setattr(plugin.RTNQuantizationConfig, "_experts_method", with_settings)
+    path = folder("mixtral")
+    with engine(path, **rtn(bits=4, group_size=64)) as llm:
+        generated = greedy(llm, new=8)
+    model = reference(path, rtn_int4(64))
+    assert difference(model, generated) > 100 * ROUNDING["float32"]
+    for layer in model.model.layers:
+        layer.mlp.experts._apply_gate = gate
+    assert difference(model, generated) < ROUNDING["float32"]
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "smollm2"])

@@ -14,15 +14,16 @@ def block_of(block, offs_ptr, M, E, BM: tl.constexpr, EXPERTS: tl.constexpr):
     """Number of a block of at most BM rows -> (expert, its first row, the end of the expert's rows). Each expert's rows make blocks of
     their own; rows past the last end are those of expert E; numbers past the last block give E + 1 or more. EXPERTS: a power of two > E."""
     e = tl.arange(0, EXPERTS)
-    ends = tl.where(e < E, tl.load(offs_ptr + e, mask=e < E, other=0), M)
-    starts = tl.where(e > 0, tl.load(offs_ptr + e - 1, mask=(e > 0) & (e <= E), other=0), 0)
+    # Ends that are no ends of M rows must not lead out of them.
+    ends = tl.where(e < E, tl.minimum(tl.maximum(tl.load(offs_ptr + e, mask=e < E, other=0), 0), M), M)
+    starts = tl.where(e > 0, tl.minimum(tl.maximum(tl.load(offs_ptr + e - 1, mask=(e > 0) & (e <= E), other=0), 0), M), 0)
     starts = tl.where(e <= E, starts, M)
     blocks = (ends - starts + BM - 1) // BM
     until = tl.cumsum(blocks)
     expert = tl.sum((until <= block).to(tl.int32))
     mine = e == expert
     start = tl.sum(tl.where(mine, starts + (block - until + blocks) * BM, 0))
-    return expert, start, tl.sum(tl.where(mine, ends, 0))
+    return expert, tl.maximum(start, 0), tl.sum(tl.where(mine, ends, 0))
 
 
 @triton.jit(do_not_specialize=["M", "E", "sx", "swe", "sw", "sse", "ss"])
