@@ -6,13 +6,16 @@ dispatcher. K is passed where it cannot be read off an argument, because `qdata`
 """
 
 import functools
-import threading
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import profiler
+from torch.compiler import is_compiling
+from torch.utils.flop_counter import register_flop_formula
 
 from rtn_tensor import arguments
 from rtn_tensor.formats import FORMATS, groups
@@ -41,7 +44,7 @@ def _define(schema: str):
             with torch._C._DisableAutocast():  # else it redoes the fp32 products inside a kernel in its own dtype
                 return fn(*args)
 
-        _library.impl(name, dispatched(run), "CompositeExplicitAutograd")
+        _library.impl(name, dispatched(name, run), "CompositeExplicitAutograd")
         return run
 
     return register
@@ -63,10 +66,13 @@ def _fake(name: str):
     return register
 
 
-def dispatched(run):
-    """`run` as the dispatcher may call it."""
+def dispatched(name: str, run):
+    """`run`, of the op `name`, as the dispatcher may call it."""
 
     def call(*args):
+        for i, t in enumerate(args):
+            if isinstance(t, Tensor) and (why := unfit(t)):
+                raise TypeError(f"rtn::{name}: {getattr(_ops, name).default._schema.arguments[i].name} is {why}")
         y = run(*args)
         # Autograd refuses an in-place change of an op's output that is a view, as that of a linear over a 3-D x is.
         return torch.ops.aten._unsafe_view(y, y.shape) if isinstance(y, Tensor) and y._is_view() else y
@@ -74,13 +80,26 @@ def dispatched(run):
     return call
 
 
+def unfit(t: Tensor) -> str | None:
+    """None where the numbers of `t` lie in dense memory, which is all that the ops read; else what it is, and what to do."""
+    if t.is_nested:
+        return "a nested tensor, where a dense one is needed; use the values() of a jagged one, or call it for each of unbind()"
+    if t.is_quantized:
+        return f"of torch's own {t.dtype}, where plain numbers are needed; use .dequantize()"
+    if t.layout is not torch.strided:
+        return f"of {t.layout}, where a dense tensor is needed; use .to_dense()"
+    return None
+
+
 def tracing(*tensors: Tensor) -> bool:
-    """Whether a compiler, exporter, functorch transform or dispatch mode must see the ops, or a gradient is asked for."""
+    """Whether somebody must see the ops: a compiler, an exporter, a functorch transform, a dispatch mode or a profiler; or whether one of
+    `tensors` is not what it seems to be, and the dispatcher knows what to do with it."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _len_torch_dispatch_stack() > 0
+        or profiler._is_profiler_enabled
         or transformed()
-        or torch._C._get_tracing_state() is not None
+        or _get_tracing_state() is not None
         or not all(map(_is_plain, tensors))
     )
 
@@ -90,8 +109,22 @@ def transformed() -> bool:
     return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+# All that the dispatcher may know of a tensor whose memory holds its numbers. Others are a subclass, a fake or a sample of vmap, hold no
+# numbers (meta, zeros that were never written), lie in another layout, or are to be negated when they are read.
+_PLAIN_KEYS = functools.reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(key).raw_repr()
+        for name, key in torch._C.DispatchKey.__members__.items()
+        if name in ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1", "ADInplaceOrView")
+        or (name.startswith(("Autograd", "Autocast")) and name not in ("AutogradOther", "AutogradNestedTensor", "AutogradMeta", "Autograd"))
+    ),
+)
+_SPECIAL_KEYS = ~_PLAIN_KEYS
+
+
 def _is_plain(t: Tensor) -> bool:
-    return (type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_meta and not is_functorch_wrapped_tensor(t)
+    return not _dispatch_keys(t).raw_repr() & _SPECIAL_KEYS
 
 
 def _wants_grad(*tensors: Tensor) -> bool:
@@ -135,38 +168,25 @@ def _linear(x, qdata, scale, bias, bits, group_size):
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], qdata.shape[-2])
 
 
-_lost = threading.local()
-
-
-_linear_in_python = dispatched(_linear)
-
-
-def _linear_from_cpp(*args):
-    try:
-        return _linear_in_python(*args)
-    except BaseException as error:  # C++ makes a RuntimeError of it, Ctrl-C included
-        _lost.error = error
-        raise
-
-
 # csrc/torch_op.cpp takes rtn::linear on CPU tensors; what it does not run itself it calls here. Of another namespace, as no graph has it.
 _python = torch.library.Library("rtn_python", "DEF")
 _python.define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
-_python.impl("linear", _linear_from_cpp, "CompositeExplicitAutograd")
-_cpu_linear = functools.partial(_ops.linear.default.redispatch, _CPU) if cpu.register() else None
+_python.impl("linear", dispatched("linear", _linear), "CompositeExplicitAutograd")
+# The same without that call: None instead. An error that Python raises below C++ comes out as a RuntimeError, Ctrl-C too.
+_python.define("linear_in_cpp(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor?")
+_cpu_linear = functools.partial(torch.ops.rtn_python.linear_in_cpp.default.redispatch, _CPU) if cpu.register() else None
 
 
 def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
     """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's dtype."""
-    operands = (x, qdata, scale) if bias is None else (x, qdata, scale, bias)
-    if tracing(*operands) or _wants_grad(*operands):
+    given = (x,) if bias is None else (x, bias)
+    # Both planes are of one kind.
+    if tracing(*given) or type(qdata) is not Tensor or _wants_grad(*given):
         run = _linear_function if transformed() else _ops.linear.default
         return run(x, qdata, scale, bias, bits, group_size)
-    if x.is_cpu and _cpu_linear:  # past autograd and torch.library, the call takes 3 us around the product; through Python it takes 9
-        try:
-            return _cpu_linear(x, qdata, scale, bias, bits, group_size)
-        except RuntimeError as error:
-            raise vars(_lost).pop("error", error) from None
+    # Past autograd and torch.library, the call takes 3 us around the product; through Python it takes 9.
+    if x.is_cpu and _cpu_linear and (y := _cpu_linear(x, qdata, scale, bias, bits, group_size)) is not None:
+        return y
     return _linear(x, qdata, scale, bias, bits, group_size)
 
 
@@ -466,3 +486,35 @@ def _dequantize_vmap(info, in_dims, qdata, scale, bits, group_size, k, dtype):
 
 
 torch.library.register_vmap("rtn::dequantize", _dequantize_vmap, lib=_library)
+
+
+# ----------------------------------------------------------------------------------------------- what FlopCounterMode counts
+
+
+def _elements(*shape) -> int:
+    return torch.Size(shape).numel()
+
+
+@register_flop_formula(_ops.linear)
+def _linear_flops(x, qdata, scale, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _elements(*x) * qdata[0]
+
+
+@register_flop_formula([_ops.linear_dx])
+def _linear_dx_flops(dy, qdata, scale, bits, group_size, k, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _elements(*dy) * k
+
+
+@register_flop_formula([_ops.grouped])
+def _grouped_flops(x, qdata, scale, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _elements(*x) * qdata[1]  # of every row, as torch counts its own grouped product
+
+
+@register_flop_formula([_ops.grouped_dx])
+def _grouped_dx_flops(dy, qdata, scale, offs, bits, group_size, k, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _elements(*dy) * k
+
+
+@register_flop_formula([_ops.routed])
+def _routed_flops(x, qdata, scale, bias, experts, *args, out_shape=None, **kwargs) -> int:
+    return 2 * experts[0] * x[1] * qdata[1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quant_api, register_quantize_module_handler
 
+from rtn_tensor import printing  # noqa: F401  (print(model) names what is quantized)
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use

@@ -96,6 +96,10 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
             TypeError: `w` is already quantized or not of a float dtype above.
         """
         check_format(bits, group_size, scale_method)
+        if not isinstance(w, Tensor):
+            raise TypeError(f"cannot quantize a {type(w).__name__}; give a torch.Tensor, a weight [..., N, K]")
+        if why := ops.unfit(w):
+            raise TypeError(f"cannot quantize w, which is {why}")
         if isinstance(w, TorchAOBaseTensor):
             raise TypeError(f"already quantized: got a {type(w).__name__}; quantize the float weight, or call .dequantize() first")
         if w.dim() == 0:
@@ -216,6 +220,56 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
             return None
         return type(self)(qdata, scale.to(param_dtype), **attributes), outputs
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the planes."""
+        return self.qdata.nbytes + self.scale.nbytes
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes per element, a fraction (0.53125 for 4 bits and one 16-bit scale per 64), so that numel() * element_size() is what is held.
+
+        transformers' `get_memory_footprint` and its device maps multiply so."""
+        return self.nbytes / self.numel() if self.numel() else float(self.scale.itemsize)
+
+    def _quantization_type(self) -> str:
+        """What torchao, and `print(model)`, show of a layer."""
+        method = "" if self.scale_method == "absmax" else f", scale_method={self.scale_method!r}"
+        return f"bits={self.bits}, group_size={self.group_size}{method}"
+
+    # Whoever asks for the memory of a tensor of this shape and dtype would read past that of the planes.
+    def _without_memory(self, name: str) -> Exception:
+        return _error(
+            self, f"{name} gives the memory of plain numbers, and a quantized tensor has none; use .dequantize() first", NotImplementedError
+        )
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._without_memory("DLPack")
+
+    def __dlpack_device__(self) -> Any:
+        raise self._without_memory("DLPack")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._without_memory("a NumPy array")
+
+    def tolist(self) -> Any:
+        raise self._without_memory("tolist()")
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        raise _error(self, "a quantized tensor has no __cuda_array_interface__; use .dequantize() first", AttributeError)
+
+    def storage(self) -> Any:
+        # safetensors asks it; NotImplementedError would mean a tensor without numbers to it, and it would read on.
+        what = "a quantized weight lies in two planes, and has no storage of its own"
+        raise _error(self, f"{what}; to save it, use rtn_tensor.save(model, folder) or torch.save", TypeError)
+
+    # An operator of torch's own takes a TypeError from below for "not mine", and Python then says no more than "unsupported operand".
+    def __matmul__(self, other: Any) -> Any:
+        return torch.matmul(self, other) if isinstance(other, Tensor) else NotImplemented
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return torch.matmul(other, self) if isinstance(other, Tensor) else NotImplemented
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
         handler = cls._ATEN_OP_TABLE[cls].get(func)
@@ -243,12 +297,12 @@ _op = RTNQuantizedTensor.implements
 _function = RTNQuantizedTensor.implements_torch_function
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def _check_dtype(dtype: torch.dtype, w: Tensor | None = None) -> None:
     if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"dtype {dtype} is not supported for a quantized weight; use {', '.join(map(str, FLOAT_DTYPES))}")
+        raise _error(w, f"dtype {dtype} is not supported for a quantized weight; use {', '.join(map(str, FLOAT_DTYPES))}", TypeError)
 
 
-def _error(w: Tensor, what: str, kind: type[Exception] = ValueError) -> Exception:
+def _error(w: Tensor | None, what: str, kind: type[Exception] = ValueError) -> Exception:
     """`quantize_` writes a weight's name on it, as `fqn`, so that an error met later can give it."""
     name = getattr(w, "fqn", None)
     return kind(f"{name}: {what}" if name else what)
@@ -358,32 +412,67 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
+def _cast_by_autocast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`t` in the dtype that autocast asks for, if it does; like torch's own it leaves float64, integers and complex numbers alone."""
+    return t.to(dtype) if dtype and t.is_floating_point() and t.dtype is not torch.float64 else t
+
+
 def _check_operand(x: Tensor, w: RTNQuantizedTensor, size: int) -> Tensor:
     """`x` as the kernel takes it: cast under autocast, else of the weight's dtype; its last dim is contracted with `size`."""
     if isinstance(x, RTNQuantizedTensor):
         raise _error(w, "a quantized tensor cannot multiply a quantized tensor; call .dequantize() on the activation", TypeError)
+    if x.layout is not torch.strided or x.is_nested:
+        _check_kind("x", x, w)
     _check_device("x", x, w)
-    if dtype := _autocast_dtype(x):
-        x = x.to(dtype)
-    elif x.dtype != w.scale.dtype:
-        raise _error(w, f"x is {x.dtype} but the weight is {w.scale.dtype}; use x.to({w.scale.dtype}) or weight.to({x.dtype})", TypeError)
-    if x.shape[-1] != size:
+    autocast = _autocast_dtype(x)
+    if autocast:
+        x = _cast_by_autocast(x, autocast)
+    if x.dtype != (dtype := w.scale.dtype) and x.dtype != autocast:
+        _check_kind("x", x, w)
+        other = f" or weight.to({x.dtype})" if x.dtype in FLOAT_DTYPES else ""
+        raise _error(w, f"x is {x.dtype} but the weight is {dtype}; use x.to({dtype}){other}", TypeError)
+    if not x.dim() or x.shape[-1] != size:
         raise _error(w, f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(w.shape)}: its last dim must be {size}")
     return x
+
+
+def _check_kind(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
+    """Raises TypeError for a tensor that is not dense, unless it is nested by a class of its own, whose values are."""
+    if (why := ops.unfit(t)) and t.layout is not torch.jagged:
+        raise _error(w, f"{what} is {why}", TypeError)
+    if t.is_complex():
+        raise _error(w, f"{what} is {t.dtype}, but a weight stands for real numbers; use it on {what}.real and {what}.imag", TypeError)
 
 
 def _check_device(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
     device = w.qdata.device  # 0.2 us; the weight's own goes through the dispatcher, and takes 1.9
     if t.device != device:
+        if t.is_meta:
+            raise _error(w, f"{what} is on meta, where tensors have no numbers, but the weight is on {device}; make {what} on {device}")
+        if device.type == "meta":
+            raise _error(w, f"the weight is on meta, where tensors have no numbers, but {what} is on {t.device}; load the weight first")
         raise _error(w, f"{what} is on {t.device} but the weight is on {device}; use {what}.to('{device}') or weight.to('{t.device}')")
 
 
 def _check_bias(bias: Tensor, x: Tensor, w: RTNQuantizedTensor) -> Tensor:
     """`bias` in the dtype of `x`, which `_check_operand` has seen: cast under autocast, else refused if it is another."""
     _check_device("bias", bias, w)
-    if bias.dtype != x.dtype and _autocast_dtype(x) is None:
-        raise _error(w, f"bias is {bias.dtype} but x is {x.dtype}; use bias.to({x.dtype})", TypeError)
-    return bias.to(x.dtype)
+    if bias.dtype != x.dtype:
+        _check_kind("bias", bias, w)
+        bias = _cast_by_autocast(bias, _autocast_dtype(x))
+        if bias.dtype != x.dtype:
+            raise _error(w, f"bias is {bias.dtype} but x is {x.dtype}; use bias.to({x.dtype})", TypeError)
+    return bias
+
+
+def _check_indices(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
+    """Raises unless `t` holds int32 or int64 numbers where the weight lies."""
+    if not isinstance(t, Tensor):
+        raise _error(w, f"{what} is a {type(t).__name__}; give a tensor of torch.int64 or torch.int32", TypeError)
+    _check_kind(what, t, w)
+    if t.dtype not in (torch.int64, torch.int32):
+        raise _error(w, f"{what} is {t.dtype}; it must be torch.int64 or torch.int32", TypeError)
+    _check_device(what, t, w)
 
 
 def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_features: bool) -> Tensor:
@@ -454,12 +543,13 @@ def _grouped_mm(
             b, f"grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes {tuple(a.shape)}, {tuple(b.shape)}"
         )
     a = _check_operand(a, b, b.shape[-2])
+    _check_indices("offs", offs, b)
     if b.transposed:
         y = ops.grouped(a, b.qdata, b.scale, offs, b.bits, b.group_size)
     else:
         y = ops.grouped_dx(a, b.qdata, b.scale, offs, b.bits, b.group_size, b.in_features)
     if bias is not None:
-        y = y + bias
+        y = y + _check_bias(bias, y, b)
     return y if out_dtype is None else y.to(out_dtype)
 
 
@@ -476,7 +566,14 @@ def _embedding(
         raise _error(weight, "embedding with max_norm rewrites the weight, which a quantized one cannot; drop max_norm")
     if weight.transposed or weight.dim() != 2:
         raise _error(weight, f"embedding needs a 2-D weight that is not transposed, got {weight!r}")
-    return ops.embedding(input, weight.qdata, weight.scale, weight.bits, weight.group_size, weight.in_features)
+    _check_indices("input", input, weight)
+    rows = weight.qdata.shape[0]
+    if padding_idx is not None and not -rows <= padding_idx < rows:
+        raise _error(weight, f"padding_idx={padding_idx} is out of range: the weight has {rows} rows")
+    try:
+        return ops.embedding(input, weight.qdata, weight.scale, weight.bits, weight.group_size, weight.in_features)
+    except IndexError as error:
+        raise _error(weight, str(error), IndexError) from None
 
 
 # Caught here, above autograd and autocast: one op with its own backward, the weight's scale never cast, and 3 us a call.
@@ -833,10 +930,12 @@ def _(func, types, args, kwargs):
 @_op(aten.copy_.default)
 def _(func, types, args, kwargs):
     dst, src = args[:2]
+    if src.is_nested:
+        raise _error(dst, f"the tensor to copy is {ops.unfit(src)}", TypeError)
     if dst.shape != src.shape:
         raise _error(dst, f"cannot copy_ a tensor of shape {tuple(src.shape)} into one of shape {tuple(dst.shape)}")
     if not isinstance(dst, RTNQuantizedTensor):
-        return dst.copy_(src.dequantize(dst.dtype))
+        return dst.copy_(src.dequantize(dst.dtype if dst.dtype in FLOAT_DTYPES else None))
     if dst._shares_scale:
         raise _error(
             dst, "cannot copy_ into some columns of a weight with group_size=-1: its other columns share the scale; copy whole rows"
@@ -850,8 +949,16 @@ def _(func, types, args, kwargs):
         dst.qdata.copy_(src.qdata)
         dst.scale.copy_(scale)
     else:
+        if why := ops.unfit(src):
+            raise _error(dst, f"the tensor to copy is {why}", TypeError)
+        if src.is_meta and not dst.qdata.is_meta:
+            raise _error(
+                dst, f"cannot copy_ a tensor on meta, where tensors have no numbers, into one on {dst.qdata.device}; make it there"
+            )
+        if src.is_neg() or src._is_zerotensor():  # below autograd nothing else than copy_ looks at what a tensor is a view of
+            src = torch.empty(src.shape, dtype=src.dtype, device=src.device).copy_(src)
         w = src.to(dst.qdata.device)
-        _check_dtype(w.dtype)
+        _check_dtype(w.dtype, dst)
         ops.quantize_(w.mT if dst.transposed else w, dst.qdata, dst.scale, dst.bits, dst.group_size, dst.scale_method)
     return dst
 
@@ -865,7 +972,7 @@ def _(func, types, args, kwargs):
             raise _error(w, f"cannot make a transposed tensor of shape {tuple(shape)}; it needs at least 2 dims")
         shape[-2:] = shape[:-3:-1]
     dtype = kwargs.get("dtype") or w.scale.dtype
-    _check_dtype(dtype)
+    _check_dtype(dtype, w)
     to = {"device": kwargs.get("device") or w.qdata.device, "pin_memory": kwargs.get("pin_memory") or False}
     factory = torch.zeros if func in (aten.zeros_like.default, aten.new_zeros.default) else torch.empty
     planes = _new_planes(factory, shape, w.bits, w.group_size, dtype, **to)

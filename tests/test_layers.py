@@ -32,6 +32,7 @@ LAYERS = [
     "ops",
     "tensor",
     "sharding",
+    "printing",
     "moe",
     "policy",
     "files",

@@ -91,10 +91,15 @@ def set_isa(name: str) -> None:
         raise ValueError(f"the instruction set {name!r} is not available here; {isa()} is in use")
 
 
-def _check(status: int) -> None:
+def _check(status: int, **arrays: Tensor | None) -> None:
     if status == _NO_MEMORY:
         raise MemoryError("the CPU kernel could not get memory for its buffers")
     if status:
+        if freed := [name for name, t in arrays.items() if t is not None and t.numel() and not t.data_ptr()]:
+            raise ValueError(
+                f"the memory of {' and '.join(freed)} was given back (its storage has no bytes), as FSDP does between uses; use it "
+                "while it is there"
+            )
         raise ValueError("the CPU kernel refused its arguments, and computed nothing: the planes, x, bias and offs do not fit one another")
 
 
@@ -139,7 +144,8 @@ def _linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, offs: 
         0 if bias is None else bias.numel(),
         0 if offs is None else offs.numel(),
     )
-    _check(library().rtn_linear(arguments))
+    if status := library().rtn_linear(arguments):
+        _check(status, x=x, qdata=qdata, scale=scale, bias=bias, offs=offs)
     return y
 
 
@@ -190,7 +196,8 @@ def quantize(
     )
     if qdata.numel() or scale.numel():
         w2, q2, s2 = _dense_rows(w).reshape(-1, k), qdata.view(-1, qdata.shape[-1]), scale.view(-1, scale.shape[-1])
-        _check(_planes("rtn_quantize", w2, q2, s2, bits, group_size, SCALE_METHODS.index(scale_method), None))
+        status = _planes("rtn_quantize", w2, q2, s2, bits, group_size, SCALE_METHODS.index(scale_method), None)
+        _check(status, w=w2, qdata=q2, scale=s2)
     return qdata, scale
 
 
@@ -198,19 +205,21 @@ def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int,
     w = torch.empty(*qdata.shape[:-1], k, dtype=dtype)
     if w.numel():
         q2, s2 = qdata.reshape(-1, qdata.shape[-1]), _dense_rows(scale).reshape(-1, scale.shape[-1])
-        _check(_planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, 0, None))
+        _check(_planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, 0, None), qdata=q2, scale=s2)
     return w
 
 
 def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     w = torch.empty(*indices.shape, k, dtype=scale.dtype)
     if w.numel():
+        if not indices.data_ptr():
+            _check(_REFUSED, indices=indices)
         flat = indices.reshape(-1).to(torch.int64).contiguous()
         status = _planes("rtn_dequantize", w.view(-1, k), _dense_rows(qdata), _dense_rows(scale), bits, group_size, 0, flat)
         low, high = (0, 0) if status != _REFUSED else (int(i) for i in flat.aminmax())
         if low < 0 or high >= qdata.shape[0]:
             raise IndexError(f"embedding index {low if low < 0 else high} is out of range: the weight has {qdata.shape[0]} rows")
-        _check(status)
+        _check(status, qdata=qdata, scale=scale)
     return w
 
 

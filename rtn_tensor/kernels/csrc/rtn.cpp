@@ -46,8 +46,8 @@ bool fits(const rtn_linear_args& a) {
   if (!in(a.m, 0, LIMIT) || !in(a.n, 0, LIMIT) || !in(experts, 0, LIMIT) || a.threads < 1) return false;
   if (!is_dtype(a.dtype) || !is_dtype(a.scale_dtype)) return false;
   if (!row_fits(a.k, a.bits, a.group_size, a.qdata_bytes, a.scale_groups)) return false;
-  if (a.qdata_rows != a.n || a.scale_rows != a.n || (a.bias && a.bias_size != a.n)) return false;
-  if (a.qdata_experts != experts || a.scale_experts != experts || (a.offs && a.offs_size != experts)) return false;
+  if (a.qdata_rows != a.n || a.scale_rows != a.n || a.bias_size != (a.bias ? a.n : 0)) return false;
+  if (a.qdata_experts != experts || a.scale_experts != experts || a.offs_size != (a.offs ? experts : 0)) return false;
   if (a.x_stride < 0 || a.y_stride < a.n || a.qdata_stride < 0 || a.scale_stride < 0 || a.qdata_expert_stride < 0 || a.scale_expert_stride < 0) return false;
   if (a.m && a.n && !a.y) return false;
   return !a.m || !a.n || !a.k || !experts || (a.x && a.qdata && a.scale);

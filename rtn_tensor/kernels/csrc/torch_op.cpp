@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <stdexcept>
+#include <string>
 
 #include "rtn.h"
 
@@ -155,26 +156,39 @@ Tensor product(const Value* stack) {
   return y;
 }
 
+// The tensors on the stack are ours to give back.
+void release(Value* stack) {
+  for (int i = 0; i < 3; ++i) torch.delete_tensor(Tensor(stack[i]));
+  if (Value* optional = reinterpret_cast<Value*>(stack[3])) {
+    torch.delete_tensor(Tensor(*optional));
+    if (torch.delete_value) torch.delete_value(optional);
+    else delete optional;
+  }
+}
+
 void linear(Value* stack, uint64_t, uint64_t) {
   if (const Tensor y = product(stack)) {
-    // The stack's tensors are ours to give back.
-    for (int i = 0; i < 3; ++i) torch.delete_tensor(Tensor(stack[i]));
-    if (Value* optional = reinterpret_cast<Value*>(stack[3])) {
-      torch.delete_tensor(Tensor(*optional));
-      if (torch.delete_value) torch.delete_value(optional);
-      else delete optional;
-    }
+    release(stack);
     stack[0] = Value(y);
   } else if (torch.call_dispatcher("rtn_python::linear", "", stack, VERSION)) {
-    throw std::runtime_error(torch.what ? torch.what() : "rtn::linear failed; the reason is printed above");
+    const std::string what = torch.what ? torch.what() : "rtn::linear failed; the reason is printed above";
+    throw std::runtime_error(what.substr(0, what.find("\n\nAt:\n")));  // without the Python lines that it came through
   }
+}
+
+void linear_or_none(Value* stack, uint64_t, uint64_t) {
+  const Tensor y = product(stack);
+  release(stack);
+  stack[0] = y ? Value(new Value(Value(y))) : 0;
 }
 
 }  // namespace
 
 extern "C" int rtn_register(void) {
-  void* library;  // torch keeps what it registers until the process ends
+  void *library, *python;  // torch keeps what it registers until the process ends
   if (!torch.load() || torch.library_init_impl("rtn", "CPU", __FILE__, __LINE__, &library)) return -1;
+  if (torch.library_init_impl("rtn_python", "CPU", __FILE__, __LINE__, &python)) return -1;
+  if (torch.library_impl(python, "linear_in_cpp", linear_or_none, VERSION)) return -1;
   return torch.library_impl(library, "linear", linear, VERSION) ? -1 : 0;
 }
 
