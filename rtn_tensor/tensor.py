@@ -3,7 +3,7 @@
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
 from rtn_tensor import ops
@@ -277,9 +278,14 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
             return handler(func, types, args, kwargs or {})
         # Below autograd (in inference mode, say) ops that torch composes of others, like mT and narrow, arrive whole.
         out = func.decompose(*args, **(kwargs or {}))
-        if out is NotImplemented:
-            raise NotImplementedError(f"{cls.__name__} does not implement {func}; call it on .dequantize(), which gives a plain tensor")
-        return out
+        if out is not NotImplemented:
+            return out
+        if not func._schema.is_mutable and _merges_an_adapter():
+            args, kwargs = tree_map_only(RTNQuantizedTensor, RTNQuantizedTensor.dequantize, (args, kwargs or {}))
+            return func(*args, **kwargs)
+        w = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, RTNQuantizedTensor))
+        way_out = f"call it on .dequantize(), which gives a plain tensor{_or_float(w)}"
+        raise _error(w, f"{cls.__name__} does not implement {func}; {way_out}", NotImplementedError)
 
 
 RTNQuantizedTensor.__setstate__ = RTNQuantizedTensor._set_state  # type: ignore[method-assign]  # the base gives every class its own
@@ -312,6 +318,17 @@ def _or_float(w: Tensor) -> str:
     """What to do where a model does with the weight `w` what no quantized one can do: MobileBERT joins two of different columns."""
     name = getattr(w, "fqn", None)
     return f"; a weight that its model uses so stays float by the rule ({name!r}, None)" if name else ""
+
+
+def _merges_an_adapter() -> bool:
+    """Whether PEFT merges an adapter, or takes it out again: it computes with the weight, and gives the result to `weight.data`.
+
+    Nothing but the stack tells; and an error would come after the adapter is trained, too late.
+    """
+    frame = sys._getframe()
+    while frame and not (frame.f_code.co_name in ("merge", "unmerge") and frame.f_globals.get("__name__", "").startswith("peft.")):
+        frame = frame.f_back
+    return frame is not None
 
 
 def hung_on(w: Tensor) -> dict[str, Any]:
@@ -576,14 +593,28 @@ def _embedding(
         raise _error(weight, str(error), IndexError) from None
 
 
+def _into(out: Tensor | None, product: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What `product` gives, written into `out` where there is one."""
+    if isinstance(out, RTNQuantizedTensor):
+        raise _error(
+            out, "a product cannot be written into a quantized tensor by out=; copy_ it into the tensor, which quantizes", TypeError
+        )
+    y = product(*args, **kwargs)
+    if out is None:
+        return y
+    if out.dtype != y.dtype or (out.shape != y.shape and out.numel()):
+        raise ValueError(f"out is {out.dtype} of shape {tuple(out.shape)}, but the product is {y.dtype} of shape {tuple(y.shape)}")
+    return out.resize_(y.shape).copy_(y)
+
+
 # Caught here, above autograd and autocast: one op with its own backward, the weight's scale never cast, and 3 us a call.
 for _torch_fns, _handler in (
     ([F.linear], _linear),
-    ([torch.mm, Tensor.mm], lambda input, mat2: _matmul(input, mat2)),
-    ([torch.matmul, Tensor.matmul, Tensor.__matmul__], lambda input, other: _matmul(input, other)),
+    ([torch.mm, Tensor.mm], lambda input, mat2, *, out=None: _into(out, _matmul, input, mat2)),
+    ([torch.matmul, Tensor.matmul, Tensor.__matmul__], lambda input, other, *, out=None: _into(out, _matmul, input, other)),
     ([Tensor.__rmatmul__], lambda other, input: _matmul(input, other)),
-    ([torch.addmm, Tensor.addmm], _addmm),
-    ([torch.bmm, Tensor.bmm], lambda input, mat2: _bmm(input, mat2)),
+    ([torch.addmm, Tensor.addmm], lambda *args, out=None, **kwargs: _into(out, _addmm, *args, **kwargs)),
+    ([torch.bmm, Tensor.bmm], lambda input, mat2, *, out=None: _into(out, _bmm, input, mat2)),
     ([torch._grouped_mm, F.grouped_mm], _grouped_mm),  # type: ignore[attr-defined]
     ([F.embedding], _embedding),
 ):
@@ -591,6 +622,22 @@ for _torch_fns, _handler in (
     @_function(_torch_fns)
     def _(func, types, args, kwargs, _handler=_handler):
         return _handler(*args, **(kwargs or {}))
+
+
+@_function(torch.einsum)
+def _(func, types, args, kwargs):
+    """torch takes it apart, and what comes of that may be a product of ours."""
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+    except (ValueError, NotImplementedError) as error:
+        w = next(t for t in tree_leaves(args) if isinstance(t, RTNQuantizedTensor))
+        raise _error(
+            w,
+            f"einsum({args[0]!r}) comes to more than a product with the weight; use F.linear(x, weight) or x @ weight, or give einsum "
+            "weight.dequantize()",
+            NotImplementedError,
+        ) from error
 
 
 # The same below autograd, where DTensor and C++ callers arrive.
@@ -855,7 +902,8 @@ def _(func, types, args, kwargs):
     name = "stack" if func is aten.stack.default else "cat"
     for t in tensors:
         if not isinstance(t, RTNQuantizedTensor) or _format(t) != _format(first):
-            raise _error(first, f"cannot {name} {first!r} with {t!r}: format and dtype must be the same{_or_float(first)}", TypeError)
+            other = repr(t) if isinstance(t, RTNQuantizedTensor) else f"a plain {t.dtype} tensor of shape {tuple(t.shape)}"
+            raise _error(first, f"cannot {name} {first!r} with {other}: format and dtype must be the same{_or_float(first)}", TypeError)
     if func is aten.stack.default:
         plane_dim = dim % (first.dim() + 1)
         if plane_dim > first.dim() - (2 if first.transposed else 1):
@@ -963,6 +1011,70 @@ def _(func, types, args, kwargs):
     return dst
 
 
+@_op(
+    [
+        *(aten.add_.Tensor, aten.add_.Scalar, aten.sub_.Tensor, aten.sub_.Scalar),
+        *(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar),
+        *(aten.addmm_.default, aten.addcmul_.default, aten.addcdiv_.default),
+    ]
+)
+def _(func, types, args, kwargs):
+    """In place, as where PEFT merges: the result is quantized as `copy_` does; of a number only the scale is a multiple."""
+    w, *others = args
+    name = func._schema.name.removeprefix("aten::")
+    if isinstance(w, RTNQuantizedTensor) and w._shares_scale:
+        raise _error(w, f"cannot {name} some columns of a weight with group_size=-1: its other columns share the scale; take whole rows")
+    quantized = next((t for t in [*others, *kwargs.values()] if isinstance(t, RTNQuantizedTensor)), None)
+    if quantized is not None:
+        raise _error(
+            quantized,
+            f"{name} does not take a quantized operand; give it .dequantize(), a plain tensor (an average of quantized weights would be "
+            "rounded anew at each step: average the float ones)",
+            TypeError,
+        )
+    if name in ("mul_", "div_") and not isinstance(others[0], Tensor) and others[0] and not kwargs:
+        w.scale.copy_(round_scale(func(w.scale.float(), others[0]), w.scale.dtype))
+        return w
+    before = w.dequantize()
+    after = func(before.clone(), *others, **kwargs)
+    fresh = w.clone().copy_(after)
+    # What is quantized twice is another number; so rows that stay as they are keep their bits, as where an optimizer adds zeros.
+    changed = (after != before).any(-2 if w.transposed else -1)[..., None]
+    w.qdata.copy_(torch.where(changed, fresh.qdata, w.qdata))
+    w.scale.copy_(torch.where(changed, fresh.scale, w.scale))
+    return w
+
+
+@_op(aten.lerp_.Scalar)
+def _(func, types, args, kwargs):
+    w, end = args[:2]
+    if not torch.equal(w, end):
+        raise _error(
+            w if isinstance(w, RTNQuantizedTensor) else end,
+            "an average (lerp_) of quantized weights would be rounded anew at each step; average only what is trained, or a model after "
+            "dequantize_(model)",
+            NotImplementedError,
+        )
+    return w  # the average of a frozen weight with itself, as AveragedModel has it
+
+
+@_op([aten._foreach_lerp_.Scalar, aten._foreach_copy_.default])
+def _(func, types, args, kwargs):
+    one = {aten._foreach_lerp_.Scalar: Tensor.lerp_, aten._foreach_copy_.default: Tensor.copy_}[func]
+    for pair in zip(*args[:2], strict=True):
+        one(*pair, *args[2:], **kwargs)
+
+
+@_op(aten.full_like.default)
+def _(func, types, args, kwargs):
+    raise _error(
+        args[0],
+        "a quantized weight holds no one number everywhere; use torch.full_like(weight.dequantize(), value), and give an optimizer "
+        "(Adagrad asks for it) only the parameters that require a gradient",
+        NotImplementedError,
+    )
+
+
 @_op([aten.empty_like.default, aten.zeros_like.default, aten.new_empty.default, aten.new_zeros.default])
 def _(func, types, args, kwargs):
     w = args[0]
@@ -1018,7 +1130,17 @@ def _(func, types, args, kwargs):
     return -args[0].qdata.data_ptr()
 
 
-@_function(Tensor.numpy)
+@_function(torch.norm_except_dim)
+def _(func, types, args, kwargs):
+    # No NotImplementedError, which torch's parametrizations take for a weight that has no inverse, to fail in the forward.
+    raise _error(
+        args[0],
+        "weight_norm would train a length and a direction of a quantized weight; leave the weight float, or dequantize()",
+        TypeError,
+    )
+
+
+@_function([Tensor.numpy, Tensor.__array__, Tensor.tolist])
 def _(func, types, args, kwargs):
     raise _error(
         args[0],

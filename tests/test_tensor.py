@@ -857,12 +857,7 @@ index columns: cannot index 2 dim(s) of shape (6, 300) by tensors: only the firs
 index t: cannot index 1 dim(s) of shape (300, 6) by tensors: only the first 0 can be
 mask: cannot index 2 dim(s) of shape (6, 300) by tensors: only the first 1 can be
 index_select: cannot index_select along dim 1 of (6, 300): it is packed; dequantize() first
-cat with float: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float32, device='cpu') with tensor([[-1.1281, -1.1281, -0.2820,  ...,  0.8632, -0.6905,  1.2084],
-        [ 1.5480, -0.5160,  1.0320,  ..., -0.4184,  0.2092, -0.2092],
-        [ 0.0000,  2.5102,  1.4344,  ..., -1.1273,  1.1273, -0.6764],
-        [-2.0378,  0.4076,  0.0000,  ...,  0.2750, -1.1001,  1.3751],
-        [-1.4880,  1.1160, -0.3720,  ...,  0.4823, -0.4823,  0.0000],
-        [-0.9352,  0.3117, -0.6234,  ..., -1.2907, -0.5532, -0.9219]]): format and dtype must be the same
+cat with float: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float32, device='cpu') with a plain torch.float32 tensor of shape (6, 300): format and dtype must be the same
 cat of bits: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(6, 300), bits=8, group_size=32, dtype=torch.float32, device='cpu'): format and dtype must be the same
 cat of groups: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=64, dtype=torch.float32, device='cpu'): format and dtype must be the same
 cat of dtypes: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float16, device='cpu'): format and dtype must be the same
