@@ -133,6 +133,14 @@ def test_dora_is_an_error(folder):
         peft.get_peft_model(model, lora(use_dora=True))
 
 
+@pytest.mark.parametrize("init", ["olora", "pissa", "pissa_niter_4"])
+def test_initializations_from_the_weight_name_it(folder, init):
+    """They fail as they are attached, before anything is trained."""
+    model = by_quantize_(folder, rtn_int4(64))
+    with pytest.raises(NotImplementedError, match=r"q_proj.weight: .* call it on .dequantize\(\).* stays float by the rule"):
+        peft.get_peft_model(model, lora(init_lora_weights=init))
+
+
 # ------------------------------------------------------------------------------------------- transformers' Trainer
 
 
@@ -231,6 +239,41 @@ def test_what_peft_refuses_to_merge(folder):
     model = adapted(by_transformers(folder, FqnToConfig({"re:.*_proj": rtn_int4(64)})))
     with pytest.raises(ValueError, match="Custom filter_fn and FqnToConfig were both specified"):
         model.merge_and_unload()
+
+
+OTHERS = {
+    "LoHa": ("LoHaConfig", {"r": 4}),
+    "LoKr": ("LoKrConfig", {"r": 4}),
+    "AdaLora": ("AdaLoraConfig", {"init_r": 6, "target_r": 4, "total_step": 10}),
+    "FourierFT": ("FourierFTConfig", {"n_frequency": 50}),
+    "VBLoRA": ("VBLoRAConfig", {"r": 4, "num_vectors": 16, "vector_length": 16}),
+    "RandLora": ("RandLoraConfig", {"r": 4}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_adapters_that_merge_in_place(folder, name):
+    """They add to `weight.data`: the merged weight is quantized anew, and gives what the adapted model gave."""
+    kind, options = OTHERS[name]
+    torch.manual_seed(0)
+    config = getattr(peft, kind)(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(by_quantize_(folder, rtn_int8(32)), config)
+    before = planes(model)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-2)
+    for _ in range(5):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_untouched(model, before)
+    adapted_logits = logits(model)
+    with model.disable_adapter():
+        base = logits(model)
+    effect = (adapted_logits - base).norm()
+    model.merge_adapter()
+    assert (logits(model) - adapted_logits).norm() < 0.4 * effect
+    assert len(planes(model)) == 14
+    model.unmerge_adapter()
+    assert (logits(model) - adapted_logits).norm() < 0.6 * effect
 
 
 @BITS
