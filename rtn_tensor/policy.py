@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +17,8 @@ from rtn_tensor.moe import routers, transposed_experts
 FilterFn = Callable[[nn.Module, str], bool]
 Rules = Sequence[tuple[str, RTNConfig | None]]
 
-COMPUTED = "is computed by its module, not stored (a parametrization?); remove that first, or leave the module out"
+REMOVE_IT = "remove that first, or leave the module out"
+COMPUTED = f"is computed by its module, not stored (a parametrization?); {REMOVE_IT}"
 FORMAT_KEYS = ("bits", "group_size", "scale_method")
 
 
@@ -26,6 +28,22 @@ FORMAT_KEYS = ("bits", "group_size", "scale_method")
 def is_linear(module: nn.Module, fqn: str) -> bool:
     """Every nn.Linear whose weight its module really multiplies by (torchao's rule)."""
     return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear, which multiplies by a weight [in_features, out_features]."""
+    transformers: Any = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
+
+
+def stored_transposed(module: nn.Module, name: str) -> bool:
+    """Whether in_features is the last but one dim of the module's parameter `name`."""
+    return transposed_experts(module).get(name, name == "weight" and _is_conv1d(module))
+
+
+def owns(module: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` is what is meant by the name of its module."""
+    return (name == "weight" and (isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module))) or name in transposed_experts(module)
 
 
 def products(model: nn.Module) -> FilterFn:
@@ -230,7 +248,7 @@ def _parameter(weight: Weight) -> Tensor:
 
 def _shape(weight: Weight) -> Sequence[int]:
     shape = _parameter(weight).shape
-    return (*shape[:-2], shape[-1], shape[-2]) if transposed_experts(weight.module).get(weight.parameter_name) else shape
+    return (*shape[:-2], shape[-1], shape[-2]) if stored_transposed(weight.module, weight.parameter_name) else shape
 
 
 def bits_per_weight(model: nn.Module, rules: Rules, filter_fn: FilterFn | None = None) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, quant_api, register_quantize_module_handler
 
@@ -16,7 +18,21 @@ from rtn_tensor import printing  # noqa: F401  (print(model) names what is quant
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
-from rtn_tensor.policy import COMPUTED, FilterFn, Rules, check_pattern, find, is_linear, matches, products, resolve, weights
+from rtn_tensor.policy import (
+    COMPUTED,
+    REMOVE_IT,
+    FilterFn,
+    Rules,
+    check_pattern,
+    find,
+    is_linear,
+    matches,
+    owns,
+    products,
+    resolve,
+    stored_transposed,
+    weights,
+)
 from rtn_tensor.pretrained import describe
 from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held, ranks_of
 from rtn_tensor.tables import table
@@ -40,7 +56,7 @@ class Target:
     @property
     def transposed(self) -> bool:
         """Whether in_features is the last but one dim of the parameter."""
-        return transposed_experts(self.module).get(self.parameter_name, False)
+        return stored_transposed(self.module, self.parameter_name)
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
@@ -71,10 +87,11 @@ def _keys_for(table: Mapping[str, Any], prefix: str, module: nn.Module, name: st
     """The keys of an FqnToConfig that are for a parameter, by torchao's precedence: the parameter's name, its module's name, "re:" on the
     parameter, "re:" on the module."""
     fqn = f"{prefix}.{name}" if prefix else name
-    owns_weight = (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module)
+    owns_weight = owns(module, name)
     patterns = [key for key in table if key.startswith("re:")]
     # A pattern for a layer's weight is not meant for its bias.
-    by_parameter = [key for key in patterns if parameter.dim() > 1 and matches(key, fqn)]
+    vector = not isinstance(parameter, UninitializedParameter) and parameter.dim() < 2
+    by_parameter = [key for key in patterns if not vector and matches(key, fqn)]
     by_module = [key for key in patterns if owns_weight and matches(key, prefix)]
     return [key for key in (fqn, *([prefix] if owns_weight else [])) if key in table] + by_parameter + by_module
 
@@ -95,7 +112,8 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
         unseen.difference_update(keys)
         if not keys and ((name == "weight" and by_default(module, prefix)) or name in transposed_experts(module)):
             keys = ["_default"]
-        if keys and (found := table.get(keys[0])) is not None:
+        found: Any = table.get(keys[0]) if keys else None
+        if found is not None:
             yield Target(module, name, fqn, found, by_name=True)
     if unseen:
         raise ValueError(
@@ -109,6 +127,35 @@ def is_finite(t: Tensor) -> bool:
     return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
 
 
+# torch's modules whose weights are multiplied as matrices, or looked up by rows, and those that hold what others multiply by.
+_MULTIPLYING = (nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.RNNCellBase)
+_HOLDING = ("container", "module", "transformer")
+
+
+def _computed_from(module: nn.Module) -> set[str]:
+    """The names of what the hooks of torch's older `weight_norm` and `spectral_norm` compute, and of what they compute it from."""
+    hooks = [
+        h
+        for h in module._forward_pre_hooks.values()
+        if type(h).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+    ]
+    return {f"{hook.name}{end}" for hook in hooks for end in ("", "_g", "_v", "_orig")}  # type: ignore[attr-defined]
+
+
+def _why_no_product(module: nn.Module, name: str) -> str | None:
+    """None unless `module` is of a kind that is known to use its parameter `name` in a way that a quantized weight cannot be used in."""
+    if isinstance(module, ParametrizationList) or name in _computed_from(module):
+        return f"belongs to a parametrization or norm, which computes another weight from it; {REMOVE_IT}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "belongs to an nn.Embedding with max_norm, which rewrites rows of its weight; set max_norm to None, or leave it out"
+    known = [
+        c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules.") and c.__module__.rpartition(".")[2] not in _HOLDING
+    ]
+    if known and (not isinstance(module, _MULTIPLYING) or name in ("bias_k", "bias_v")):
+        return f"belongs to an nn.{known[0].__name__}, which no kernel here computes with a quantized weight; leave it out"
+    return None
+
+
 def _why_unfit(target: Target) -> str | None:
     """None where the weight can be quantized, else why it cannot, and what to do."""
     whole: Any = target.parameter
@@ -119,11 +166,15 @@ def _why_unfit(target: Target) -> str | None:
         return COMPUTED
     if isinstance(w, RTNQuantizedTensor):
         return f"is already quantized ({w.bits} bits, group_size={w.group_size}); leave it out, or dequantize_ the model first"
+    if isinstance(w, UninitializedParameter):
+        return "is uninitialized until its module has run; call the model once, or leave it out"
     if w.dtype not in FLOAT_DTYPES or type(w) not in (Tensor, nn.Parameter):
         return f"is {type(w).__name__} of {w.dtype}; only plain {', '.join(map(str, FLOAT_DTYPES))} weights can be quantized"
+    if w.dim() > 1 and (why := _why_no_product(target.module, target.parameter_name)):
+        return why
     if w.dim() not in (2, 3):
         return f"has shape {tuple(w.shape)}; a weight must be [N, K], or [E, N, K] for experts. Leave it out"
-    if not target.by_name and not isinstance(target.module, nn.Linear | nn.Embedding):
+    if not target.by_name and not owns(target.module, target.parameter_name):
         kind = type(target.module).__name__
         return f"belongs to a {kind}; a filter can select only nn.Linear and nn.Embedding weights. Leave it out, or name it in FqnToConfig"
     dim, group_size = -2 if target.transposed else -1, target.config.group_size
@@ -277,7 +328,7 @@ def quantize_(
 def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: str = "weight", fqn: str = "") -> nn.Module:
     """What torchao's own `quantize_`, and so transformers, calls for each module; the keyword lets FqnToConfig name parameters."""
     # PEFT, to merge an adapter, puts a tensor in the place of the weight, which is then no parameter.
-    if isinstance(w := vars(module).get(parameter_name), Tensor):
+    if isinstance(w := vars(module).get(parameter_name), Tensor) and parameter_name not in _computed_from(module):
         setattr(module, parameter_name, nn.Parameter(w.detach()))
     target = Target(module, parameter_name, fqn or f"{type(module).__name__}.{parameter_name}", config, by_name=True)
     _check([target])
@@ -417,11 +468,11 @@ def report(model: nn.Module) -> Report:
             note = ""
         elif fqn in untied:
             note = f"untied from {untied[fqn]}"
-        elif isinstance(w, nn.parameter.UninitializedParameter):
+        elif isinstance(w, UninitializedParameter):
             note, before, after = "uninitialized", 0, 0
         elif w.dim() < 2:
             note = "vector"
-        elif (name == "weight" and isinstance(module, nn.Linear | nn.Embedding)) or name in transposed_experts(module):
+        elif owns(module, name):
             note = "router" if module in kept else "not selected"
         elif name in unknown_experts(module):
             note = f"experts of a {type(module).__name__}? not understood"
