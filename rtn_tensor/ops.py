@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import profiler
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
@@ -106,7 +105,8 @@ def tracing(*tensors: Tensor) -> bool:
 
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work."""
-    return peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    # Dynamo knows the answer to this question, and to no other of its kind: a product it traces would go through an autograd.Function.
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 # All that the dispatcher may know of a tensor whose memory holds its numbers. Others are a subclass, a fake or a sample of vmap, hold no
@@ -131,12 +131,12 @@ def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _differentiable(name: str, setup, backward, jvp, vmap) -> Any:
+def _differentiable(name: str, forward, setup, backward, jvp, vmap) -> Any:
     """Registers the autograd of `rtn::name`, and gives the same, with `jvp` and `vmap`, as a function for torch.func and forward-mode AD:
-    those refuse what register_autograd makes, or take it for a constant."""
+    those refuse what register_autograd makes, or take it for a constant. `forward` calls the op, with the op's own parameters: Dynamo,
+    where it gives up the frame around a product, traces it by itself and cannot take `*args`."""
     torch.library.register_autograd(f"rtn::{name}", backward, setup_context=setup, lib=_library)
-    op = getattr(_ops, name).default
-    members = {"forward": lambda *args: op(*args), "setup_context": setup, "backward": backward, "jvp": jvp, "vmap": vmap}
+    members = {"forward": forward, "setup_context": setup, "backward": backward, "jvp": jvp, "vmap": vmap}
     return type(f"_{name}", (torch.autograd.Function,), {name: staticmethod(member) for name, member in members.items()}).apply
 
 
@@ -195,6 +195,10 @@ def _linear_fake(x, qdata, scale, bias, bits, group_size):
     return x.new_empty(*x.shape[:-1], qdata.shape[-2])
 
 
+def _linear_forward(x, qdata, scale, bias, bits, group_size):
+    return _ops.linear.default(x, qdata, scale, bias, bits, group_size)
+
+
 def _linear_setup(ctx, inputs, output):
     x, qdata, scale, bias, ctx.bits, ctx.group_size = inputs
     _save(ctx, qdata, scale)
@@ -222,7 +226,7 @@ def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size):
     return linear(x, qdata, scale, None, bits, group_size) + bias.view(len(bias), *[1] * (x.dim() - 2), -1), 0
 
 
-_linear_function = _differentiable("linear", _linear_setup, _linear_backward, _linear_jvp, _linear_vmap)
+_linear_function = _differentiable("linear", _linear_forward, _linear_setup, _linear_backward, _linear_jvp, _linear_vmap)
 
 
 @_define("linear_dx(Tensor dy, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
@@ -246,6 +250,10 @@ def _linear_dx_fake(dy, qdata, scale, bits, group_size, k):
     return dy.new_empty(*dy.shape[:-1], k)
 
 
+def _linear_dx_forward(dy, qdata, scale, bits, group_size, k):
+    return _ops.linear_dx.default(dy, qdata, scale, bits, group_size, k)
+
+
 def _linear_dx_setup(ctx, inputs, output):
     _, qdata, scale, ctx.bits, ctx.group_size, ctx.k = inputs
     _save(ctx, qdata, scale)
@@ -266,7 +274,9 @@ def _linear_dx_vmap(info, in_dims, dy, qdata, scale, bits, group_size, k):
     return linear_dx(_batch_first(info, in_dims[0], dy), qdata, scale, bits, group_size, k), 0
 
 
-_linear_dx_function = _differentiable("linear_dx", _linear_dx_setup, _linear_dx_backward, _linear_dx_jvp, _linear_dx_vmap)
+_linear_dx_function = _differentiable(
+    "linear_dx", _linear_dx_forward, _linear_dx_setup, _linear_dx_backward, _linear_dx_jvp, _linear_dx_vmap
+)
 
 
 # ----------------------------------------------------------------------------------------------- experts
@@ -290,6 +300,10 @@ def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, gr
 @_fake("grouped")
 def _grouped_fake(x, qdata, scale, offs, bits, group_size):
     return x.new_empty(x.shape[0], qdata.shape[-2])
+
+
+def _grouped_forward(x, qdata, scale, offs, bits, group_size):
+    return _ops.grouped.default(x, qdata, scale, offs, bits, group_size)
 
 
 def _grouped_setup(ctx, inputs, output):
@@ -319,7 +333,9 @@ def _sorted_vmap(name: str, run) -> Any:
     return vmap
 
 
-_grouped_function = _differentiable("grouped", _grouped_setup, _grouped_backward, _grouped_jvp, _sorted_vmap("grouped", grouped))
+_grouped_function = _differentiable(
+    "grouped", _grouped_forward, _grouped_setup, _grouped_backward, _grouped_jvp, _sorted_vmap("grouped", grouped)
+)
 
 
 @_define("grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k) -> Tensor")
@@ -341,6 +357,10 @@ def _grouped_dx_fake(dy, qdata, scale, offs, bits, group_size, k):
     return dy.new_empty(dy.shape[0], k)
 
 
+def _grouped_dx_forward(dy, qdata, scale, offs, bits, group_size, k):
+    return _ops.grouped_dx.default(dy, qdata, scale, offs, bits, group_size, k)
+
+
 def _grouped_dx_setup(ctx, inputs, output):
     _, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k = inputs
     _save(ctx, qdata, scale, offs)
@@ -357,7 +377,7 @@ def _grouped_dx_jvp(ctx, ddy, *_):
 
 
 _grouped_dx_function = _differentiable(
-    "grouped_dx", _grouped_dx_setup, _grouped_dx_backward, _grouped_dx_jvp, _sorted_vmap("grouped_dx", grouped_dx)
+    "grouped_dx", _grouped_dx_forward, _grouped_dx_setup, _grouped_dx_backward, _grouped_dx_jvp, _sorted_vmap("grouped_dx", grouped_dx)
 )
 
 

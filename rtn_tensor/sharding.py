@@ -31,6 +31,17 @@ if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    _hash_of_spec = getattr(DTensor, "_stable_hash_for_caching", None)
+
+    def _hash_of_spec_and_part(w: DTensor) -> str:
+        """torch's key of compiled graphs on disk leaves out the local tensor: an int4 weight took the graph of an int8 one."""
+        assert _hash_of_spec is not None
+        spec, part = _hash_of_spec(w), w._local_tensor
+        return f"{spec}, {part._stable_hash_for_caching()}" if isinstance(part, RTNQuantizedTensor) else spec
+
+    if _hash_of_spec is not None:  # torch 2.11 has none
+        DTensor._stable_hash_for_caching = _hash_of_spec_and_part  # type: ignore[method-assign]
+
     c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
 
     @_op([c10d.scatter_.default, c10d.broadcast_.default])

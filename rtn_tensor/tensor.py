@@ -1,9 +1,11 @@
 """`RTNQuantizedTensor`: two planes that slice like the weight they stand for, and one table of the ops it knows."""
 
+import functools
 import hashlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +64,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     transposed: bool
     version: int = VERSION
     _padded_rows: int
-    _flat: tuple[list[str], tuple] | None = None  # what `__tensor_flatten__` gives; nothing in it ever changes
+    _flat: tuple[list[str], tuple] | None = None  # what `__tensor_flatten__` gives, until an attribute changes
     _is_flat = False  # true of what `view(-1)` gives: its shape is kept, and a concatenation of such is no weight
     _shares_scale = False  # true of some columns of rows that have one scale: to write it would change the other columns
 
@@ -164,6 +166,11 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
             raise ValueError(f"the file says that the weight has {mine}, and its planes that it has {due}; the file is damaged")
         vars(self).update({name: value for name, value in state.items() if name != "_flat"})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in RTNQuantizedTensor.tensor_attribute_names:  # of the class: `swap_tensors` sets `__class__`
+            vars(self).pop("_flat", None)
+
     def _clear_non_serializable_cached_data(self) -> None:  # before a copy or a file is made of all that lies on the tensor
         super()._clear_non_serializable_cached_data()
         vars(self).pop("_flat", None)
@@ -172,7 +179,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     def __tensor_unflatten__(cls, tensor_data_dict, tensor_attributes, outer_size, outer_stride):
         attributes = dict(zip(cls.tensor_attribute_names, tensor_attributes, strict=True))
         # A graph with dynamic shapes gives in_features as the symbol it was traced with; the size it ran with is in outer_size.
-        attributes["in_features"] = outer_size[-2 if attributes["transposed"] else -1]
+        if outer_size is not None:  # torchao's unwrap_tensor_subclass gives none
+            attributes["in_features"] = outer_size[-2 if attributes["transposed"] else -1]
         return cls(**tensor_data_dict, **attributes)
 
     def data_ptr(self) -> int:
@@ -190,8 +198,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     def _stable_hash_for_caching(self) -> str:
         """What a compiled graph depends on, for torch's cache of them on disk."""
         planes = [(p.dtype, tuple(p.shape), p.stride(), p.storage_offset(), p.device) for p in (self.qdata, self.scale)]
-        key = repr((type(self).__qualname__, [getattr(self, name) for name in self.tensor_attribute_names], planes))
-        return hashlib.sha256(key.encode()).hexdigest()
+        attributes = [getattr(self, name) for name in self.tensor_attribute_names]
+        return hashlib.sha256(repr((type(self).__qualname__, _sources(), attributes, planes)).encode()).hexdigest()
 
     # With this signature, the older of the two that FSDP2 knows, what is gathered need not have the tensor's own padded size.
     def fsdp_pre_all_gather(self, mesh) -> tuple[tuple[Tensor, ...], Any]:
@@ -301,6 +309,14 @@ _OWN = {
 }
 _op = RTNQuantizedTensor.implements
 _function = RTNQuantizedTensor.implements_torch_function
+# torchao's knows no copy=True and makes the copy an alias of the original, on another device too; torch composes it of `_to_copy`.
+RTNQuantizedTensor._ATEN_OP_TABLE[RTNQuantizedTensor].pop(aten.to.dtype_layout)
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of this package. A compiled graph holds what the functions here made of each op, so another release must not take it."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
 def _check_dtype(dtype: torch.dtype, w: Tensor | None = None) -> None:
@@ -867,6 +883,20 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, _permute(w, order))
 
 
+@_function([Tensor.mT.__get__, Tensor.mH.__get__])  # type: ignore[attr-defined]
+def _(func, types, args, kwargs):
+    """As a method: in a frame that Dynamo gave up, torchao's dispatcher is a graph of its own, which asks for a property without end."""
+    return args[0].transpose(-2, -1)
+
+
+@_function([Tensor.T.__get__, Tensor.H.__get__])  # type: ignore[attr-defined]
+def _(func, types, args, kwargs):
+    if args[0].dim() == 2:
+        return args[0].t()
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args)
+
+
 @_op(aten.expand.default)
 def _(func, types, args, kwargs):
     w, size = args[0], list(args[1])
@@ -1110,6 +1140,22 @@ def _(func, types, args, kwargs):
 @_op(aten._pin_memory.default)
 def _(func, types, args, kwargs):
     return rebuilt(args[0], args[0].qdata.pin_memory(), args[0].scale.pin_memory())
+
+
+@_function(Tensor.data.__set__)  # type: ignore[attr-defined]
+def _(func, types, args, kwargs):
+    w, new = args
+    if not isinstance(new, RTNQuantizedTensor):
+        if new.shape != w.shape:
+            raise _error(w, f"cannot set .data to a tensor of shape {tuple(new.shape)}; the weight is {tuple(w.shape)}")
+        _check_dtype(new.dtype, w)
+        # In planes of its own: who kept the old `.data` keeps what it held, as with a plain tensor.
+        new = type(w).from_float(new.mT if w.transposed else new, w.bits, w.group_size, w.scale_method)
+        new = new.mT if w.transposed else new
+    with torch._C.DisableTorchFunctionSubclass():
+        func(w, new)  # size, strides, dtype and device
+    for name in (*w.tensor_data_names, *w.tensor_attribute_names, "_shares_scale"):
+        setattr(w, name, getattr(new, name))
 
 
 @_function(Tensor.share_memory_)

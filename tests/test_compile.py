@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torchao.utils import unwrap_tensor_subclass
 
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4
 
@@ -308,3 +309,61 @@ def test_aotinductor(exportable, tmp_path):
     for batch in (5, 17):
         x = torch.randn(batch, 96)
         close(run(x), model(x))
+
+
+# ------------------------------------------------------------------------------------------- frames that Dynamo gives up
+
+
+def in_a_loop(w, x):
+    for _ in range(2):
+        print(end="")
+        y = F.linear(x, w)
+    return y
+
+
+def in_a_try(w, x):
+    try:
+        print(end="")
+        return F.linear(x, w)
+    finally:
+        print(end="")
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "fn",
+    [
+        in_a_loop,
+        in_a_try,
+        lambda w, x: [print(end="") or x @ w.mT + x @ w.T for _ in range(2)][1],
+        lambda w, x: [print(end="") or x[:, :64] @ w for _ in range(2)][1],
+    ],
+    ids=["loop", "try", "properties", "dx"],
+)
+def test_a_product_in_a_frame_with_a_graph_break(fn, mode):
+    w, x = weight(64, 96), torch.randn(5, 96)
+    with mode():
+        close(torch.compile(fn, backend="aot_eager")(w, x), fn(w, x))
+
+
+def test_a_transformer_encoder():
+    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    quantize_(model, rtn_int4(32))
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        close(torch.compile(model, backend="aot_eager")(x), model(x))
+
+
+def test_export_unflatten(exportable):
+    """torch gives the nodes that take a subclass apart no module; run_decompositions does."""
+    model, x = exportable
+    program = torch.export.export(copy.deepcopy(model), (x,)).run_decompositions()
+    close(torch.export.unflatten(program)(x), model(x))
+
+
+def test_unwrap_tensor_subclass(exportable):
+    model, x = exportable
+    plain = unwrap_tensor_subclass(copy.deepcopy(model))
+    close(plain(x), model(x))
+    close(torch.export.unflatten(torch.export.export(plain, (x,)))(x), model(x))

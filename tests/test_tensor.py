@@ -1431,3 +1431,75 @@ def test_equal():
     assert not torch.equal(w, w.half())
     assert not torch.equal(w, w.dequantize())
     assert not torch.equal(w.dequantize(), w)
+
+
+# ------------------------------------------------------------------------------------------- .data
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_data_takes_a_float_tensor(turned):
+    p = nn.Parameter(gaussian(6, 96).mT if turned else gaussian(6, 96), requires_grad=False)
+    kept, before = p.data, p.dequantize()
+    p.data = torch.ones(p.shape, dtype=torch.bfloat16)
+    assert (p.dtype, p.scale.dtype, p.transposed) == (torch.bfloat16, torch.bfloat16, turned)
+    fresh = torch.ones(kept.shape, dtype=torch.bfloat16)
+    assert_same(p.dequantize(), RTNQuantizedTensor.from_float(fresh, kept.bits, kept.group_size, kept.scale_method).dequantize())
+    assert_same(kept.dequantize(), before)
+    p.data = kept
+    assert_same(p.dequantize(), before)
+
+
+def test_data_takes_a_quantized_tensor_of_another_format():
+    p, new = nn.Parameter(gaussian(6, 96), requires_grad=False), gaussian(4, 64, bits=8, dtype=torch.float16).t()
+    p.__tensor_flatten__()
+    p.data = new
+    assert isinstance(p, nn.Parameter)
+    assert (p.shape, p.stride(), p.dtype, p.bits) == ((64, 4), new.stride(), torch.float16, 8)
+    assert p.__tensor_flatten__() == new.__tensor_flatten__()
+    assert p.qdata is new.qdata
+    assert_same(p.dequantize(), new.dequantize())
+
+
+def test_data_takes_a_cast_of_itself_and_a_vector():
+    layer = nn.Linear(96, 6, bias=False)
+    layer.weight = nn.Parameter(gaussian(6, 96, dtype=torch.bfloat16), requires_grad=False)
+    layer.weight.data = layer.weight.data.to(torch.float32)
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(layer(x), x @ layer.weight.dequantize().t(), rtol=1e-4, atol=1e-4)
+    vector = torch.randn(6 * 96)
+    nn.utils.vector_to_parameters(vector, layer.parameters())
+    assert torch.equal(layer.weight, RTNQuantizedTensor.from_float(vector.view(6, 96), layer.weight.bits, layer.weight.group_size))
+
+
+@pytest.mark.parametrize(
+    ("new", "error"), [(torch.ones(0), ValueError), (torch.ones(6, 96, dtype=torch.int8), TypeError)], ids=["shape", "dtype"]
+)
+def test_data_refuses(new, error):
+    w = gaussian(6, 96)
+    before = w.dequantize()
+    with pytest.raises(error, match=r"cannot set \.data|not supported"):
+        w.data = new
+    assert_same(w.dequantize(), before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "cpu"}, {"dtype": torch.bfloat16}, {"device": "meta"}, {"device": "cpu", "copy": True}], ids=str
+)
+def test_to_in_inference_mode(options):
+    w = gaussian(6, 96)
+    with torch.inference_mode():
+        out = w.to(**options)
+    assert (out.dtype, out.device.type) == (options.get("dtype", w.dtype), options.get("device", "cpu"))
+    assert (out.qdata.data_ptr() != w.qdata.data_ptr()) or len(options) == 1
+    layer = nn.Linear(96, 6, bias=False)
+    layer.weight = nn.Parameter(w, requires_grad=False)
+    with torch.inference_mode():
+        layer.to(**{name: value for name, value in options.items() if name != "copy"})
+    assert layer.weight.device.type == options.get("device", "cpu")
+
+
+def test_flatten_follows_the_attributes():
+    w = gaussian(6, 96)
+    before = w.__tensor_flatten__()
+    w.scale_method = "signed"
+    assert w.__tensor_flatten__() != before
