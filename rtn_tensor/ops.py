@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import _are_functorch_transforms_active, _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
 from torch.autograd import profiler
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
@@ -106,7 +106,7 @@ def tracing(*tensors: Tensor) -> bool:
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work."""
     # Dynamo knows the answer to this question, and to no other of its kind: a product it traces would go through an autograd.Function.
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 # All that the dispatcher may know of a tensor whose memory holds its numbers. Others are a subclass, a fake or a sample of vmap, hold no
