@@ -18,7 +18,7 @@ LIBRARY = Path(__file__).with_name("librtn.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling a ctypes.Structure 4.
-ABI = 2
+ABI = 3
 _LINEAR = struct.Struct("=29q")
 _PLANES = struct.Struct("=19q")
 _NO_MEMORY, _REFUSED = -1, -2
