@@ -26,7 +26,7 @@ aten = torch.ops.aten
 class _ParameterLike(type(TorchAOBaseTensor)):
     """A class that is called like `nn.Parameter`, too: `type(w)(tensor, requires_grad=False, **vars(w))`, as accelerate does."""
 
-    def __call__(cls, *args: Any, requires_grad: bool = False, **kwargs: Any) -> Any:
+    def __call__(cls: Any, *args: Any, requires_grad: bool = False, **kwargs: Any) -> Any:
         # That call gives one tensor, and of the planes' names none, or all of them where `vars(w)` goes along.
         if len(args) != 1 or ("qdata" in kwargs) != ("scale" in kwargs):
             return super().__call__(*args, **kwargs)
@@ -396,7 +396,7 @@ def _contiguous(shape: Sequence[int]) -> list[int]:
     return strides
 
 
-def _layout(qdata: Tensor, bits: int, in_features: int, transposed: bool) -> tuple[list[int], list[int], int]:
+def _layout(qdata: Tensor, bits: int, in_features: int, transposed: bool) -> tuple[list[int], list[int], Any]:
     """The size, strides and storage offset that a tensor over `qdata` shows, from which `as_strided` finds the planes again.
 
     A compiled function gives back a view of its input as nothing but these three numbers. They are those of the plain weight, unless
@@ -675,7 +675,7 @@ for _aten_op, _handler in (
 # ------------------------------------------------------------------------------------------- views
 
 
-def _slice(w: RTNQuantizedTensor, dim: int, start: int | None, end: int | None, step: int = 1) -> RTNQuantizedTensor:
+def _slice(w: RTNQuantizedTensor, dim: int, start: Any, end: Any, step: int = 1) -> RTNQuantizedTensor:
     size = w.shape[dim]
     start, end, _ = slice(start, end).indices(size)
     dim = _plane_dim(w, dim)
@@ -770,7 +770,7 @@ def _(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
-def _as_strided(w: RTNQuantizedTensor, size: list[int], stride: list[int], offset: int | None) -> RTNQuantizedTensor | None:
+def _as_strided(w: RTNQuantizedTensor, size: list[Any], stride: list[Any], offset: Any) -> RTNQuantizedTensor | None:
     """The part of `w` that `_layout` shows with these numbers, None where there is none."""
     if not size or len(size) != len(stride) or offset < 0:
         return None
@@ -1067,7 +1067,7 @@ def _(func, types, args, kwargs):
         return w
     before = w.dequantize()
     after = func(before.clone(), *others, **kwargs)
-    fresh = w.clone().copy_(after)
+    fresh: Any = w.clone().copy_(after)
     # What is quantized twice is another number; so rows that stay as they are keep their bits, as where an optimizer adds zeros.
     changed = (after != before).any(-2 if w.transposed else -1)[..., None]
     w.qdata.copy_(torch.where(changed, fresh.qdata, w.qdata))
