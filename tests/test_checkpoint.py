@@ -346,7 +346,7 @@ def test_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
     for name, why in [
-        ("file", "it has no config.json"),
+        ("file", "it is a file"),
         ("empty", "it has no config.json"),
         ("missing", "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"),
     ]:
