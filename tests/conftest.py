@@ -13,3 +13,17 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys):
+    """The command line in this process."""
+    from rtn_tensor.cli import main
+
+    def run(*args):
+        """(exit status, stdout, stderr)"""
+        capsys.readouterr()
+        status = main([str(arg) for arg in args])
+        return status, *capsys.readouterr()
+
+    return run

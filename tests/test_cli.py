@@ -47,17 +47,6 @@ def _own_choice_of_kernel(monkeypatch):
     monkeypatch.delenv("RTN_KERNEL", raising=False)
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*args):
-        """(exit status, stdout, stderr)"""
-        capsys.readouterr()
-        status = main([str(arg) for arg in args])
-        return status, *capsys.readouterr()
-
-    return run
-
-
 # ------------------------------------------------------------------------------------------- quantize and inspect
 
 

@@ -14,7 +14,6 @@ from test_new_folder import tree
 from tiny_llama import tiny_llama, tiny_tokenizer
 
 from rtn_tensor import load
-from rtn_tensor.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +36,6 @@ def models(model, tmp_path, monkeypatch):
     (tmp_path / "to_a").symlink_to(folder / "a")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*args):
-        capsys.readouterr()
-        status = main([str(arg) for arg in args])
-        return status, *capsys.readouterr()
-
-    return run
 
 
 # ------------------------------------------------------------------------------------------- source and destination
