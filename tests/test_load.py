@@ -221,7 +221,7 @@ def test_in_chunks(tmp_path, monkeypatch):
     quantize_(expected, config)
     for chunk in (1, 3000, 1 << 20):
         monkeypatch.setattr("rtn_tensor.streaming.CHUNK", chunk)
-        monkeypatch.setattr("rtn_tensor.streaming.PLAIN_CHUNK", chunk)
+        monkeypatch.setattr("rtn_tensor.streaming.SMALL_CHUNK", chunk)
         assert_same(load(tmp_path / "model.safetensors", config, Experts), expected)
         assert_same(load(tmp_path / "model.pt", config, Experts), expected)
 
