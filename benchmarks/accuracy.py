@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2, state_of_the_union, task_data, wikipedia
 from rtn_tensor import bits_per_weight, plan, quantize_, rtn_int4, rtn_int8
-from rtn_tensor.evaluate import token_losses
+from rtn_tensor.evaluation.perplexity import token_losses
+from rtn_tensor.evaluation.tasks import Score, average_recovery, rows, run_tasks, show, text_score
 from rtn_tensor.formats import SCALE_METHODS
 from rtn_tensor.plan import Plan
-from rtn_tensor.tasks import Score, average_recovery, rows, run_tasks, show, text_score
 
 UNIFORM = {
     "int8 g128": rtn_int8(group_size=128),

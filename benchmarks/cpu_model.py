@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2, smollm2_gguf
 from rtn_tensor import quantize_, rtn_int4, rtn_int8
-from rtn_tensor.decode import Decoder
+from rtn_tensor.evaluation.decoding import Decoder
 from rtn_tensor.kernels import cpu
 from rtn_tensor.tables import table
 

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.machine import machine
 from benchmarks.real_model import MODEL, TEXT, smollm2, state_of_the_union
 from rtn_tensor import quantize_, report, rtn_int4, rtn_int8
-from rtn_tensor.evaluate import generate, perplexity
+from rtn_tensor.evaluation.generation import generate
+from rtn_tensor.evaluation.perplexity import perplexity
 from rtn_tensor.tables import table
 
 CONFIGS = {

@@ -25,7 +25,9 @@ from torch import nn
 
 from rtn_tensor.checkpoint import companions, empty_model, load, new_folder, without_place, write
 from rtn_tensor.config import rtn
-from rtn_tensor.evaluate import check_causal, generate, perplexity, token_losses
+from rtn_tensor.evaluation.generation import generate
+from rtn_tensor.evaluation.perplexity import check_causal, perplexity, token_losses
+from rtn_tensor.evaluation.tasks import Score, average_recovery, check_tasks, rows, run_tasks, show, text_score
 from rtn_tensor.files import parse_json
 from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, SCALE_METHODS
 from rtn_tensor.kernels import explain
@@ -35,8 +37,7 @@ from rtn_tensor.pretrained import but_the_output, ends
 from rtn_tensor.quantize import report
 from rtn_tensor.sources import sources
 from rtn_tensor.tables import table
-from rtn_tensor.tasks import Score, average_recovery, check_tasks, rows, run_tasks, show, text_score
-from rtn_tensor.tune import TOKENS, tune, tuned_folder
+from rtn_tensor.tuning import TOKENS, tune, tuned_folder
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 

@@ -12,7 +12,8 @@ from tiny_model import formats
 
 from rtn_tensor import load, quantize_, report, rtn_int4
 from rtn_tensor.cli import main
-from rtn_tensor.evaluate import generate, perplexity
+from rtn_tensor.evaluation.generation import generate
+from rtn_tensor.evaluation.perplexity import perplexity
 from rtn_tensor.kernels import cpu
 
 # What `source` holds in vain.

@@ -3,7 +3,7 @@ import torch
 from tiny_llama import greedy, tiny_llama
 
 from rtn_tensor import quantize_, rtn_int4
-from rtn_tensor.decode import Decoder
+from rtn_tensor.evaluation.decoding import Decoder
 from rtn_tensor.kernels import cpu
 
 

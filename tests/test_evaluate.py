@@ -8,8 +8,9 @@ from tiny_llama import greedy, tiny_llama, tiny_tokenizer
 from torch import nn
 
 from rtn_tensor import quantize_, rtn_int4
-from rtn_tensor.decode import positions
-from rtn_tensor.evaluate import generate, perplexity
+from rtn_tensor.evaluation.decoding import positions
+from rtn_tensor.evaluation.generation import generate
+from rtn_tensor.evaluation.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_windows_by_brute_force(model, n, window, stride):
 def test_more_rows_than_are_cast_at_once(model, monkeypatch):
     ids = tokens(90)
     whole = perplexity(model, ids, 64, 32)
-    monkeypatch.setattr("rtn_tensor.evaluate.ROWS", 7)
+    monkeypatch.setattr("rtn_tensor.evaluation.perplexity.ROWS", 7)
     assert perplexity(model, ids, 64, 32) == pytest.approx(whole, rel=1e-6)
 
 
@@ -227,7 +228,7 @@ def test_what_changes_no_greedy_token_is_no_reason_to_refuse(monkeypatch, tokeni
     model = tiny_llama()
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
-    monkeypatch.setattr("rtn_tensor.decode._compiled", lambda step: step)
+    monkeypatch.setattr("rtn_tensor.evaluation.decoding._compiled", lambda step: step)
     assert generate(model, tokenizer, "We", 5, compile=True).text == generate(tiny_llama(), tokenizer, "We", 5).text
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.real_model import ModelUnavailable, state_of_the_union, upcycled
 from rtn_tensor import RTNQuantizedTensor, load, rtn
-from rtn_tensor.evaluate import perplexity
+from rtn_tensor.evaluation.perplexity import perplexity
 
 pytestmark = pytest.mark.slow
 

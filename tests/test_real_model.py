@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.real_model import TEXT, ModelUnavailable, smollm2, smollm2_gguf, state_of_the_union
 from rtn_tensor import RTNQuantizedTensor, load, quantize_, rtn_int4, rtn_int8
 from rtn_tensor.cli import main
-from rtn_tensor.evaluate import generate, perplexity
+from rtn_tensor.evaluation.generation import generate
+from rtn_tensor.evaluation.perplexity import perplexity
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ from expecttest import assert_expected_inline
 from tiny_llama import TEXT, tiny_llama, tiny_tokenizer
 
 from rtn_tensor import ops, quantize_, rtn_int4
-from rtn_tensor.evaluate import token_losses
-from rtn_tensor.tasks import Score, average_recovery, main_scores, rows, run_tasks, show, text_score
+from rtn_tensor.evaluation.perplexity import token_losses
+from rtn_tensor.evaluation.tasks import Score, average_recovery, main_scores, rows, run_tasks, show, text_score
 
 WORDS = TEXT.replace(".", "").replace(",", "").split()
 

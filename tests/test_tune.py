@@ -7,7 +7,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from rtn_tensor import kernels, tune
+from rtn_tensor import kernels, tuning
 from rtn_tensor.cli import main
 from rtn_tensor.kernels.triton import config as configs
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape
@@ -125,7 +125,7 @@ def test_table_that_is_not_one_is_refused_by_name(tmp_path, text):
     with pytest.raises(ValueError, match=f"{file} is not a table"):
         configs.configure(SHAPE, H100)
     with pytest.raises(ValueError, match=f"{file} is not a table"):
-        tune.write(H100, [])
+        tuning.write(H100, [])
     assert file.read_text() == text
 
 
@@ -142,7 +142,7 @@ def test_shipped_tables_are_read():
 def test_candidates():
     for shape in SHAPES:
         if shape.M and shape.itemsize == 2 and shape.op == "linear":
-            found = tune.candidates(shape, H100)
+            found = tuning.candidates(shape, H100)
             assert len(set(found)) == len(found)
             assert found, shape
             for config in found:
@@ -151,18 +151,18 @@ def test_candidates():
 
 
 def test_fastest_is_remembered_and_used(tmp_path):
-    rows = tune.tune([(512, 1024)], tokens=[3, 4, 512], device="cpu", measure=wide_is_fast)
+    rows = tuning.tune([(512, 1024)], tokens=[3, 4, 512], device="cpu", measure=wide_is_fast)
     assert [r["shape"]["M"] for r in rows] == [4, 512]
     gpu = Gpu("interpreter", 132, 232448, "")
     for r in rows:
         shape, config = Shape(**r["shape"]), Config(**r["config"])
-        measured = {c: wide_is_fast(partial(print, c)) for c in [*tune.candidates(shape, gpu), configs.by_rule(shape, gpu)]}
+        measured = {c: wide_is_fast(partial(print, c)) for c in [*tuning.candidates(shape, gpu), configs.by_rule(shape, gpu)]}
         assert measured[config] == min(measured.values())
         assert r["microseconds"] <= r["rule_microseconds"]
         assert configs.configure(shape, gpu) == config
     first = (tmp_path / "tuned" / gpu.file_name).read_text()
     # Another size is added, the same size replaced.
-    tune.tune([(512, 1024), (64, 64)], tokens=[4], device="cpu", measure=lambda run: 1 - wide_is_fast(run))
+    tuning.tune([(512, 1024), (64, 64)], tokens=[4], device="cpu", measure=lambda run: 1 - wide_is_fast(run))
     table = configs.table(gpu.file_name)
     assert {(s.M, s.N) for s in table} == {(4, 512), (512, 512), (4, 64)}
     assert len(json.loads((tmp_path / "tuned" / gpu.file_name).read_text())["rows"]) == 3
@@ -173,7 +173,7 @@ def test_dense_is_remembered_and_leaves_the_problem_to_the_dense_kernel(monkeypa
     def dense_is_fast(run):
         return 1.0 if config_of(run) is None else 2.0
 
-    tune.tune([(512, 1024)], tokens=[512], device="cpu", measure=dense_is_fast)
+    tuning.tune([(512, 1024)], tokens=[512], device="cpu", measure=dense_is_fast)
     monkeypatch.setattr(kernels.triton, "interpreting", lambda: True)
     monkeypatch.setenv("RTN_KERNEL", "")
     problem = kernels.Problem("linear", "cpu", None, torch.bfloat16, torch.bfloat16, 4, 128, 512, 512, 1024)
@@ -193,7 +193,7 @@ def test_a_configuration_that_triton_refuses_is_passed_over():
             raise OutOfResources(300000, 232448, "shared memory")
         return wide_is_fast(run)
 
-    (r,) = tune.tune([(512, 1024)], tokens=[16], device="cpu", measure=refuses_wide)
+    (r,) = tuning.tune([(512, 1024)], tokens=[16], device="cpu", measure=refuses_wide)
     assert (r["config"]["block_k"], r["config"]["num_stages"]) == (256, 4)
 
 
@@ -207,7 +207,7 @@ def test_an_error_that_is_not_tritons_is_raised():
         return 1.0
 
     with pytest.raises(ZeroDivisionError):
-        tune.tune([(512, 1024)], tokens=[16], device="cpu", measure=fails)
+        tuning.tune([(512, 1024)], tokens=[16], device="cpu", measure=fails)
     assert not configs.tuned_folder().exists()
 
 
@@ -230,7 +230,7 @@ def test_tuning_without_a_gpu_is_refused(capsys):
 
 
 def test_report(monkeypatch, capsys, tmp_path):
-    fake = partial(tune.tune, measure=wide_is_fast)
+    fake = partial(tuning.tune, measure=wide_is_fast)
     monkeypatch.setattr("rtn_tensor.cli.tune", lambda *args, **more: fake(*args, **more))
     assert main(["tune", "--size", "512x1024", "--tokens", "1", "64", "--device", "cpu"]) == 0
     out = capsys.readouterr().out.replace(str(tmp_path), "FOLDER")
@@ -251,10 +251,10 @@ def test_a_place_that_cannot_be_written_is_seen_before_anything_is_measured(monk
     (tmp_path / "file").write_text("text")
     monkeypatch.setenv("RTN_TUNED", str(tmp_path / name))
     with pytest.raises(OSError, match="file is no folder; set RTN_TUNED to a folder that can be written"):
-        tune.tune([(512, 1024)], tokens=[16], device="cpu", measure=lambda run: pytest.fail("it was measured"))
+        tuning.tune([(512, 1024)], tokens=[16], device="cpu", measure=lambda run: pytest.fail("it was measured"))
 
 
 @pytest.mark.parametrize(("sizes", "tokens"), [([(0, 64)], [1]), ([(64, -64)], [1]), ([(64, 64)], [0]), ([(64, 64.0)], [1])])
 def test_sizes_that_are_none(sizes, tokens):
     with pytest.raises(ValueError, match="whole numbers of 1 or more"):
-        tune.tune(sizes, tokens=tokens, device="cpu", measure=lambda run: pytest.fail("it was measured"))
+        tuning.tune(sizes, tokens=tokens, device="cpu", measure=lambda run: pytest.fail("it was measured"))

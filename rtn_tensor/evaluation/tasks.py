@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from rtn_tensor.evaluate import PROBE, check_ahead, check_causal, check_tokens
+from rtn_tensor.evaluation.perplexity import PROBE, check_ahead, check_causal, check_tokens
 from rtn_tensor.files import parse_json
 from rtn_tensor.tables import table
 

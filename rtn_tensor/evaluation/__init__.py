@@ -1,0 +1,1 @@
+"""What a quantized model still does: perplexity, zero-shot tasks, and the text that it writes."""
