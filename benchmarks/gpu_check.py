@@ -20,7 +20,8 @@ from benchmarks.gpu_peers import MODELS, Experts
 from benchmarks.gpu_workers import Budget, Job, described, lost
 from rtn_tensor import quantize_, reference, rtn
 from rtn_tensor.formats import FORMATS, groups
-from rtn_tensor.kernels import Kernel, make_problem, triton
+from rtn_tensor.kernels import triton
+from rtn_tensor.kernels.problem import Kernel, make_problem
 
 DTYPES = ("bfloat16", "float16", "float32")
 GROUP_SIZES = (128, 32, 64, 96, -1)

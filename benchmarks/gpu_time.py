@@ -24,7 +24,8 @@ from benchmarks import gpu_peers as peers
 from benchmarks.gpu_peers import CUBLAS, GROUPED_MM, KERNELS, MODELS, MOE_KERNELS, OURS
 from benchmarks.gpu_workers import Budget, described, lost
 from rtn_tensor import RTNQuantizedTensor
-from rtn_tensor.kernels import choose, make_problem
+from rtn_tensor.kernels.problem import make_problem
+from rtn_tensor.kernels.registry import choose
 
 Calls = Sequence[Callable[[], Any]]
 # From calls that do the same on different memory, to what each clock says: {"graph": {"seconds": ..., "spread": ...}, "do_bench": ...},

@@ -30,8 +30,8 @@ from rtn_tensor.evaluation.perplexity import check_causal, perplexity, token_los
 from rtn_tensor.evaluation.tasks import Score, average_recovery, check_tasks, rows, run_tasks, show, text_score
 from rtn_tensor.files import parse_json
 from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, SCALE_METHODS
-from rtn_tensor.kernels import explain
 from rtn_tensor.kernels.problem import device_of
+from rtn_tensor.kernels.registry import explain
 from rtn_tensor.policy import parse_rule, rules_from_json
 from rtn_tensor.pretrained import but_the_output, ends
 from rtn_tensor.quantize import report

@@ -18,7 +18,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rtn_tensor import arguments
 from rtn_tensor.formats import FORMATS, groups
-from rtn_tensor.kernels import choose, cpu, make_problem
+from rtn_tensor.kernels import cpu
+from rtn_tensor.kernels.problem import make_problem
+from rtn_tensor.kernels.registry import choose, forget
 
 _library = torch.library.Library("rtn", "DEF")
 _ops = torch.ops.rtn
@@ -175,6 +177,7 @@ _python.impl("linear", dispatched("linear", _linear), "CompositeExplicitAutograd
 # The same without that call: None instead. An error that Python raises below C++ comes out as a RuntimeError, Ctrl-C too.
 _python.define("linear_in_cpp(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor?")
 _cpu_linear = functools.partial(torch.ops.rtn_python.linear_in_cpp.default.redispatch, _CPU) if cpu.register() else None
+forget()  # what is registered runs by itself where its kernel comes first
 
 
 def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rtn_tensor import kernels
 from rtn_tensor.formats import FORMATS, check_format, groups
+from rtn_tensor.kernels import registry
 from rtn_tensor.kernels.problem import bucket, device_of
 from rtn_tensor.kernels.triton import config as configs
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, tuned_folder
@@ -163,4 +163,4 @@ def write(gpu: Gpu, rows: list[dict[str, Any]]) -> None:
     partial.replace(file)
     configs.table.cache_clear()
     configs.configure.cache_clear()
-    kernels.forget()
+    registry.forget()

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from bounds import Planes, activations, assert_linear_close, random_planes
 from expecttest import assert_expected_inline
 
-from rtn_tensor import RTNQuantizedTensor, explain, kernels, ops, reference
+from rtn_tensor import RTNQuantizedTensor, explain, ops, reference
 from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups
-from rtn_tensor.kernels import cpu
+from rtn_tensor.kernels import cpu, registry
 
 ROOT = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
@@ -437,7 +437,7 @@ def test_what_cpp_does_not_take_goes_through_python(monkeypatch):
     columns = x.t().contiguous().t()  # no row of it is dense
     sliced = x.repeat(1, 2).view(2, 3, 128)[..., :64]
     asked = []
-    monkeypatch.setattr(ops, "choose", lambda problem: asked.append(problem.M) or kernels.choose(problem))
+    monkeypatch.setattr(ops, "choose", lambda problem: asked.append(problem.M) or registry.choose(problem))
     with torch.no_grad():
         assert torch.equal(torch.ops.rtn.linear(columns, *planes), expected)
         assert torch.equal(ops.linear(columns, *planes), expected)
@@ -629,7 +629,7 @@ def no_library(monkeypatch):
     def forget():
         cpu._load.cache_clear()
         cpu.library.cache_clear()
-        kernels.forget()
+        registry.forget()
 
     cpu.direct(False)
     monkeypatch.setattr(cpu, "LIBRARY", Path("missing") / "librtn.so")

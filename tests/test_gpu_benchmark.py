@@ -20,7 +20,8 @@ from expecttest import assert_expected_inline
 from benchmarks import gpu, gpu_check, gpu_model, gpu_peers, gpu_report, gpu_time, gpu_workers, plot_gpu
 from benchmarks.gpu_peers import CUBLAS, GROUPED_MM, Experts, Kernel, MoeKernel
 from benchmarks.gpu_workers import Budget, Job, Worker
-from rtn_tensor.kernels import REFERENCE, triton
+from rtn_tensor.kernels import triton
+from rtn_tensor.kernels.registry import REFERENCE
 
 interpreted = pytest.mark.skipif(not triton.interpreting(), reason="needs TRITON_INTERPRET=1")
 

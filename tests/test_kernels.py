@@ -4,12 +4,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bounds import Planes, activations, assert_linear_close, random_planes
 from expecttest import assert_expected_inline
+from torch.testing import assert_close
 
-from rtn_tensor import RTNQuantizedTensor, explain, kernels, ops, reference
+from rtn_tensor import RTNQuantizedTensor, explain, ops, reference
 from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups, pack
-from rtn_tensor.kernels import KERNELS, REFERENCE, Kernel, choose, cpu, dense, make_problem, triton, why_not
+from rtn_tensor.kernels import dense, registry, triton
+from rtn_tensor.kernels.problem import Kernel, make_problem
+from rtn_tensor.kernels.registry import KERNELS, REFERENCE, choose, why_not
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,17 +65,15 @@ def _poisoned(monkeypatch):
 
 
 @pytest.fixture
-def use(monkeypatch):
-    """Puts other kernels in the list; the choices made with them are forgotten."""
+def use():
+    """Puts other kernels in the list."""
+    before = list(registry.KERNELS)
 
     def put(*others):
-        cpu.direct(False)
-        monkeypatch.setattr(kernels, "KERNELS", list(others))
-        kernels.forget()
+        registry.KERNELS[:] = others
 
     yield put
-    cpu.direct(True)
-    kernels.forget()
+    registry.KERNELS[:] = before
 
 
 def run(kernel, op, x, w, bias=None, offs=None):
@@ -431,6 +433,38 @@ def test_choice_is_made_once_for_a_bucket_of_rows(use):
     for m in (1, 5, 6, 7, 8, 5, 9, 1, 16):
         ops.linear(activations(m, 64, torch.bfloat16), w.qdata, w.scale, None, 4, 32)
     assert asked == [1, 8, 16]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_kernel_before_the_cpus_runs(compiled, monkeypatch):
+    """Wherever a product comes from: eager products and compiled graphs go to C++ on their own, which asks no list."""
+    monkeypatch.delenv("RTN_KERNEL", raising=False)
+    calls = []
+    linear = reference.linear
+    spy = Kernel(
+        name="spy",
+        why_not=lambda problem: None if problem.op == "linear" else "It has only linear.",
+        rounds_weight=lambda problem: False,
+        linear=lambda *args: calls.append(args[0].shape[0]) or linear(*args),
+    )
+    w = RTNQuantizedTensor.from_float(torch.randn(48, 64), 4, 32)
+    x = torch.randn(3, 64)
+    product = torch.compile(lambda x: F.linear(x, w)) if compiled else lambda x: F.linear(x, w)
+    with torch.no_grad():
+        expected = product(x)
+        assert explain(w, x).kernel != "spy"
+        registry.KERNELS.insert(0, spy)
+        try:
+            assert explain(w, x).kernel == "spy"
+            for i, mode in enumerate((torch.no_grad, torch.inference_mode, torch.enable_grad), 1):
+                with mode():
+                    assert_close(product(x), expected)
+                assert calls == [3] * i
+        finally:
+            registry.KERNELS.remove(spy)
+        product(x)
+        assert len(calls) == 3
+        assert explain(w, x).kernel != "spy"
 
 
 @pytest.mark.parametrize("name", [kernel.name for kernel in KERNELS])

@@ -6,7 +6,8 @@ from bounds import TOLERANCE, activations, random_planes
 from test_kernels import each_bits, each_dtype, having
 
 from rtn_tensor import ops, reference
-from rtn_tensor.kernels import make_problem, why_not
+from rtn_tensor.kernels.problem import make_problem
+from rtn_tensor.kernels.registry import why_not
 
 GROUP_SIZE, K = 64, 192
 

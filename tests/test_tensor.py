@@ -13,10 +13,9 @@ from expecttest import assert_expected_inline
 from torch import nn
 from torch._C import DisableTorchFunctionSubclass
 
-import rtn_tensor.kernels
 from rtn_tensor import RTNQuantizedTensor, ops, quantize_, reference, rtn_int4
 from rtn_tensor.formats import FORMATS, groups, pack
-from rtn_tensor.kernels import cpu
+from rtn_tensor.kernels import registry
 from rtn_tensor.kernels.problem import Kernel
 
 N, K = 5, 300  # K is no multiple of a chunk or a group
@@ -91,16 +90,11 @@ def calls(monkeypatch):
         return run
 
     monkeypatch.delenv("RTN_KERNEL", raising=False)
-    monkeypatch.setattr(
-        rtn_tensor.kernels,
-        "KERNELS",
-        [Kernel(name="counting", why_not=lambda problem: None, rounds_weight=lambda problem: False, **{op: counted(op) for op in OPS})],
-    )
-    cpu.direct(False)
-    rtn_tensor.kernels.forget()
+    before = list(registry.KERNELS)
+    ops_of = {op: counted(op) for op in OPS}
+    registry.KERNELS[:] = [Kernel(name="counting", why_not=lambda problem: None, rounds_weight=lambda problem: False, **ops_of)]
     yield made
-    cpu.direct(True)
-    rtn_tensor.kernels.forget()
+    registry.KERNELS[:] = before
 
 
 def names(calls):

@@ -10,7 +10,9 @@ from bounds import Planes, activations, assert_linear_close, random_planes
 
 from rtn_tensor import kernels, quantize_, rtn_int4
 from rtn_tensor.formats import FORMATS, pack, unpack
-from rtn_tensor.kernels import choose, dense, make_problem
+from rtn_tensor.kernels import dense, registry
+from rtn_tensor.kernels.problem import make_problem
+from rtn_tensor.kernels.registry import choose
 from rtn_tensor.kernels.triton.config import Config, takes
 
 if kernels.triton.interpreting():
@@ -241,7 +243,7 @@ def test_what_it_refuses(a_gpu, monkeypatch):
 
 
 def test_a_large_product_goes_to_the_dense_kernel_over_triton_dequantize(a_gpu, monkeypatch):
-    kernels.forget()
+    registry.forget()
     assert choose(problem(device="cuda", capability=(9, 0), M=8192, N=4096, K=4096)).name == "dense"
     called = []
     monkeypatch.setattr(launch, "dequantize", counted("dequantize", called))
@@ -260,7 +262,7 @@ def counted(name, called):
 def test_a_model_runs_on_them(monkeypatch):
     """Through the public API: every op of a small model and its backward, counted."""
     monkeypatch.setenv("RTN_KERNEL", "triton")
-    kernels.forget()
+    registry.forget()
     called = []
     for name in ("linear", "linear_dx", "embedding", "quantize", "dequantize"):
         monkeypatch.setattr(launch, name, counted(name, called))
@@ -280,7 +282,7 @@ def test_a_model_runs_on_them(monkeypatch):
     model[1].weight.copy_(floats[1])
     assert torch.allclose(model[1].weight.dequantize(), floats[1], atol=0.02)
     assert called == ["quantize", "dequantize"]
-    kernels.forget()
+    registry.forget()
 
 
 def test_packing_is_the_formats():

@@ -9,6 +9,7 @@ from expecttest import assert_expected_inline
 
 from rtn_tensor import kernels, tuning
 from rtn_tensor.cli import main
+from rtn_tensor.kernels import registry
 from rtn_tensor.kernels.triton import config as configs
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape
 
@@ -28,7 +29,7 @@ def _folder(tmp_path, monkeypatch):
 def forget():
     configs.table.cache_clear()
     configs.configure.cache_clear()
-    kernels.forget()
+    registry.forget()
 
 
 def config_of(run):

@@ -59,19 +59,16 @@ def library() -> Any:
 def register() -> bool:
     """Gives torch's dispatcher the C++ function for `rtn::linear` on CPU tensors; whether there is a library, and a torch that takes it.
 
-    The function runs what this kernel can, as long as `RTN_KERNEL` is unset; see `direct`."""
+    The function runs what this kernel can where `direct` lets it, as long as `RTN_KERNEL` is unset."""
     lib, _ = _load()  # an import is no place to warn; a first use is
-    if lib is None or lib.rtn_register():
-        return False
-    direct(True)
-    return True
+    return lib is not None and not lib.rtn_register()
 
 
 def direct(on: bool) -> None:
-    """Whether the registered function runs products itself; where not, Python chooses the kernel of each. For tests, and for whoever puts
-    another CPU kernel before this one."""
-    if library() is not None:
-        library().rtn_direct(int(on))
+    """Whether the registered function runs products itself; where not, Python chooses the kernel of each."""
+    lib, _ = _load()
+    if lib is not None:
+        lib.rtn_direct(int(on))
 
 
 def isa() -> str | None:

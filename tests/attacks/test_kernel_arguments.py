@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from rtn_tensor import RTNQuantizedTensor, explain, ops
 from rtn_tensor.formats import FORMATS, Format
-from rtn_tensor.kernels import cpu, forget, problem, triton
+from rtn_tensor.kernels import cpu, problem, triton
+from rtn_tensor.kernels.registry import forget
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="the C++ library was not built")
 HUGE = 1 << 62
