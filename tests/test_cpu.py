@@ -1,5 +1,5 @@
 """The C++ library of the CPU kernels in every instruction set: as installed, under AddressSanitizer and UndefinedBehaviorSanitizer, and for
-aarch64 in an emulator. Then its threads, and installations with and without a compiler."""
+aarch64 in an emulator. Then its threads."""
 
 import contextlib
 import ctypes
@@ -12,8 +12,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 from pathlib import Path
@@ -22,9 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import Planes, activations, assert_linear_close, random_planes
-from expecttest import assert_expected_inline
 
-from rtn_tensor import RTNQuantizedTensor, explain, ops, reference
+from rtn_tensor import RTNQuantizedTensor, ops, reference
 from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups
 from rtn_tensor.kernels import cpu, registry
 
@@ -619,109 +616,3 @@ torch.testing.assert_close(torch.cat(list(loader)), expected)
 check()
 """
     )
-
-
-# ------------------------------------------------------------------------------------------- installation
-
-
-@pytest.fixture
-def no_library(monkeypatch):
-    def forget():
-        cpu._load.cache_clear()
-        cpu.library.cache_clear()
-        registry.forget()
-
-    cpu.direct(False)
-    monkeypatch.setattr(cpu, "LIBRARY", Path("missing") / "librtn.so")
-    monkeypatch.delenv("RTN_KERNEL", raising=False)
-    forget()
-    yield
-    monkeypatch.undo()
-    forget()
-    cpu.direct(True)
-
-
-def test_without_the_library(no_library):
-    x = activations(3, 64, torch.bfloat16)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        weight = RTNQuantizedTensor.from_float(torch.randn(5, 64).bfloat16(), 4, 32)
-        for m in (1, 2, 3):
-            y = F.linear(x[:m], weight)
-    assert_expected_inline(
-        "\n".join(str(w.message) for w in caught),
-        """\
-rtn_tensor runs quantized layers in plain torch on the CPU, many times slower. """
-        """Its C++ library was not built; install g++ and reinstall rtn-tensor.""",
-    )
-    w = Planes(weight.qdata, weight.scale, 4, 32, 64)
-    assert_linear_close(y, x, w.exact(torch.bfloat16))
-    assert_expected_inline(
-        str(explain(weight, x)),
-        """\
-linear on cpu: torch.bfloat16 x [3, 64], int4 weight [5, 64] with group_size 32
-kernel           why not
----------  ----  --------------------------------------------------------------------
-cpu              Its C++ library was not built; install g++ and reinstall rtn-tensor.
-triton           It runs on GPUs only.
-dense      runs
-reference        It could, but dense is preferred.""",
-    )
-    assert cpu.isa() is None
-    with pytest.raises(ValueError, match="'generic' is not available here; None is in use"):
-        cpu.set_isa("generic")
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A copy of what an installation reads."""
-    folder = tmp_path / "source"
-    shutil.copytree(ROOT / "rtn_tensor", folder / "rtn_tensor", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
-
-
-def pip(*arguments, **environment):
-    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_install_without_a_compiler(source, tmp_path):
-    site = tmp_path / "site"
-    pip("install", "--no-deps", "--no-build-isolation", "--target", site, source, CXX="false")
-    assert (site / "rtn_tensor/kernels/cpu.py").exists()
-    assert not list(site.rglob("*.so"))
-    out = run_python(
-        """
-import warnings, torch, rtn_tensor
-print(rtn_tensor.__file__)
-weight = rtn_tensor.RTNQuantizedTensor.from_float(torch.randn(5, 64), 4, 32)
-x = torch.randn(3, 64)
-torch.testing.assert_close(torch.nn.functional.linear(x, weight), x @ weight.dequantize().t())
-print(rtn_tensor.explain(weight, x).kernel)
-""",
-        cwd=tmp_path,
-        PYTHONPATH=str(site),
-    )
-    assert out.split() == [str(site / "rtn_tensor/__init__.py"), "dense"]
-
-
-@pytest.mark.slow
-def test_wheel(source, tmp_path):
-    need("g++")
-    pip("wheel", "--no-deps", "--no-build-isolation", source, "-w", tmp_path, CXXFLAGS="-O0")
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.stem.split("-")[2:4] == ["py3", "none"]
-    assert platform.machine() in wheel.stem.split("-")[4]
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(tmp_path / "wheel")
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"rtn_tensor"}
-    assert not [name for name in names if "test" in name]
-    built = ctypes.CDLL(str(tmp_path / "wheel/rtn_tensor/kernels/librtn.so"))
-    built.rtn_isa.restype = ctypes.c_char_p
-    assert built.rtn_isa().decode() in isas(platform.machine())

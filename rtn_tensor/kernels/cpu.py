@@ -1,7 +1,9 @@
 """The C++ library of `csrc/` on CPU tensors: reads the packed planes as they lie, in whatever instruction set the processor has."""
 
 import ctypes
+import platform
 import struct
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,43 @@ _LINEAR = struct.Struct("=29q")
 _PLANES = struct.Struct("=19q")
 _NO_MEMORY, _REFUSED = -1, -2
 
+_FUNCTIONS = (
+    *("rtn_abi", "rtn_isa", "rtn_set_isa", "rtn_has_threads"),
+    *("rtn_linear", "rtn_quantize", "rtn_dequantize", "rtn_register", "rtn_direct"),
+)
+_MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine of the processors that have instruction sets of their own here
+
+
+def _flaw(file: Path) -> str | None:
+    """What is wrong with an ELF file, in words that follow its name, or None.
+
+    The loader of the C library looks at the first bytes only: it maps pages that a truncated file does not have, and the process then
+    dies of SIGBUS."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        header = opened.read(64)
+        if len(header) < 64 or header[:4] != b"\x7fELF":
+            return "is empty" if not size else "is damaged: it is not a shared library"
+        if header[4:6] != b"\x02\x01":
+            return "was built for another processor: it is not a 64-bit little-endian library"
+        (machine,) = struct.unpack_from("<H", header, 18)
+        if platform.machine() in _MACHINES.values() and _MACHINES.get(machine) != platform.machine():
+            return f"was built for {_MACHINES.get(machine, f'another processor ({machine})')}, and this is {platform.machine()}"
+        segments, sections = struct.unpack_from("<QQ", header, 32)
+        segment_count, section_bytes, section_count, names = struct.unpack_from("<4H", header, 56)
+        end = max(segments + 56 * segment_count, sections + section_bytes * section_count)
+        if size >= end:
+            opened.seek(segments)
+            for kind, _, offset, _, _, in_file, _, _ in struct.iter_unpack("<IIQQQQQQ", opened.read(56 * segment_count)):
+                end = max(end, (offset + in_file) * (kind == 1))  # PT_LOAD
+        if size < end:
+            return f"is damaged: it ends after {size} of {end} bytes"
+        opened.seek(sections + section_bytes * names + 4)
+        # SHT_STRTAB. The sections' table is the last thing in a file, and a disk that filled up or a crash leaves zeros there.
+        if section_count and opened.read(4) != b"\x03\0\0\0":
+            return "is damaged: its end was never written"
+    return None
+
 
 @cache
 def _load() -> tuple[Any, str]:
@@ -30,18 +69,22 @@ def _load() -> tuple[Any, str]:
     if not LIBRARY.exists():
         return None, "Its C++ library was not built; install g++ and reinstall rtn-tensor."
     try:
+        if sys.platform == "linux" and (flaw := _flaw(LIBRARY)):
+            return None, f"Its C++ library {LIBRARY} {flaw}; reinstall rtn-tensor."
         lib = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return None, f"Its C++ library cannot be loaded ({error}); reinstall rtn-tensor."
-    try:
+    if hasattr(lib, "rtn_abi"):
         lib.rtn_abi.restype = ctypes.c_int64
-        abi = lib.rtn_abi()
-    except AttributeError:  # as it was before there were numbers
-        abi = 1
-    if abi != ABI:
+        if (abi := lib.rtn_abi()) != ABI:
+            return None, (
+                f"Its C++ library was built from other sources than this Python code (interface {abi}, and not {ABI}), as after a pull "
+                "without a rebuild; reinstall rtn-tensor (pip install -e .)."
+            )
+    if lacking := [name for name in _FUNCTIONS if not hasattr(lib, name)]:
         return None, (
-            f"Its C++ library was built from other sources than this Python code (interface {abi}, and not {ABI}), as after a pull without "
-            "a rebuild; reinstall rtn-tensor (pip install -e .)."
+            f"Its C++ library {LIBRARY} has no {', '.join(lacking)}: it is another library, or was built from other sources than this "
+            "Python code; reinstall rtn-tensor (pip install -e .)."
         )
     lib.rtn_isa.restype = ctypes.c_char_p
     return lib, ""
