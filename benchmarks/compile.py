@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.machine import machine
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn_int4
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 

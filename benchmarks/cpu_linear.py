@@ -28,7 +28,7 @@ import rtn_tensor
 from benchmarks.machine import machine
 from rtn_tensor import ops
 from rtn_tensor.kernels import cpu
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 CALLS = 12  # of a peer in one turn, unless they take longer than TURN
 TURN = 0.5  # seconds

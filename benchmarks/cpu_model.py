@@ -28,7 +28,7 @@ from benchmarks.real_model import smollm2, smollm2_gguf
 from rtn_tensor import quantize_, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.decoding import Decoder
 from rtn_tensor.kernels import cpu
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 Run = Callable[[], float]  # tokens per second
 CONFIGS = {"bf16": (None, "BF16"), "int8 g128": (rtn_int8(group_size=128), "Q8_0"), "int4 g32": (rtn_int4(group_size=32), "Q4_0")}

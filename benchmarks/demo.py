@@ -25,7 +25,7 @@ from benchmarks.real_model import MODEL, TEXT, smollm2, state_of_the_union
 from rtn_tensor import quantize_, report, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.generation import generate
 from rtn_tensor.evaluation.perplexity import perplexity
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 CONFIGS = {
     "bf16": None,

@@ -29,7 +29,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 from benchmarks.machine import machine
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4
 from rtn_tensor.kernels import cpu
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 # ------------------------------------------------------------------------------------------- refresh
 

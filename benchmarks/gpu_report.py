@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_peers import CUBLAS, GROUPED_MM
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 Results = dict[str, Any]
 Found = list[tuple[str, float]]  # where, and what was measured there

@@ -25,7 +25,7 @@ import torch
 from benchmarks.machine import machine
 from rtn_tensor import RTNQuantizedTensor, load, report, rtn_int4, rtn_int8
 from rtn_tensor.kernels import cpu
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:

@@ -30,7 +30,7 @@ from benchmarks.cpu_linear import CALLS, burst
 from benchmarks.machine import machine
 from rtn_tensor import quantize_, rtn_int4, rtn_int8
 from rtn_tensor.kernels import cpu
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 
 class Layer(NamedTuple):

@@ -33,8 +33,8 @@ from rtn_tensor import (
     select_modules,
 )
 from rtn_tensor.formats import SCALE_METHODS
-from rtn_tensor.plan import OPTIONS, Plan, spend
-from rtn_tensor.policy import bits_of
+from rtn_tensor.quantize.allocation import OPTIONS, Plan, spend
+from rtn_tensor.quantize.selection import bits_of
 
 TOKENS, WINDOW = 8192, 1024
 ELSEWHERE = 40_000  # tokens from here on, that are not measured, are what a plan from text is made of

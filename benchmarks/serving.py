@@ -28,7 +28,7 @@ from benchmarks.machine import machine
 from benchmarks.real_model import smollm2
 from rtn_tensor import RTNQuantizedTensor, load, rtn_int4
 from rtn_tensor.formats import pack_gptq, unpack
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 GROUP_SIZE = 64  # which divides SmolLM2's 576 columns, as GPTQ's format wants
 # No quotation marks in the names: Inductor writes the command line into its code.

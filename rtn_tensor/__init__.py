@@ -1,13 +1,16 @@
 """Calibration-free round-to-nearest int4 and int8 weight-only quantization for PyTorch."""
 
-from rtn_tensor import quiet  # noqa: F401  (first: torchao speaks when it is imported)
-from rtn_tensor.checkpoint import fqn_config, load, load_from_rank0, save
+from rtn_tensor import _torchao  # noqa: F401  (first: torchao speaks when it is imported)
+from rtn_tensor.checkpoint.load import load
+from rtn_tensor.checkpoint.rank0 import load_from_rank0
+from rtn_tensor.checkpoint.save import save
 from rtn_tensor.config import RTNConfig, rtn, rtn_int4, rtn_int8
+from rtn_tensor.distributed import RTNQuantizedTensor  # with its collectives
+from rtn_tensor.integrations.transformers.on_the_fly import fqn_config
 from rtn_tensor.kernels.registry import explain
-from rtn_tensor.plan import plan
-from rtn_tensor.policy import bits_per_weight, select_layers, select_modules
-from rtn_tensor.quantize import dequantize_, quantize_, report
-from rtn_tensor.sharding import RTNQuantizedTensor  # with its collectives
+from rtn_tensor.quantize.allocation import plan
+from rtn_tensor.quantize.api import dequantize_, quantize_, report
+from rtn_tensor.quantize.selection import bits_per_weight, select_layers, select_modules
 
 __all__ = [
     "RTNConfig",

@@ -23,20 +23,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from rtn_tensor.checkpoint import companions, empty_model, load, new_folder, without_place, write
+from rtn_tensor.checkpoint.companions import companions
+from rtn_tensor.checkpoint.files import parse_json
+from rtn_tensor.checkpoint.folders import new_folder
+from rtn_tensor.checkpoint.load import load, without_place
+from rtn_tensor.checkpoint.save import write
+from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import rtn
 from rtn_tensor.evaluation.generation import generate
 from rtn_tensor.evaluation.perplexity import check_causal, perplexity, token_losses
 from rtn_tensor.evaluation.tasks import Score, average_recovery, check_tasks, rows, run_tasks, show, text_score
-from rtn_tensor.files import parse_json
 from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, SCALE_METHODS
+from rtn_tensor.integrations.transformers.folders import empty_model
+from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.kernels.problem import device_of
 from rtn_tensor.kernels.registry import explain
-from rtn_tensor.policy import parse_rule, rules_from_json
-from rtn_tensor.pretrained import but_the_output, ends
-from rtn_tensor.quantize import report
-from rtn_tensor.sources import sources
-from rtn_tensor.tables import table
+from rtn_tensor.quantize.api import report
+from rtn_tensor.quantize.selection import parse_rule, rules_from_json
+from rtn_tensor.text_table import table
 from rtn_tensor.tuning import TOKENS, tune, tuned_folder
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.core.config import AOBaseConfig
 
+from rtn_tensor import _torchao
 from rtn_tensor.formats import check_format
 
-# torchao's `config_from_dict` finds a class only in the modules named here; it offers no function to add one.
-ALLOWED_AO_MODULES.add(__name__)
+_torchao.allow_configs_of(__name__)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from ranks import Cases
 from sharded_models import layers, mlp, parallel, quantized, same, sharded, x_of
 from torch.distributed.device_mesh import init_device_mesh
 
-from rtn_tensor import RTNQuantizedTensor, load, rtn_int4, save, streaming
+from rtn_tensor import RTNQuantizedTensor, load, rtn_int4, save
+from rtn_tensor.checkpoint import fill
 
 case = Cases(2, 3)
 
@@ -39,8 +40,8 @@ def of_quantized_files(ranks, folder):
 def of_float_files(ranks, folder):
     """Quantized as they are read, and on meta until then; every rank reads about its share."""
     read = []
-    copy = streaming._copy
-    streaming._copy = lambda piece, rows, to: (read.append(rows.nbytes), copy(piece, rows, to))
+    copy = fill._copy
+    fill._copy = lambda piece, rows, to: (read.append(rows.nbytes), copy(piece, rows, to))
     try:
         for make, shard in KINDS:
             plain = make()
@@ -56,7 +57,7 @@ def of_float_files(ranks, folder):
             same(model(x_of(64)), plain(x_of(64)))
             dist.barrier()
     finally:
-        streaming._copy = copy
+        fill._copy = copy
 
 
 @case

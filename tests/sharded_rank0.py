@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from rtn_tensor import RTNQuantizedTensor, load_from_rank0, rtn_int4, rtn_int8, streaming
+from rtn_tensor import RTNQuantizedTensor, load_from_rank0, rtn_int4, rtn_int8
+from rtn_tensor.checkpoint import fill
 
 case = Cases(2, 3)
 
@@ -227,7 +228,7 @@ def under_activation_checkpointing(ranks, folder):
 def a_rank_that_fails(ranks, folder):
     """Whichever it is, and whenever: all raise, and go on to their next collective."""
     whole = quantized(layers(64, 97, 33))
-    real = streaming._copy
+    real = fill._copy
     for failing in (0, ranks - 1):
         for at in (0, 3):
             model = sharded(quantized(layers(64, 97, 33).to("meta"))).to_empty(device="cpu")
@@ -240,11 +241,11 @@ def a_rank_that_fails(ranks, folder):
                 return real(piece, *args)
 
             mine = failing == dist.get_rank()
-            streaming._copy = failing_copy if mine else real
+            fill._copy = failing_copy if mine else real
             try:
                 with pytest.raises(*((MemoryError,) if mine else (RuntimeError,)), match="no more" if mine else "may be filled in part"):
                     load_from_rank0(model, on_rank0(whole))
             finally:
-                streaming._copy = real
+                fill._copy = real
             load_from_rank0(model, on_rank0(whole))
             equal(model, whole)

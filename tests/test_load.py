@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from rtn_tensor import RTNQuantizedTensor, checkpoint, load, quantize_, report, rtn, rtn_int4, rtn_int8, save, streaming
+from rtn_tensor import RTNQuantizedTensor, load, quantize_, report, rtn, rtn_int4, rtn_int8, save
+from rtn_tensor.checkpoint import fill
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 64]])
 
@@ -220,8 +221,8 @@ def test_in_chunks(tmp_path, monkeypatch):
     config = FqnToConfig({"down_proj": rtn_int4(32), "embedding": rtn_int8(32)})
     quantize_(expected, config)
     for chunk in (1, 3000, 1 << 20):
-        monkeypatch.setattr("rtn_tensor.streaming.CHUNK", chunk)
-        monkeypatch.setattr("rtn_tensor.streaming.SMALL_CHUNK", chunk)
+        monkeypatch.setattr("rtn_tensor.checkpoint.fill.CHUNK", chunk)
+        monkeypatch.setattr("rtn_tensor.checkpoint.fill.SMALL_CHUNK", chunk)
         assert_same(load(tmp_path / "model.safetensors", config, Experts), expected)
         assert_same(load(tmp_path / "model.pt", config, Experts), expected)
 
@@ -261,11 +262,11 @@ def test_what_another_device_holds_meanwhile(tmp_path, monkeypatch):
         placed = [t for ts in destinations.values() for t in ts]
         planes = [plane for t in placed for plane in ((t.qdata, t.scale) if isinstance(t, RTNQuantizedTensor) else (t,))]
         with MetaBytes(planes) as counted:
-            streaming.stream(pieces, destinations, meter)
+            fill.stream(pieces, destinations, meter)
         watched.append(counted)
 
-    monkeypatch.setattr(checkpoint, "stream", stream)
-    monkeypatch.setattr(streaming, "is_finite", lambda t: True)  # meta holds no values to look at
+    monkeypatch.setattr("rtn_tensor.checkpoint.load.stream", stream)
+    monkeypatch.setattr(fill, "is_finite", lambda t: True)  # meta holds no values to look at
     assert isinstance(load(tmp_path / "m.safetensors", rtn_int4(), model, device="meta")[1].weight, RTNQuantizedTensor)
     (counted,) = watched
     assert 2 << 20 <= counted.peak <= 4 << 20

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer, TorchAoConfig
 
 from benchmarks.real_model import ModelUnavailable, minilm
 from rtn_tensor import RTNQuantizedTensor, load, quantize_, report, rtn_int4, rtn_int8, save
-from rtn_tensor.moe import transposed_experts
+from rtn_tensor.quantize.experts import transposed_experts
 
 # ------------------------------------------------------------------------------------------- the kinds
 

@@ -12,8 +12,10 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from rtn_tensor import RTNQuantizedTensor, dequantize_, load, moe, ops, quantize_, reference, report, rtn_int4, rtn_int8, save
-from rtn_tensor.policy import products as chosen
+from rtn_tensor import RTNQuantizedTensor, dequantize_, load, ops, quantize_, reference, report, rtn_int4, rtn_int8, save
+from rtn_tensor.integrations.transformers.experts import activation_of, use_experts
+from rtn_tensor.quantize.experts import transposed_experts, unknown_experts
+from rtn_tensor.quantize.selection import products as chosen
 
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
 each_model = pytest.mark.parametrize("name", CONFIGS)
@@ -188,10 +190,10 @@ def test_which_shapes_fit_one_another():
         ((4, 192, 64),): {},
         ((4, 96, 64), (4, 96, 64), (4, 64, 96)): {},
     }.items():
-        assert moe.transposed_experts(Stacked(*shapes)) == expected, shapes
-    assert moe.transposed_experts(nn.Conv1d(4, 4, 3)) == moe.transposed_experts(nn.Bilinear(40, 40, 40)) == {}
-    assert moe.unknown_experts(Stacked((1, 577, 64))) == moe.unknown_experts(Stacked((4, 8, 64))) == []
-    assert moe.unknown_experts(nn.Bilinear(40, 40, 40)) == []
+        assert transposed_experts(Stacked(*shapes)) == expected, shapes
+    assert transposed_experts(nn.Conv1d(4, 4, 3)) == transposed_experts(nn.Bilinear(40, 40, 40)) == {}
+    assert unknown_experts(Stacked((1, 577, 64))) == unknown_experts(Stacked((4, 8, 64))) == []
+    assert unknown_experts(nn.Bilinear(40, 40, 40)) == []
 
 
 class ParallelExperts(nn.Module):
@@ -214,8 +216,8 @@ def test_what_may_be_experts():
         ((4, 96, 64), (4, 96, 64), (4, 64, 96)): [*both, "w2"],
         ((4, 96, 64), (3, 64, 96)): [],
     }.items():
-        assert moe.unknown_experts(Stacked(*shapes)) == expected, shapes
-    assert moe.unknown_experts(ParallelExperts()) == ["weight"]
+        assert unknown_experts(Stacked(*shapes)) == expected, shapes
+    assert unknown_experts(ParallelExperts()) == ["weight"]
 
 
 def test_experts_that_are_not_understood_are_named():
@@ -244,12 +246,12 @@ name them in a rule or FqnToConfig, to quantize them along their last dim""",
 
 
 def test_activations_are_recognised_by_what_they_compute():
-    found = {name: {moe.activation_of(m) for m in tiny_moe(name).modules() if hasattr(m, "has_gate")} for name in ("Mixtral", "GptOss")}
+    found = {name: {activation_of(m) for m in tiny_moe(name).modules() if hasattr(m, "has_gate")} for name in ("Mixtral", "GptOss")}
     assert found == {"Mixtral": {"silu"}, "GptOss": {"gpt_oss"}}
     block = tiny_moe("Mixtral").model.layers[0].mlp.experts
     block.act_fn = nn.GELU()
-    assert moe.activation_of(block) is None
-    assert moe.activation_of(nn.Linear(2, 2)) is None
+    assert activation_of(block) is None
+    assert activation_of(nn.Linear(2, 2)) is None
 
 
 def test_an_activation_that_no_kernel_has_is_the_modules_own():
@@ -363,7 +365,7 @@ def test_loading_and_saving(name, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     same(theirs, model)
     assert (logits(theirs) - logits(model)).abs().max() <= 0.03 * logits(model).abs().max()
-    moe.use(theirs)
+    use_experts(theirs)
     if name != "Jamba":  # which adds a bias and takes it off again, where transformers itself read it quantized
         assert torch.equal(logits(theirs), logits(model))
 

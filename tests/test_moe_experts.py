@@ -16,7 +16,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExp
 from transformers.models.hy_v4.modeling_hy_v4 import HYV4Config, HYV4Experts
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
-from rtn_tensor import dequantize_, moe, quantize_, rtn_int8
+from rtn_tensor import dequantize_, quantize_, rtn_int8
+from rtn_tensor.integrations.transformers.experts import activation_of
 
 SIZES = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4) | {
     "hidden_size": 64,
@@ -101,7 +102,7 @@ def test_every_experts_module():
 )
 def test_a_clamp_is_applied_however_wide(kind, config, limit):
     block = experts(kind, config(), swiglu_limit=limit)
-    assert moe.activation_of(block) is None
+    assert activation_of(block) is None
     assert worst(block) < 1e-4
     assert worst(block.bfloat16(), (0.1, 1), torch.bfloat16) < 0.03
 
@@ -109,17 +110,17 @@ def test_a_clamp_is_applied_however_wide(kind, config, limit):
 @pytest.mark.parametrize(("limit", "alpha", "known"), [(7.0, 1.702, "gpt_oss"), (70.0, 1.702, None), (7.0, 1.0, None)])
 def test_gpt_oss_with_other_settings(limit, alpha, known):
     block = experts(GptOssExperts, GptOssConfig(), swiglu_limit=limit, swiglu_alpha=alpha)
-    assert moe.activation_of(block) == known
+    assert activation_of(block) == known
     assert worst(block) < 1e-4
 
 
 def test_what_changes_after_the_first_call_counts():
     block = experts(MixtralExperts, MixtralConfig())
-    assert (moe.activation_of(block), worst(block) < 1e-4) == ("silu", True)
+    assert (activation_of(block), worst(block) < 1e-4) == ("silu", True)
     for act_fn, known in ((nn.GELU(), None), (nn.SiLU(), "silu"), (nn.ReLU(), None), (nn.functional.silu, "silu")):
         del block.act_fn
         block.act_fn = act_fn
-        assert (moe.activation_of(block), worst(block) < 1e-4) == (known, True), act_fn
+        assert (activation_of(block), worst(block) < 1e-4) == (known, True), act_fn
     block = experts(DeepseekV4Experts, DeepseekV4Config())
     for limit in (1e6, 2.0):
         block.limit = limit

@@ -11,7 +11,7 @@ from tiny_llama import tiny_llama
 from torch import nn
 
 from rtn_tensor import load, quantize_, rtn_int4, save
-from rtn_tensor.checkpoint import new_folder
+from rtn_tensor.checkpoint.folders import new_folder
 
 
 def tree(folder):
@@ -183,7 +183,7 @@ def test_names_of_files(tmp_path, name):
 
 WRITER = """
 import os, sys, time
-from rtn_tensor.checkpoint import new_folder
+from rtn_tensor.checkpoint.folders import new_folder
 with new_folder(sys.argv[1], force=True) as folder:
     (folder / "half").write_text("")
     print("writing", flush=True)

@@ -11,7 +11,7 @@ from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from rtn_tensor import bits_per_weight, fqn_config, load, quantize_, rtn, rtn_int4, rtn_int8, save, select_layers, select_modules
-from rtn_tensor.policy import find, matches, parse_rule, rules_from_json, rules_to_json
+from rtn_tensor.quantize.selection import find, matches, parse_rule, rules_from_json, rules_to_json
 
 KINDS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 RULES = [("model.layers.0.*", rtn_int8(64)), ("*.down_proj", rtn(8, 32, "signed")), ("*.k_proj", None), ("*", rtn_int4(32))]

@@ -8,7 +8,7 @@ from transformers.models.dbrx.modeling_dbrx import DbrxConfig, DbrxFFN
 from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1Config, HunYuanMoEV1Moe
 
 from rtn_tensor import quantize_, rtn_int4
-from rtn_tensor.moe import routers
+from rtn_tensor.quantize.experts import routers
 
 
 def names(model):

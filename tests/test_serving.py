@@ -11,9 +11,8 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4, rtn_int8, save
-from rtn_tensor.moe import run
-from rtn_tensor.reference import SwiGLU
-from rtn_tensor.serving import (
+from rtn_tensor.integrations.experts import run
+from rtn_tensor.integrations.options import (
     Options,
     activation_of,
     check_cut,
@@ -23,6 +22,7 @@ from rtn_tensor.serving import (
     saved_formats,
     worth_it,
 )
+from rtn_tensor.reference import SwiGLU
 
 NAME = "model.layers.3.self_attn.qkv_proj"
 PARTS = [f"model.layers.3.self_attn.{part}_proj" for part in "qkv"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtn_tensor.pretrained import is_pretrained
+from rtn_tensor.integrations.transformers.models import is_pretrained
 
 
 def positions(model: Any) -> int | None:

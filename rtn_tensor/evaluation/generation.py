@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtn_tensor.evaluation.decoding import Decoder, positions
 from rtn_tensor.evaluation.perplexity import check_ahead, check_causal, check_tokens
-from rtn_tensor.pretrained import is_pretrained
+from rtn_tensor.integrations.transformers.models import is_pretrained
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtn_tensor.evaluation.decoding import positions
-from rtn_tensor.pretrained import is_pretrained
+from rtn_tensor.integrations.transformers.models import is_pretrained
 
 ROWS = 256  # logits turned to fp32 at once: with a vocabulary of 150k that is 150 MB
 PROBE = 8  # tokens, of which the last 3 are changed to see whether the first 5 notice

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from rtn_tensor.checkpoint.files import parse_json
 from rtn_tensor.evaluation.perplexity import PROBE, check_ahead, check_causal, check_tokens
-from rtn_tensor.files import parse_json
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 NAMES = {"lambada": "lambada_openai"}  # where the harness's own name differs
 METRICS = ("acc_norm", "acc", "perplexity")  # the first that a task has goes into the average

@@ -22,10 +22,10 @@ from sglang.srt.utils import set_weight_attrs
 from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.moe import run
-from rtn_tensor.quantize import is_finite
-from rtn_tensor.serving import Options, activation_of, check_cut, check_router
-from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.integrations.experts import run
+from rtn_tensor.integrations.options import Options, activation_of, check_cut, check_router
+from rtn_tensor.quantize.api import is_finite
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def register() -> None:
 
 
 class RTNQuantizationConfig(QuantizationConfig):
-    """What SGLang asks, layer by layer, how to quantize. See `rtn_tensor.serving.Options`."""
+    """What SGLang asks, layer by layer, how to quantize. See `rtn_tensor.integrations.options.Options`."""
 
     def __init__(self, options: Options | None = None):
         super().__init__()

@@ -28,9 +28,8 @@ from vllm.scalar_type import scalar_types
 
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import FORMATS, groups, pack_gptq, unpack
-from rtn_tensor.moe import run
-from rtn_tensor.quantize import is_finite
-from rtn_tensor.serving import (
+from rtn_tensor.integrations.experts import run
+from rtn_tensor.integrations.options import (
     Options,
     activation_of,
     check_cut,
@@ -40,7 +39,8 @@ from rtn_tensor.serving import (
     is_saved,
     saved_formats,
 )
-from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.quantize.api import is_finite
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows no others
 
@@ -57,7 +57,7 @@ def register() -> None:
 
 
 class RTNQuantizationConfig(QuantizationConfig):
-    """What vLLM asks, layer by layer, how to quantize, and whose kernels run. See `rtn_tensor.serving.Options`, and `KERNELS`."""
+    """What vLLM asks, layer by layer, how to quantize, and whose kernels run. See `integrations.options.Options`, and `KERNELS`."""
 
     def __init__(self, options: Options | None = None, kernel: str = "rtn"):
         super().__init__()

@@ -17,7 +17,7 @@ from rtn_tensor import reference
 from rtn_tensor.formats import FLOAT_DTYPES, check_format
 from rtn_tensor.kernels import cpu, dense, triton
 from rtn_tensor.kernels.problem import Kernel, Problem, bucket, capability, device_of, make_problem
-from rtn_tensor.tables import table
+from rtn_tensor.text_table import table
 
 REFERENCE = Kernel(
     name="reference",

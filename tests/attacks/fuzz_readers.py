@@ -10,9 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rtn_tensor.files import read_json, weight_files
-from rtn_tensor.pretrained import read_config
-from rtn_tensor.sources import sources
+from rtn_tensor.checkpoint.files import read_json, weight_files
+from rtn_tensor.checkpoint.sources import sources
+from rtn_tensor.integrations.transformers.folders import read_config
 
 KINDS = ("x.safetensors", "model.safetensors.index.json", "config.json", "x.pt")
 

@@ -11,8 +11,8 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from rtn_tensor import quantize_, rtn_int4, save
+from rtn_tensor.checkpoint.sources import saved_attributes
 from rtn_tensor.cli import main
-from rtn_tensor.sources import saved_attributes
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 

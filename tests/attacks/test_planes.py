@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from test_metadata import WEIGHT, from_pretrained, llama  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM
 
+from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.cli import main
-from rtn_tensor.sources import sources
 
 # What becomes of qdata [33, 48] and scale [33, 3]; None: the plane is left out.
 CHANGES = {

@@ -15,8 +15,8 @@ from torch import Tensor
 from rtn_tensor import reference
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels.problem import bucket
-from rtn_tensor.kernels.triton.arrivals import ARRIVALS
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, configure
+from rtn_tensor.kernels.triton.counters import ARRIVALS
 from rtn_tensor.kernels.triton.grouped_kernel import grouped_dx_kernel, grouped_kernel
 from rtn_tensor.kernels.triton.linear_kernel import linear_dx_kernel, linear_kernel
 from rtn_tensor.kernels.triton.planes_kernel import dequantize_kernel, quantize_kernel

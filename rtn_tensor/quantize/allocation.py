@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig, rtn
-from rtn_tensor.policy import FilterFn, bits_of, unmatched
-from rtn_tensor.pretrained import but_the_output, is_pretrained
-from rtn_tensor.quantize import Target, is_finite, targets_of
-from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.integrations.transformers.models import but_the_output, is_pretrained
+from rtn_tensor.quantize.api import Target, is_finite, targets_of
+from rtn_tensor.quantize.selection import FilterFn, bits_of, unmatched
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("signed", "search")), rtn(8, 128))
 Table = Mapping[str, Mapping[RTNConfig, float]]  # of weights' names and formats

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from rtn_tensor import reference
-from rtn_tensor.checkpoint import empty_model
+from rtn_tensor.checkpoint.sources import saved_attributes, tensor_names
 from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import FORMATS
-from rtn_tensor.policy import FORMAT_KEYS, Rules, config_from_json, matches, reaches, rules_from_json
-from rtn_tensor.pretrained import renaming
+from rtn_tensor.integrations.transformers.folders import empty_model
+from rtn_tensor.integrations.transformers.names import renaming
+from rtn_tensor.quantize.selection import FORMAT_KEYS, Rules, config_from_json, matches, reaches, rules_from_json
 from rtn_tensor.reference import SwiGLU
-from rtn_tensor.sources import saved_attributes, tensor_names
 
 KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what engines call the linears that choose among experts

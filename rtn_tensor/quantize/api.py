@@ -4,7 +4,6 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 from torchao.core.config import AOBaseConfig
-from torchao.quantization import FqnToConfig, quant_api, register_quantize_module_handler
+from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
-from rtn_tensor import printing  # noqa: F401  (print(model) names what is quantized)
+from rtn_tensor import _torchao
 from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
+from rtn_tensor.distributed import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held, ranks_of
 from rtn_tensor.formats import FLOAT_DTYPES
-from rtn_tensor.moe import routers, transposed_experts, unknown_experts, use
-from rtn_tensor.policy import (
+from rtn_tensor.integrations import on_quantized
+from rtn_tensor.quantize import printing  # noqa: F401  (print(model) names what is quantized)
+from rtn_tensor.quantize.experts import routers, transposed_experts, unknown_experts
+from rtn_tensor.quantize.selection import (
     COMPUTED,
     REMOVE_IT,
     FilterFn,
@@ -31,12 +33,11 @@ from rtn_tensor.policy import (
     products,
     resolve,
     stored_transposed,
+    tensors_of,
     weights,
 )
-from rtn_tensor.pretrained import describe
-from rtn_tensor.sharding import as_part, check_idle, columns_a_rank, everywhere, fully_sharded, held, ranks_of
-from rtn_tensor.tables import table
-from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.text_table import table
 
 # ------------------------------------------------------------------------------------------- which weights
 
@@ -57,14 +58,6 @@ class Target:
     def transposed(self) -> bool:
         """Whether in_features is the last but one dim of the parameter."""
         return stored_transposed(self.module, self.parameter_name)
-
-
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    """(fqn, module, parameter name, parameter) of every place that holds a parameter, shared ones included."""
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield f"{prefix}.{name}" if prefix else name, module, name, parameter
 
 
 def _targets(model: nn.Module, config: RTNConfig, filter_fn: FilterFn) -> Iterator[Target]:
@@ -106,7 +99,7 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
     floats = {key for key in table if table[key] is None and any(_means(key, name) for name in named)}
     unseen = set(table) - {"_default"} - floats
     by_default = products(model)
-    for fqn, module, name, parameter in _named_parameters(model):
+    for fqn, module, name, parameter in tensors_of(model):
         prefix = fqn.removesuffix(name).removesuffix(".")
         keys = _keys_for(table, prefix, module, name, parameter)
         unseen.difference_update(keys)
@@ -298,7 +291,7 @@ def quantize_(
     if fully_sharded(model) and any(not t.parameter.is_meta for t in targets):  # type: ignore[union-attr]
         raise ValueError("the model is sharded by fully_shard, which would look for the float weights' memory; quantize_ it first")
     places: dict[int, list[str]] = defaultdict(list)
-    for fqn, _, _, parameter in _named_parameters(model):
+    for fqn, _, _, parameter in tensors_of(model):
         places[id(parameter)].append(fqn)
     # By name from here on: a move may give a module other parameter objects.
     sharing = {fqn: names for names in places.values() for fqn in names}
@@ -315,10 +308,9 @@ def quantize_(
                 new.untied_from = rest
             done[names[0]] = new
         setattr(target.module, target.parameter_name, done[names[0]])
-    use(model)
     if device is not None:
         model.to(device)
-    describe(model, dequantize_)
+    on_quantized(model)
     return report(model)
 
 
@@ -333,7 +325,7 @@ def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: st
     target = Target(module, parameter_name, fqn or f"{type(module).__name__}.{parameter_name}", config, by_name=True)
     _check([target])
     setattr(module, parameter_name, _quantized(target))
-    use(module)
+    on_quantized(module)
     return module
 
 
@@ -361,20 +353,20 @@ def _quantize_by_fqn(module: nn.Module, fqn: str, config: FqnToConfig, others: C
     return module
 
 
-quant_api._fqn_to_config_handler = partial(_quantize_by_fqn, others=quant_api._fqn_to_config_handler)  # the one place torchao asks
+_torchao.handle_fqn_configs(_quantize_by_fqn)
 
 
 def dequantize_(model: nn.Module) -> "Report":
     """Puts plain float parameters (q * S, in each weight's dtype) in place of the quantized ones; shared weights stay shared."""
     check_idle(model)
     shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
-    for _, module, name, parameter in list(_named_parameters(model)):
+    for _, module, name, parameter in list(tensors_of(model)):
         part = held(parameter)
         if isinstance(part, RTNQuantizedTensor):
             if id(parameter) not in shared:
                 shared[id(parameter)] = parameter, nn.Parameter(as_part(part.dequantize(), parameter))
             setattr(module, name, shared[id(parameter)][1])
-    describe(model, dequantize_)
+    on_quantized(model)
     return report(model)
 
 
@@ -451,11 +443,11 @@ def report(model: nn.Module) -> Report:
     rows: list[Row] = []
     first: dict[int, str] = {}
     untied: dict[str, str] = {}
-    for fqn, _, _, w in _named_parameters(model):
+    for fqn, _, _, w in tensors_of(model):
         for other in getattr(w, "untied_from", []):
             untied.setdefault(other, fqn)
     kept = routers(model)
-    for fqn, module, name, whole in _named_parameters(model):
+    for fqn, module, name, whole in tensors_of(model):
         w = held(whole)
         quantized = isinstance(w, RTNQuantizedTensor)
         before = w.numel() * w.dtype.itemsize

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from rtn_tensor.tensor import RTNQuantizedTensor, rebuilt
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor, rebuilt
 
 aten = torch.ops.aten
 _op = RTNQuantizedTensor.implements

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rtn_tensor.checkpoint.sources import Source
+from rtn_tensor.config import RTNConfig
+from rtn_tensor.distributed import as_part, held
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.kernels import cpu
-from rtn_tensor.quantize import is_finite
-from rtn_tensor.sources import Source
-from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.quantize.api import is_finite
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor, hung_on
 
 # Bytes of a tensor that are quantized at once, and fewer where quantizing copies them first: a transposed weight's are laid row by row, and
 # plain torch takes ten times as much meanwhile, in fp32. Copies of 16 MiB left the heap of glibc in pieces: 75 MB beside a GPT-OSS, not 16.
@@ -222,3 +224,36 @@ def stream(pieces: list[Piece], destinations: Mapping[str, list[Tensor]], meter:
             now[0].source.read_soon(now[1])
         _copy(piece, rows, place)
         meter(rows.nbytes)
+
+
+def put(
+    places: list[tuple[str, nn.Module, str, Tensor]],
+    new: Mapping[int, Mapping[RTNConfig | None, Tensor]],
+    configs: Mapping[str, RTNConfig],
+    fqns: Mapping[int, list[str]],
+    apart: Mapping[str, list[str]],
+) -> None:
+    """Puts what `_read` gives in the places of the old tensors; `fqns`, by their ids: where each lies, and `apart`, where those are that it
+    shared with before: to tell what was untied."""
+    parameters: dict[int, Tensor] = {}
+    for fqn, module, name, old in places:
+        t = new[id(old)][configs.get(fqn)]
+        if name in module._buffers:
+            module._buffers[name] = as_part(t, old)
+        else:
+            if id(t) not in parameters:
+                floats = [other for other in fqns.get(id(old), []) if other not in configs] + list(apart.get(fqn, []))
+                parameters[id(t)] = _parameter(as_part(t, old), old, fqn, floats)
+            module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
+
+
+def _parameter(t: Tensor, old: Tensor, fqn: str, floats: list[str]) -> nn.Parameter:
+    """`t` as a parameter in the place of `old`, with what was hung on that; `floats`: where it stays float."""
+    quantized = isinstance(held(t), RTNQuantizedTensor)
+    new: Any = nn.Parameter(t, requires_grad=old.requires_grad and not quantized)
+    vars(new).update(hung_on(old))
+    if quantized:
+        new.fqn = fqn  # for the errors of a later slice or product
+        if floats:
+            new.untied_from = floats
+    return new

@@ -9,8 +9,8 @@ import functools
 import torch
 from torch import nn
 
-from rtn_tensor.sharding import held
-from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.distributed import held
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 
 def _with_quantized(extra_repr):

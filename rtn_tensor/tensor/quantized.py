@@ -52,6 +52,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     in the format that keywords name (`type(w)(tensor, requires_grad=False, **vars(w))` gives what `w` would be if it held `tensor`).
     """
 
+    __module__ = "rtn_tensor.tensor"  # where every pickle that was ever written looks for it
+
     tensor_data_names = ["qdata", "scale"]
     tensor_attribute_names = ["bits", "group_size", "scale_method", "in_features", "transposed", "version"]
 
@@ -316,7 +318,7 @@ RTNQuantizedTensor._ATEN_OP_TABLE[RTNQuantizedTensor].pop(aten.to.dtype_layout)
 @functools.cache
 def _sources() -> str:
     """A digest of this package. A compiled graph holds what the functions here made of each op, so another release must not take it."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))).hexdigest()
 
 
 def _check_dtype(dtype: torch.dtype, w: Tensor | None = None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig, rtn, rtn_int8
 from rtn_tensor.formats import FORMATS, groups
-from rtn_tensor.moe import routers, transposed_experts
+from rtn_tensor.quantize.experts import routers, transposed_experts
 
 FilterFn = Callable[[nn.Module, str], bool]
 Rules = Sequence[tuple[str, RTNConfig | None]]
@@ -50,6 +50,15 @@ def products(model: nn.Module) -> FilterFn:
     """The default `filter_fn`: every linear (`is_linear`) but routers, and the experts of every mixture-of-experts layer."""
     kept = routers(model)
     return lambda module, fqn: (is_linear(module, fqn) and module not in kept) or bool(transposed_experts(module))
+
+
+def tensors_of(model: nn.Module, buffers: bool = False) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """(fqn, module, name, tensor) of every parameter, shared ones at each of their places; with `buffers`, of all that a state_dict
+    holds."""
+    for prefix, module in model.named_modules():
+        for name, t in (*module._parameters.items(), *(module._buffers.items() if buffers else ())):
+            if t is not None and name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, module, name, t
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rtn_tensor.kernels.triton import arrivals
-from rtn_tensor.kernels.triton.arrivals import BLOCK, Arrivals
+from rtn_tensor.kernels.triton import counters
+from rtn_tensor.kernels.triton.counters import BLOCK, Arrivals
 
 GPU, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -20,7 +20,7 @@ def cuda(monkeypatch):
         state.allocated += 1
         return torch.zeros(BLOCK, dtype=torch.int32)
 
-    monkeypatch.setattr(arrivals, "allocate", allocate)
+    monkeypatch.setattr(counters, "allocate", allocate)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream))
     zeros = torch.zeros

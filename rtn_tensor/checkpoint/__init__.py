@@ -1,0 +1,1 @@
+"""What lies on disk: reading it into a model, writing a model to it."""

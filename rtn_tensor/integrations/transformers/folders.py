@@ -1,0 +1,167 @@
+"""The empty model that a transformers folder describes."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from rtn_tensor.checkpoint.files import read_json
+from rtn_tensor.checkpoint.foreign import FOREIGN, not_read
+from rtn_tensor.checkpoint.sources import sources
+from rtn_tensor.formats import FLOAT_DTYPES
+
+MOST_PARAMETERS, MOST_LAYERS = 200_000, 10_000  # of a model that config.json describes: it is made before its weights are looked at
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A transformers folder's config.json, of a model whose weights are float or ours, and which runs no code of the folder's.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be read, or is of another kind of model.
+    """
+    config = read_json(file := path / "config.json")
+    for about in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key in ("quantization_config", "compression_config"):
+            if not (how := about.get(key)):
+                continue
+            if not isinstance(how, dict):
+                raise ValueError(f"{file}: {key} is {str(how)[:100]}; it must be an object, or not there")
+            method = how.get("quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(how) else None)
+            if method != "torchao":
+                raise ValueError(not_read(FOREIGN.get(str(method), str(method)), f"{file} ({key})"))
+        for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+            if "/" in str(about.get(key)):
+                raise ValueError(f"{file}: {key} is {str(about[key])[:100]!r}, code from elsewhere, which is not run; remove that line")
+        for key, value in about.items():
+            if key.endswith(("layers", "n_layer")) and type(value) is int and value > MOST_LAYERS:
+                raise ValueError(f"{file}: {key} is {value}, more than any model has; mend or replace it")
+    return config
+
+
+@contextmanager
+def parameters_on_meta(at_most: int | None = None) -> Iterator[None]:
+    """Modules made here have their parameters on meta; their buffers, which a checkpoint need not hold, are real.
+
+    Raises:
+        ValueError: there are more parameters than `at_most`.
+    """
+    made = 0
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:  # torch's annotation forgets the parameter
+        nonlocal made
+        made += 1
+        if at_most is not None and made > at_most:
+            raise ValueError(f"it has more than {at_most} parameters, more than any model")
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _class(path: Path, about: Mapping[str, Any]) -> Any:
+    """transformers' class of the model that a folder's config.json describes."""
+    import transformers
+
+    file, names = path / "config.json", about.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ValueError(f"{file}: architectures is {str(names)[:100]}; it must be a list with the name of transformers' class")
+    kind = getattr(transformers, names[0], None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind
+    if about.get("auto_map"):
+        raise ValueError(
+            f"{file}: {names[0]} is code of the folder's own (auto_map), which is never run here; read it, and make the model yourself: "
+            "AutoModel.from_config(config, trust_remote_code=True), and load(path, model=it)"
+        )
+    raise ValueError(f"{path}: transformers has no class {names[0]}, which config.json names; give the model to fill")
+
+
+@contextmanager
+def _of_transformers(file: Path, what: str) -> Iterator[None]:
+    """Names the file from which transformers makes `what`: it raises errors of any kind, and names none."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split()) or "no reason is given"
+        raise ValueError(f"{file}: transformers makes no {what} of it ({type(error).__name__}: {why[:500]}); mend or replace it") from error
+
+
+def build(path: Path, dtype: torch.dtype) -> nn.Module:
+    """The model that `path`/config.json describes, of its own class, with its parameters on meta.
+
+    Raises:
+        FileNotFoundError, ValueError: that file cannot be read; its class is not one of transformers', or its weights are of another
+            library's format.
+    """
+    import transformers
+
+    about = read_config(path)
+    kind = _class(path, about)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _of_transformers(path / "config.json", "model"), parameters_on_meta(MOST_PARAMETERS):
+            config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+            if not about.get("quantization_config") and "quantization_config" in vars(config):
+                del config.quantization_config  # null or {}: transformers asks only whether it is there
+            model = kind(config)
+    finally:
+        torch.set_default_dtype(before)
+    # fp16 is too narrow for some layers (T5's `wo`).
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, parameter in model.named_parameters():
+            if re.search(pattern.replace(".", r"\.").replace("*", ".*"), name):
+                parameter.data = parameter.data.to(kept)
+    model.config.dtype = dtype
+    model.name_or_path = str(path)
+    file = path / "generation_config.json"
+    if model.can_generate() and (file.exists() or file.is_symlink()):
+        read_json(file)
+        with _of_transformers(file, "generation config"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
+def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> Any:
+    """The model of a transformers folder, in eval mode, its parameters on meta; by default of the dtype that config.json names, or else the
+    checkpoint has.
+
+    Raises:
+        FileNotFoundError: `path` is not such a folder.
+        TypeError: `dtype` is not a float one.
+        ValueError: its config.json cannot be read; its class is not one of transformers'; another library quantized it.
+    """
+    path, floats = Path(path), (*FLOAT_DTYPES, torch.float64)
+    if dtype not in (None, *floats):
+        raise TypeError(f"dtype is {dtype}; a model has one of {', '.join(map(str, floats))}")
+    if not ((path / "config.json").exists() or (path / "config.json").is_symlink()):
+        there = (
+            "it is a file"
+            if path.is_file()
+            else "it holds an adapter; merge that into its model, and give the folder of that"
+            if (path / "adapter_config.json").exists()
+            else "it has no config.json"
+            if path.exists()
+            else "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"
+        )
+        raise FileNotFoundError(f"{path} is not a model folder: {there}")
+    if dtype is None:
+        about = read_config(path)
+        named = str(about.get("dtype") or about.get("torch_dtype")).removeprefix("torch.")
+        dtype = next((dtype for dtype in floats if str(dtype) == f"torch.{named}"), None)
+    if dtype is None:
+        dtype = next((source.dtype for source in sources(path).values() if source.dtype in floats), torch.float32)
+    return build(path, dtype)

@@ -1,0 +1,1 @@
+"""Which weights of a model are quantized, how, and the quantizing of them."""

@@ -1,0 +1,5 @@
+"""The tensor that stands in for a quantized weight."""
+
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+
+__all__ = ["RTNQuantizedTensor"]
