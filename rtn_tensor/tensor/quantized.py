@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -142,7 +143,9 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         # takes 0.07; and a tuple compares in half the time of the base's dict.
         flat = self._flat
         if flat is None:
-            flat = self._flat = self.tensor_data_names, tuple(getattr(self, name) for name in self.tensor_attribute_names)
+            attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
+            attributes["scale_method"] = _MethodOf(self)
+            flat = self._flat = self.tensor_data_names, tuple(attributes.values())
         return flat
 
     def _set_state(self, state: Any) -> None:
@@ -170,7 +173,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in RTNQuantizedTensor.tensor_attribute_names:  # of the class: `swap_tensors` sets `__class__`
+        if name in RTNQuantizedTensor.tensor_attribute_names or name == "fqn":  # of the class: `swap_tensors` sets `__class__`
             vars(self).pop("_flat", None)
 
     def _clear_non_serializable_cached_data(self) -> None:  # before a copy or a file is made of all that lies on the tensor
@@ -180,10 +183,15 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     @classmethod
     def __tensor_unflatten__(cls, tensor_data_dict, tensor_attributes, outer_size, outer_stride):
         attributes = dict(zip(cls.tensor_attribute_names, tensor_attributes, strict=True))
+        name = getattr(method := attributes["scale_method"], "fqn", None)
+        attributes["scale_method"] = str(method)
         # A graph with dynamic shapes gives in_features as the symbol it was traced with; the size it ran with is in outer_size.
         if outer_size is not None:  # torchao's unwrap_tensor_subclass gives none
             attributes["in_features"] = outer_size[-2 if attributes["transposed"] else -1]
-        return cls(**tensor_data_dict, **attributes)
+        new = cls(**tensor_data_dict, **attributes)
+        if name and _is_traced(new):  # what a graph gives may be of another weight than the one that it was traced with
+            new.fqn = name
+        return new
 
     def data_ptr(self) -> int:
         # torch copies and pickles with overrides off, and knows by a 0 that the data lies elsewhere; it would get the offset.
@@ -272,7 +280,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     def storage(self) -> Any:
         # safetensors asks it; NotImplementedError would mean a tensor without numbers to it, and it would read on.
         what = "a quantized weight lies in two planes, and has no storage of its own"
-        raise _error(self, f"{what}; to save it, use rtn_tensor.save(model, folder) or torch.save", TypeError)
+        way_out = "to save it, use rtn_tensor.save(model, folder) or torch.save; its memory is that of .qdata and .scale"
+        raise _error(self, f"{what}; {way_out}", TypeError)
 
     # An operator of torch's own takes a TypeError from below for "not mine", and Python then says no more than "unsupported operand".
     def __matmul__(self, other: Any) -> Any:
@@ -326,15 +335,66 @@ def _check_dtype(dtype: torch.dtype, w: Tensor | None = None) -> None:
         raise _error(w, f"dtype {dtype} is not supported for a quantized weight; use {', '.join(map(str, FLOAT_DTYPES))}", TypeError)
 
 
-def _error(w: Tensor | None, what: str, kind: type[Exception] = ValueError) -> Exception:
-    """`quantize_` writes a weight's name on it, as `fqn`, so that an error met later can give it."""
+class _MethodOf(str):
+    """A weight's scale_method, and beside it what a compiler is to know of the weight for the errors that it meets, yet not to compare, so
+    that layers of other names share one graph: its name."""
+
+    fqn: str | None
+
+    def __new__(cls, w: RTNQuantizedTensor):
+        new = super().__new__(cls, w.scale_method)
+        new.fqn = getattr(w, "fqn", None)
+        return new
+
+    def __reduce__(self):
+        return str, (str(self),)
+
+
+@torch.compiler.disable
+def _callers() -> list[FrameType]:
+    """The frames of the functions that are running, from the one that asks outwards. A compiler, which traces what a dispatcher calls
+    outside of its graphs, too, is to leave it alone."""
+    frames, frame = [], sys._getframe().f_back
+    while frame:
+        if frames or frame.f_globals.get("__name__") == __name__:
+            frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _is_traced(w: Tensor | None) -> bool:
+    """Whether `w` is what a compiler traces with, in place of a weight."""
+    return isinstance(w, RTNQuantizedTensor) and type(w.qdata) not in (Tensor, nn.Parameter)
+
+
+def _name_of(w: Tensor | None) -> str | None:
+    """What a model calls `w`. `quantize_` and `load` write the name on it, as `fqn`; transformers and torchao do not, and then
+    the outermost module that is running knows it."""
     name = getattr(w, "fqn", None)
-    return kind(f"{name}: {what}" if name else what)
+    if name or not isinstance(w, RTNQuantizedTensor) or _is_traced(w) or w.qdata.is_meta:
+        return name
+    address = w.qdata.data_ptr()
+    for frame in _callers():
+        if isinstance(model := frame.f_locals.get("self"), nn.Module):
+            for fqn, p in model.named_parameters():
+                if isinstance(p, RTNQuantizedTensor) and 0 <= address - p.qdata.data_ptr() < max(p.qdata.nbytes, 1):
+                    name = fqn
+    return name
+
+
+# Dynamo leaves to eager code what is not implemented for its fake tensors, so that a misuse raises the same there; other errors it wraps.
+_WHILE_TRACING = {kind: type(kind.__name__, (kind, NotImplementedError), {}) for kind in (ValueError, TypeError, IndexError)}
+
+
+def _error(w: Tensor | None, what: str, kind: type[Exception] = ValueError) -> Exception:
+    """An error that names the weight."""
+    name = _name_of(w)
+    return (_WHILE_TRACING.get(kind, kind) if _is_traced(w) else kind)(f"{name}: {what}" if name else what)
 
 
 def _or_float(w: Tensor) -> str:
     """What to do where a model does with the weight `w` what no quantized one can do: MobileBERT joins two of different columns."""
-    name = getattr(w, "fqn", None)
+    name = _name_of(w)
     return f"; a weight that its model uses so stays float by the rule ({name!r}, None)" if name else ""
 
 
@@ -343,10 +403,7 @@ def _merges_an_adapter() -> bool:
 
     Nothing but the stack tells; and an error would come after the adapter is trained, too late.
     """
-    frame = sys._getframe()
-    while frame and not (frame.f_code.co_name in ("merge", "unmerge") and frame.f_globals.get("__name__", "").startswith("peft.")):
-        frame = frame.f_back
-    return frame is not None
+    return any(f.f_code.co_name in ("merge", "unmerge") and f.f_globals.get("__name__", "").startswith("peft.") for f in _callers())
 
 
 def hung_on(w: Tensor) -> dict[str, Any]:
@@ -522,9 +579,17 @@ def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_feat
         # Only a bias [N] is fused: addmm may bring one of another shape.
         fused = bias if bias is not None and bias.shape == (qdata.shape[0],) else None
         y = ops.linear(x, qdata, scale, fused, w.bits, w.group_size)
-        return y if bias is None or fused is bias else y + bias
+        return y if bias is None or fused is bias else _plus(y, bias, w)
     y = ops.linear_dx(x, qdata, scale, w.bits, w.group_size, w.in_features)
-    return y if bias is None else y + bias
+    return y if bias is None else _plus(y, bias, w)
+
+
+def _plus(y: Tensor, bias: Tensor, w: RTNQuantizedTensor) -> Tensor:
+    """The product `y` and `bias`, which `_check_bias` has seen."""
+    fits = bias.dim() <= y.dim() and all(b in (1, n) for b, n in zip(reversed(bias.shape), reversed(y.shape), strict=False))
+    if not fits:
+        raise _error(w, f"bias of shape {tuple(bias.shape)} does not fit a product of shape {tuple(y.shape)}; it must be [{y.shape[-1]}]")
+    return y + bias
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -543,7 +608,7 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return _bmm(b.mT, a.mT).mT
     if bias is not None:  # a @ b + bias, with the weight first
         y = _matmul(a, b)
-        return y + _check_bias(bias, y, a)
+        return _plus(y, _check_bias(bias, y, a), a)
     if b.dim() == 1:
         return _project(b, a, None, not a.transposed)
     return _project(b.mT, a, None, not a.transposed).mT
@@ -555,7 +620,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
     y = _matmul(mat1, mat2)
     w = mat1 if isinstance(mat1, RTNQuantizedTensor) else mat2
     assert isinstance(w, RTNQuantizedTensor)
-    return alpha * y if beta == 0 else alpha * y + beta * _check_bias(input, y, w)
+    return alpha * y if beta == 0 else _plus(alpha * y, beta * _check_bias(input, y, w), w)
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -584,7 +649,7 @@ def _grouped_mm(
     else:
         y = ops.grouped_dx(a, b.qdata, b.scale, offs, b.bits, b.group_size, b.in_features)
     if bias is not None:
-        y = y + _check_bias(bias, y, b)
+        y = _plus(y, _check_bias(bias, y, b), b)
     return y if out_dtype is None else y.to(out_dtype)
 
 
@@ -745,10 +810,8 @@ def _(func, types, args, kwargs):
 
 def _called_by(*packages: str) -> bool:
     """Whether a module of one of `packages` called the op that is being handled."""
-    frame = sys._getframe()
-    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in ("rtn_tensor", "torchao"):
-        frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__", "").startswith(packages)
+    modules = (frame.f_globals.get("__name__", "") for frame in _callers())
+    return next((name for name in modules if name.partition(".")[0] not in ("rtn_tensor", "torchao")), "").startswith(packages)
 
 
 @_op([aten.view.default, aten._unsafe_view.default, aten.reshape.default])
@@ -986,7 +1049,7 @@ def _(func, types, args, kwargs):
 
 
 def _convert_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
-    _check_dtype(dtype)
+    _check_dtype(dtype, w)
     if dtype == w.scale.dtype:
         return w.scale
     if not ops.tracing(w.scale) and not (w.scale.float().abs().nan_to_num(0.0) <= torch.finfo(dtype).max).all():
@@ -1176,6 +1239,28 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     # accelerate and others tell tied weights by it, so it must be one of its own; and no address, where one would read floats.
     return -args[0].qdata.data_ptr()
+
+
+@_function(Tensor.untyped_storage)
+def _(func, types, args, kwargs):
+    if not _called_by("torch."):  # which tells by it what shares memory; elsewhere `set_` would read at address 0
+        args[0].storage()
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args)
+
+
+_to_dlpack = torch.utils.dlpack.to_dlpack
+
+
+@functools.wraps(_to_dlpack)
+def _to_dlpack_with_memory(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's, which asks no class of tensors, and would give a capsule with address 0."""
+    if isinstance(tensor, RTNQuantizedTensor):
+        tensor.__dlpack__()
+    return _to_dlpack(tensor, *args, **kwargs)
+
+
+torch.utils.dlpack.to_dlpack = torch.to_dlpack = _to_dlpack_with_memory
 
 
 @_function(torch.norm_except_dim)
