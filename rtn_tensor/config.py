@@ -1,6 +1,7 @@
 """`RTNConfig`, and the short names that make one."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torchao.core.config import AOBaseConfig
 
@@ -15,7 +16,8 @@ class RTNConfig(AOBaseConfig):
     """Calibration-free round-to-nearest weight-only quantization.
 
     Works wherever torchao takes a config: `rtn_tensor.quantize_`, `torchao.quantization.quantize_`, values of `FqnToConfig`,
-    `config_to_dict` and `config_from_dict`. It is made as an `RTNInt4WeightConfig` or an `RTNInt8WeightConfig`, whichever has its bits.
+    `config_to_dict` and `config_from_dict`. `RTNConfig(...)` gives an `RTNInt4WeightConfig` or an `RTNInt8WeightConfig`, whichever has its
+    bits: transformers reads off the name of the class how large weights are. A subclass of your own stays what it is.
 
     Args:
         bits: 4 or 8.
@@ -30,33 +32,43 @@ class RTNConfig(AOBaseConfig):
         version: version of this config's meaning; leave it alone.
 
     Raises:
-        ValueError: an argument outside the values above.
+        ValueError: an argument outside the values above, or other bits than the class is for.
     """
+
+    only_bits: ClassVar[int | None] = None  # of a class that is for one number of bits
 
     bits: int = 4
     group_size: int = 128
     scale_method: str = "absmax"
     version: int = 1
 
+    def __new__(cls, bits: int = 4, *args: Any, **kwargs: Any) -> "RTNConfig":
+        return object.__new__(CLASSES.get(bits, cls) if cls is RTNConfig and type(bits) is int else cls)
+
     def __post_init__(self) -> None:
         check_format(self.bits, self.group_size, self.scale_method)
-        # transformers reads off the name of the class how large the weights are, and whether adapters over them can be trained.
-        object.__setattr__(self, "__class__", CONFIGS[self.bits])
+        if self.only_bits not in (None, self.bits):
+            raise ValueError(
+                f"bits={self.bits}, and {type(self).__name__} is for {self.only_bits}; use rtn(bits={self.bits}), or leave bits out"
+            )
 
 
 @dataclass(frozen=True)
 class RTNInt4WeightConfig(RTNConfig):
     """An `RTNConfig` of 4 bits."""
 
+    only_bits = 4
+
 
 @dataclass(frozen=True)
 class RTNInt8WeightConfig(RTNConfig):
     """An `RTNConfig` of 8 bits."""
 
+    only_bits = 8
     bits: int = 8
 
 
-CONFIGS = {4: RTNInt4WeightConfig, 8: RTNInt8WeightConfig}
+CLASSES = {4: RTNInt4WeightConfig, 8: RTNInt8WeightConfig}
 
 
 def rtn(bits: int = 4, group_size: int = 128, scale_method: str = "absmax") -> RTNConfig:

@@ -9,8 +9,8 @@ from torch import nn
 from torchao.core.config import config_from_dict, config_to_dict
 from torchao.quantization import quantize_ as torchao_quantize_
 
-from rtn_tensor import RTNConfig, RTNQuantizedTensor, rtn, rtn_int4, rtn_int8
-from rtn_tensor.config import CONFIGS, RTNInt4WeightConfig, RTNInt8WeightConfig
+from rtn_tensor import RTNConfig, RTNQuantizedTensor, quantize_, rtn, rtn_int4, rtn_int8
+from rtn_tensor.config import CLASSES, RTNInt4WeightConfig, RTNInt8WeightConfig
 from rtn_tensor.formats import FORMATS
 
 
@@ -37,12 +37,16 @@ def test_is_a_value():
 
 def test_its_class_has_its_bits():
     """transformers reads them off the class's name, torchao finds what quantizes a module by the exact class."""
-    assert set(CONFIGS) == set(FORMATS)
-    for bits, kind in CONFIGS.items():
+    assert set(CLASSES) == set(FORMATS)
+    for bits, kind in CLASSES.items():
         assert kind.__name__ == f"RTNInt{bits}WeightConfig"
         configs = [rtn(bits), RTNConfig(bits), kind(), kind(bits)]
-        for other in CONFIGS.values():
-            configs += [other(bits), dataclasses.replace(other(), bits=bits)]
+        for other in set(CLASSES.values()) - {kind}:
+            message = rf"bits={bits}, and {other.__name__} is for .; use rtn\(bits={bits}\)"
+            with pytest.raises(ValueError, match=message):
+                other(bits)
+            with pytest.raises(ValueError, match=message):
+                dataclasses.replace(other(), bits=bits)
         assert {type(config) for config in configs} == {kind}
         assert set(configs) == {rtn(bits)}
         linear = nn.Linear(64, 8)
@@ -52,6 +56,24 @@ def test_its_class_has_its_bits():
     assert issubclass(RTNInt4WeightConfig, RTNConfig)
     assert issubclass(RTNInt8WeightConfig, RTNConfig)
     assert rtn_int4() != rtn_int8()
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(RTNConfig):
+    note: str = ""
+
+
+def test_a_subclass_stays_one():
+    config = Own(8, 32, note="mine")
+    for again in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config, bits=4)):
+        assert type(again) is Own
+        assert again.note == "mine"
+    linear = nn.Linear(64, 8)
+    quantize_(linear, config)
+    assert linear.weight.bits == 8
+    for wrong in ([4], None, "4", 4.5):
+        with pytest.raises((TypeError, ValueError), match="bits"):
+            RTNConfig(wrong)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -71,11 +93,13 @@ def test_dict_is_pinned():
     )
 
 
-@pytest.mark.parametrize("name", ["RTNConfig", "RTNInt4WeightConfig", "RTNInt8WeightConfig"])
+@pytest.mark.parametrize("name", ["RTNConfig", "RTNInt8WeightConfig"])
 def test_old_dicts_are_read(name):
-    """Those written before the classes had bits say RTNConfig; and the bits go by what the data say."""
+    """Those written before the classes had bits say RTNConfig."""
     data = {"_type": name, "_version": 1, "_data": {"bits": 8, "group_size": 32, "scale_method": "signed"}}
     assert config_from_dict(data) == rtn_int8(32, "signed")
+    with pytest.raises(ValueError, match="bits=8, and RTNInt4WeightConfig is for 4"):
+        config_from_dict(data | {"_type": "RTNInt4WeightConfig"})
 
 
 @pytest.mark.parametrize("bits", [0, 3, 5, 16, True, 4.0, "4", None])
