@@ -10,7 +10,8 @@ from rtn_tensor.integrations.transformers.on_the_fly import fqn_config
 from rtn_tensor.kernels.registry import explain
 from rtn_tensor.quantize.allocation import plan
 from rtn_tensor.quantize.api import dequantize_, quantize_, report
-from rtn_tensor.quantize.selection import bits_per_weight, select_layers, select_modules
+from rtn_tensor.quantize.by_layer import select_layers, select_modules
+from rtn_tensor.quantize.selection import bits_per_weight
 
 __all__ = [
     "RTNConfig",

@@ -38,6 +38,7 @@ LAYERS = [
     "quantize.printing",
     "quantize.experts",
     "quantize.selection",
+    "quantize.by_layer",
     "quantize.api",
     "checkpoint.files",
     "checkpoint.foreign",

@@ -231,29 +231,35 @@ def test_select_layers(capsys):
     model = tiny_llama(layers=5)
     rules = select_layers(model, first=1, last=1, indices=[-2, 0])
     assert rules == [(f"model.layers.{i}.*", rtn_int8()) for i in (0, 3, 4)]
-    out, expected = capsys.readouterr().out, "3 of 5 layers: 221,184 of 399,360 weights at 8.347 bits, which makes the average "
-    assert out.startswith(expected)
+    assert_expected_inline(
+        str(rules),
+        """3 of 5 layers: 221,184 of 399,360 weights at 8.347 bits per weight, +2.215 bits per weight on average from 4-bit""",
+    )
+    assert repr(rules) == repr(list(rules))
+    assert type(rules + [("*", rtn_int4())]) is list
+    assert not capsys.readouterr().out
     quantize_(model, [*rules, ("*", rtn_int4())])
     assert {name for name, (bits, _) in formats(model).items() if bits == 8} == {
         f"model.layers.{i}.{k}.weight" for i in (0, 3, 4) for k in KINDS
     }
 
 
-def test_what_a_selection_costs_is_what_the_report_finds(capsys):
+def test_what_a_selection_costs_is_what_the_report_finds():
     model = tiny_llama(layers=5, dtype=torch.bfloat16)
-    rules = [*select_layers(model, last=2), ("*", rtn_int4())]
-    printed = float(capsys.readouterr().out.partition("average +")[2].split()[0])
+    selected = select_layers(model, last=2)
+    said = float(str(selected).rpartition("+")[2].split()[0])
+    rules = [*selected, ("*", rtn_int4())]
     predicted = bits_per_weight(model, rules)
-    assert predicted - bits_per_weight(model, [("*", rtn_int4())]) == pytest.approx(printed, abs=6e-4)
+    assert predicted - bits_per_weight(model, [("*", rtn_int4())]) == pytest.approx(said, abs=6e-4)
     rows = [row for row in quantize_(model, rules).rows if row.bits]
     assert predicted == 8 * sum(row.bytes_after for row in rows) / sum(torch.Size(row.shape).numel() for row in rows)
 
 
-def test_select_modules(capsys):
+def test_select_modules():
     model = tiny_llama()
     rules = select_modules(model, ["down_proj", "lm_head"], rtn_int8(32))
     assert rules == [("*.down_proj", rtn_int8(32)), ("lm_head", rtn_int8(32))]
-    assert capsys.readouterr().out.startswith("down_proj, lm_head: 61,440 of 178,176 weights at 9.000 bits, ")
+    assert str(rules).startswith("down_proj, lm_head: 61,440 of 178,176 weights at 9.000 bits per weight, ")
     moe = tiny_moe("Mixtral")
     quantize_(moe, select_modules(moe, ["down_proj"], rtn_int8(32)))
     assert {name.rpartition(".")[2] for name in formats(moe)} == {"down_proj"}
@@ -277,7 +283,7 @@ def test_bits_of_a_weight_that_is_computed():
         bits_per_weight(model, [("*", rtn_int4())])
 
 
-def test_hybrid(capsys):
+def test_hybrid():
     model = tiny_llama(layers=3)
     quantize_(model, select_layers(model, first=1) + select_modules(model, ["down_proj"]) + [("*", rtn_int4())])
     eight = {name for name, (bits, _) in formats(model).items() if bits == 8}

@@ -21,7 +21,7 @@ with torch.no_grad():  # a fresh model says nothing about any token; a trained o
 
 @torch.no_grad()
 def divergence(rules) -> float:
-    """Of the quantized model's predictions from the float model's, in nats a token."""
+    """Of the quantized model's predictions from the float model's, in nats per token."""
     quantized = copy.deepcopy(model)
     quantize_(quantized, rules)
     ids = torch.randint(0, config.vocab_size, (8, 64), generator=torch.Generator().manual_seed(1))
@@ -34,13 +34,13 @@ rest = [("lm_head", None), ("*", rtn_int4(group_size=64, scale_method="search"))
 choices = {
     "all at 4 bits": rest,
     "two kinds of modules at 8": [("*.v_proj", rtn_int8()), ("*.down_proj", rtn_int8()), *rest],
-    "the first layer at 8": [*select_layers(model, first=1), *rest],  # prints what it costs
+    "the first layer at 8": [*select_layers(model, first=1), *rest],
     "that, and all v_proj at 8": [*select_layers(model, first=1), *select_modules(model, ["v_proj"]), *rest],
     "a plan": plan(model, bits_per_weight=5.25),  # as many bits as the first layer at 8 takes
 }
-print()
+print(select_layers(model, first=1), end="\n\n")
 for name, rules in choices.items():
-    print(f"{name:>28}: {bits_per_weight(model, rules):.3f} bits a weight, divergence {divergence(rules):.4f}")
+    print(f"{name:>28}: {bits_per_weight(model, rules):.3f} bits per weight, divergence {divergence(rules):.4f}")
 
 # A plan is a list of rules, too. Printed, it is a map of what was chosen; `draw` writes it as a picture.
 print(f"\n{choices['a plan']}\n")

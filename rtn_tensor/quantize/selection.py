@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rtn_tensor.config import RTNConfig, rtn, rtn_int8
+from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.quantize.experts import routers, transposed_experts
 
@@ -249,14 +249,14 @@ def bits_of(shape: Sequence[int], config: RTNConfig, scale_bits: int = 16) -> in
     return count * (8 * FORMATS[config.bits].row_bytes(k) + scale_bits * groups(k, config.group_size))
 
 
-def _parameter(weight: Weight) -> Tensor:
+def parameter_of(weight: Weight) -> Tensor:
     if (found := weight.module._parameters.get(weight.parameter_name)) is None:
         raise ValueError(f"{weight.fqn} {COMPUTED}")
     return found
 
 
-def _shape(weight: Weight) -> Sequence[int]:
-    shape = _parameter(weight).shape
+def shape_of(weight: Weight) -> Sequence[int]:
+    shape = parameter_of(weight).shape
     return (*shape[:-2], shape[-1], shape[-2]) if stored_transposed(weight.module, weight.parameter_name) else shape
 
 
@@ -266,99 +266,12 @@ def bits_per_weight(model: nn.Module, rules: Rules, filter_fn: FilterFn | None =
 
     Raises as `quantize_` does for rules; ValueError also where they quantize nothing.
     """
-    chosen = {id(_parameter(w)): (w, config) for w, config in resolve(rules, list(weights(model, filter_fn or products(model))))}.values()
+    chosen = {id(parameter_of(w)): (w, config) for w, config in resolve(rules, list(weights(model, filter_fn or products(model))))}.values()
     if not chosen:
         raise ValueError("the rules quantize no weight")
-    count = sum(_parameter(w).numel() for w, _ in chosen)
-    return sum(bits_of(_shape(w), config, _scale_bits(w)) for w, config in chosen) / count
+    count = sum(parameter_of(w).numel() for w, _ in chosen)
+    return sum(bits_of(shape_of(w), config, scale_bits_of(w)) for w, config in chosen) / count
 
 
-def _scale_bits(weight: Weight) -> int:
-    return 8 * _parameter(weight).dtype.itemsize
-
-
-def _say_cost(model: nn.Module, what: str, rules: Rules, config: RTNConfig) -> None:
-    default = [w for w in weights(model, products(model)) if w.default]
-    total = sum(_parameter(w).numel() for w in default)
-    chosen = [w for w in default if find(rules, *w.names) is not None]
-    count = sum(_parameter(w).numel() for w in chosen)
-    bits = sum(bits_of(_shape(w), config, _scale_bits(w)) for w in chosen)
-    at_4 = sum(bits_of(_shape(w), rtn(4, config.group_size), _scale_bits(w)) for w in chosen)
-    print(
-        f"{what}: {count:,} of {total:,} weights at {bits / count:.3f} bits, "
-        f"which makes the average {(bits - at_4) / total:+.3f} bits a weight from 4-bit"
-    )
-
-
-def layers_of(model: nn.Module) -> list[str]:
-    """The names of the model's layers, in order: the parts of every nn.ModuleList that is in no other and holds weights.
-
-    Raises:
-        ValueError: it has no such list.
-    """
-    default = [w.module_name for w in weights(model, products(model)) if w.default]
-    names: list[str] = []
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(prefix.startswith(f"{name}.") for name in names):
-            names += [f"{prefix}.{i}" if prefix else str(i) for i in range(len(module))]
-    names = [name for name in names if any(w == name or w.startswith(f"{name}.") for w in default)]
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no nn.ModuleList of layers; write rules over the names of its modules")
-    return names
-
-
-def select_layers(
-    model: nn.Module, first: int = 0, last: int = 0, indices: Iterable[int] = (), config: RTNConfig | None = None
-) -> list[tuple[str, RTNConfig | None]]:
-    """Rules that give whole layers `config`, and prints what that costs. Put them before a rule for the rest:
-
-        quantize_(model, select_layers(model, first=2) + select_modules(model, ["down_proj"]) + [("*", rtn_int4())])
-
-    Args:
-        model: one whose layers are in an nn.ModuleList; of several (an encoder's and a decoder's), the layers are counted on.
-        first: so many layers at the start.
-        last: so many at the end.
-        indices: these too, from 0; negative ones count from the end.
-        config: by default `rtn_int8()`.
-
-    Raises:
-        ValueError: the model has no such list, or not so many layers; or none is selected.
-    """
-    names = layers_of(model)
-    count = len(names)
-    asked = {*range(first), *range(count - last, count), *(i + count if i < 0 else i for i in indices)}
-    if not asked or min(first, last) < 0 or not asked <= set(range(count)):
-        raise ValueError(f"first={first}, last={last}, indices={list(indices)} of {count} layers; select 1 to {count} of them")
-    config = config or rtn_int8()
-    rules: list[tuple[str, RTNConfig | None]] = [(f"{names[i]}.*", config) for i in sorted(asked)]
-    _say_cost(model, f"{len(asked)} of {count} layers", rules, config)
-    return rules
-
-
-def select_modules(model: nn.Module, names: Iterable[str], config: RTNConfig | None = None) -> list[tuple[str, RTNConfig | None]]:
-    """Rules that give the modules of these kinds `config`, in every layer, and prints what that costs; see `select_layers`.
-
-    Args:
-        model: any module.
-        names: last parts of modules' or experts' names, as "down_proj".
-        config: by default `rtn_int8()`.
-
-    Raises:
-        ValueError: no weight has such a name; it says which are nearest.
-    """
-    if isinstance(names, str):
-        raise TypeError(f"names is {names!r}; give a list, as in [{names!r}]")
-    default = [w.names for w in weights(model, products(model)) if w.default]
-    config = config or rtn_int8()
-    names = list(names)
-    rules: list[tuple[str, RTNConfig | None]] = []
-    for name in names:
-        patterns = [p for p in (f"*.{name}", name) if any(matches(p, *each) for each in default)]
-        if not patterns:
-            parts = (part for each in default for full in each if (part := full.rpartition(".")[2]) != "weight")
-            raise ValueError(unmatched(name, parts))
-        rules += [(pattern, config) for pattern in patterns]
-    if not rules:
-        raise ValueError("names is empty; give last parts of modules' names, as in ['down_proj']")
-    _say_cost(model, ", ".join(names), rules, config)
-    return rules
+def scale_bits_of(weight: Weight) -> int:
+    return 8 * parameter_of(weight).dtype.itemsize
