@@ -5,9 +5,9 @@ compiler the installation goes on without it, and the pure-torch kernels run.
 """
 
 import os
-import platform
 import shlex
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +33,11 @@ PORTABLE: dict[str, list[str]] = {"isa_generic.cpp": [], "rtn.cpp": [], "threads
 def sources(machine: str) -> dict[str, list[str]]:
     """The files of the library for a `platform.machine()`, each with the flags that it alone is compiled with."""
     return {str(CSRC / name): flags for name, flags in (FLAGS.get(machine, {}) | PORTABLE).items()}
+
+
+def target() -> str:
+    """The `platform.machine()` that is built for, which _PYTHON_HOST_PLATFORM changes where a compiler for another one is in CXX."""
+    return sysconfig.get_platform().rpartition("-")[2]
 
 
 def run(*command: str) -> None:
@@ -63,12 +68,13 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = shlex.split(os.environ.get("CXX", "g++"))
         flags = ["-O3", "-fPIC", "-fvisibility=hidden", *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        target = Path(self.get_ext_fullpath(ext.name))
+        output = Path(self.get_ext_fullpath(ext.name))
         objects = Path(self.build_temp)
-        for folder in (objects, target.parent):
+        for folder in (objects, output.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        compiled = compile_all([*compiler, *flags], sources(platform.machine()), objects)
-        run(*compiler, "-shared", *shlex.split(os.environ.get("LDFLAGS", "")), *compiled, "-o", str(target), "-ldl")
+        compiled = compile_all([*compiler, *flags], sources(target()), objects)
+        # -lgcc: the conversions of half floats from the compiler's own archive, as libgcc_s.so.1 has them from GCC 12 on only.
+        run(*compiler, "-shared", *shlex.split(os.environ.get("LDFLAGS", "")), *compiled, "-o", str(output), "-lgcc", "-ldl")
 
 
 class Wheel(bdist_wheel):
@@ -79,7 +85,7 @@ class Wheel(bdist_wheel):
 if __name__ == "__main__":  # the tests build the library in other ways
     library = Extension(
         "rtn_tensor.kernels.librtn",
-        list(sources(platform.machine())),
+        list(sources(target())),
         depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
         optional=True,
     )

@@ -13,6 +13,8 @@ from rtn_tensor.quantize.api import dequantize_, quantize_, report
 from rtn_tensor.quantize.by_layer import select_layers, select_modules
 from rtn_tensor.quantize.selection import bits_per_weight
 
+__version__ = "0.1.0"
+
 __all__ = [
     "RTNConfig",
     "RTNQuantizedTensor",

@@ -1,11 +1,13 @@
 """Installations with, without and with a damaged C++ library."""
 
 import ctypes
+import email
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,6 +19,7 @@ from bounds import Planes, activations, assert_linear_close
 from expecttest import assert_expected_inline
 from test_cpu import ROOT, isas, need, need_library, run_python, setup
 
+import rtn_tensor
 from rtn_tensor import RTNQuantizedTensor, explain
 from rtn_tensor.kernels import cpu, registry
 
@@ -214,7 +217,7 @@ def source(tmp_path):
     """A copy of what an installation reads."""
     folder = tmp_path / "source"
     shutil.copytree(ROOT / "rtn_tensor", folder / "rtn_tensor", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
@@ -247,18 +250,62 @@ print(rtn_tensor.explain(weight, x).kernel)
     assert out.split() == [str(site / "rtn_tensor/__init__.py"), "dense"]
 
 
+def test_one_version():
+    """Its one source is the package, and installers read it without importing torch."""
+    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split()[-1] == rtn_tensor.__version__, done.stderr
+    assert (Path(rtn_tensor.__file__).parent / "py.typed").exists()
+
+
 @pytest.mark.slow
 def test_wheel(source, tmp_path):
     need("g++")
+    tables = source / "rtn_tensor/kernels/triton/tuned"
+    tables.mkdir(exist_ok=True)
+    (tables / "NVIDIA-A1-triton-3.6.0.json").write_text("{}")
     pip("wheel", "--no-deps", "--no-build-isolation", source, "-w", tmp_path, CXXFLAGS="-O0")
     (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.stem.split("-")[2:4] == ["py3", "none"]
+    assert wheel.stem.split("-")[1:4] == [rtn_tensor.__version__, "py3", "none"]
     assert platform.machine() in wheel.stem.split("-")[4]
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "wheel")
     assert {name.split("/")[0].split("-")[0] for name in names} == {"rtn_tensor"}
-    assert not [name for name in names if "test" in name]
+    assert not [name for name in names if "test" in name or name.endswith((".cpp", ".h"))]
+    assert {"rtn_tensor/py.typed", "rtn_tensor/kernels/triton/tuned/NVIDIA-A1-triton-3.6.0.json"} <= set(names)
+    metadata = email.message_from_bytes((tmp_path / f"wheel/rtn_tensor-{rtn_tensor.__version__}.dist-info/METADATA").read_bytes())
+    assert metadata["Version"] == rtn_tensor.__version__
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().startswith("# rtn-tensor")
+    assert "Typing :: Typed" in metadata.get_all("Classifier")
+    assert metadata.get_all("Project-URL")
     built = ctypes.CDLL(str(tmp_path / "wheel/rtn_tensor/kernels/librtn.so"))
     built.rtn_isa.restype = ctypes.c_char_p
     assert built.rtn_isa().decode() in isas(platform.machine())
+
+
+@pytest.mark.slow
+def test_source_distribution(source, tmp_path):
+    """It holds what a build reads; that it builds is seen by `make wheels`, which builds from it."""
+    (source / "rtn_tensor/kernels/librtn.so").write_text("of this machine")
+    (source / "rtn_tensor/kernels/triton/tuned").mkdir(exist_ok=True)
+    (source / "rtn_tensor/kernels/triton/tuned/NVIDIA-A1-triton-3.6.0.json").write_text("{}")
+    setup.run(
+        sys.executable,
+        "-c",
+        "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta as b; b.build_sdist('.')",
+        str(source),
+    )
+    (archive,) = source.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    sources = {str(file.relative_to(ROOT)) for file in (ROOT / "rtn_tensor").rglob("*") if file.suffix in (".py", ".cpp", ".h", ".typed")}
+    expected = sources | {
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "rtn_tensor/kernels/triton/tuned/NVIDIA-A1-triton-3.6.0.json",
+    }
+    assert expected <= names
+    assert not [name for name in names if name.endswith(".so") or name.startswith("tests")]

@@ -1,11 +1,11 @@
 // Threads of the OpenMP runtime that torch has already loaded, found by name: linking one of our own would put a second pool of threads
 // on the same cores. Where none is found, or after a fork (which no OpenMP pool survives), the caller does the work alone.
-#include <dlfcn.h>
 #include <pthread.h>
 #include <stdlib.h>
 
 #include <atomic>
 
+#include "old_glibc.h"
 #include "rtn.h"
 
 namespace rtn {

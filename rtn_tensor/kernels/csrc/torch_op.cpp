@@ -4,13 +4,13 @@
 // It speaks torch's stable C interface (torch/csrc/stable/c/shim.h, torch >= 2.10), whose functions are found by name in the process, so
 // that this library still needs no headers of torch and is loaded where there is none. What it does not take it hands to rtn_python::linear,
 // the same op in Python.
-#include <dlfcn.h>
 #include <stdlib.h>
 
 #include <atomic>
 #include <stdexcept>
 #include <string>
 
+#include "old_glibc.h"
 #include "rtn.h"
 
 namespace {
