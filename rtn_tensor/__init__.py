@@ -9,8 +9,9 @@ from rtn_tensor.distributed import RTNQuantizedTensor  # with its collectives
 from rtn_tensor.integrations.transformers.on_the_fly import fqn_config
 from rtn_tensor.kernels.registry import explain
 from rtn_tensor.quantize.allocation import plan
-from rtn_tensor.quantize.api import dequantize_, quantize_, report
+from rtn_tensor.quantize.api import dequantize_, quantize_
 from rtn_tensor.quantize.by_layer import select_layers, select_modules
+from rtn_tensor.quantize.report import report
 from rtn_tensor.quantize.selection import bits_per_weight
 
 __version__ = "0.1.0"

@@ -38,7 +38,7 @@ from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.kernels.problem import device_of
 from rtn_tensor.kernels.registry import explain
-from rtn_tensor.quantize.api import report
+from rtn_tensor.quantize.report import report
 from rtn_tensor.quantize.selection import parse_rule, rules_from_json
 from rtn_tensor.text_table import table
 from rtn_tensor.tuning import TOKENS, tune, tuned_folder

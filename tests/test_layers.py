@@ -39,6 +39,8 @@ LAYERS = [
     "quantize.experts",
     "quantize.selection",
     "quantize.by_layer",
+    "quantize.report",
+    "quantize.targets",
     "quantize.api",
     "checkpoint.files",
     "checkpoint.foreign",

@@ -16,7 +16,7 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import as_part, held
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.kernels import cpu
-from rtn_tensor.quantize.api import is_finite
+from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor, hung_on
 
 # Bytes of a tensor that are quantized at once, and fewer where quantizing copies them first: a transposed weight's are laid row by row, and

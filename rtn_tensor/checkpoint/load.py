@@ -25,8 +25,8 @@ from rtn_tensor.integrations.transformers.description import all_ties
 from rtn_tensor.integrations.transformers.folders import empty_model, parameters_on_meta, read_config
 from rtn_tensor.integrations.transformers.models import default_filter, ignored, is_pretrained
 from rtn_tensor.integrations.transformers.names import placed, renaming
-from rtn_tensor.quantize.api import Target, targets_of
 from rtn_tensor.quantize.selection import FilterFn, Rules, tensors_of
+from rtn_tensor.quantize.targets import Target, targets_of
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor, hung_on
 
 

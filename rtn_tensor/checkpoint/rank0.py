@@ -14,8 +14,8 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import all_ranks, held, place, together
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.integrations.transformers.models import ignored
-from rtn_tensor.quantize.api import is_finite
 from rtn_tensor.quantize.selection import tensors_of
+from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.integrations.options import Options, activation_of, check_cut, check_router
-from rtn_tensor.quantize.api import is_finite
+from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 logger = logging.getLogger(__name__)

@@ -39,7 +39,7 @@ from rtn_tensor.integrations.options import (
     is_saved,
     saved_formats,
 )
-from rtn_tensor.quantize.api import is_finite
+from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows no others

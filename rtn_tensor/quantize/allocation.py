@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.integrations.transformers.models import but_the_output, is_pretrained
-from rtn_tensor.quantize.api import Target, is_finite, targets_of
 from rtn_tensor.quantize.selection import FilterFn, bits_of, unmatched
+from rtn_tensor.quantize.targets import Target, is_finite, targets_of
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("signed", "search")), rtn(8, 128))

@@ -1,8 +1,4 @@
-"""Mixture-of-experts layers: which parameters are experts' weights, and the function that runs them quantized.
-
-transformers keeps the experts of a layer in 3-D parameters of one module, `[E, 2 I, H]` for gate and up and `[E, H, I]` for down, or with
-the last two dims swapped, and runs them by one of several functions (`ALL_EXPERTS_FUNCTIONS`). Ours is registered there as "rtn".
-"""
+"""Which parameters of a model are experts' weights, and which of its linears choose among experts (routers)."""
 
 import re
 from itertools import permutations
@@ -11,8 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
-
-# ------------------------------------------------------------------------------------------- which parameters
 
 
 def stacks_of(module: nn.Module) -> dict[str, Tensor]:
@@ -134,6 +128,3 @@ def routers(model: nn.Module) -> set[nn.Module]:
         module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "router" in _words(name.rpartition(".")[2])
     }
     return found.union(*(_routers_of(parent) for parent in model.modules()))
-
-
-# ------------------------------------------------------------------------------------------- running them
