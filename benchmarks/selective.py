@@ -1,10 +1,12 @@
 """Perplexity of a model, and its divergence from bf16, by how bits are spent: uniformly, by hand (layers, kinds of modules), by plans.
 
     python -m benchmarks.selective [--model smollm2|upcycled] [--only NAME ...] [--json FILE] [--threads 2]
+    python -m benchmarks.selective --plan FILE
 
 `upcycled` is a mixture of experts made of SmolLM2-135M. Every linear layer but lm_head, and experts, are quantized; the weights are
 dequantized again before the text is read, as only their values matter here. 8192 tokens of the Wikipedia text in windows of 1024 that do
-not overlap. Each choice by hand has a plan of its size. The file is written after each row, and rows that it has are kept.
+not overlap. Each choice by hand has a plan of its size. The file is written after each row, and rows that it has are kept. `--plan`
+writes the map of the plan for 4.5 bits per weight, and measures nothing else.
 """
 
 import argparse
@@ -117,16 +119,38 @@ def choices(model, kinds: list[str], ids: torch.Tensor) -> dict:
     return rows
 
 
+def map_of(planned: Plan) -> dict:
+    _, _, cells = planned.cells()
+    formats = [
+        {
+            "layer": layer,
+            "kind": kind.removesuffix(".weight").rpartition(".")[2],
+            "bits": config.bits,
+            "group_size": config.group_size,
+            "scale_method": config.scale_method,
+            "divergence_at_4_bits": cost,
+        }
+        for (layer, kind), (config, cost) in cells.items()
+    ]
+    return {"bits_per_weight": planned.bits_per_weight, "divergence": planned.divergence, "tokens": planned.tokens, "cells": formats}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.selective", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", choices=KINDS, default="smollm2")
     parser.add_argument("--only", metavar="NAME", nargs="+", help="measure only these rows")
     parser.add_argument("--json", type=Path, help="write results here, and keep what it has")
+    parser.add_argument("--plan", metavar="FILE", type=Path, help="write only the map of the plan for 4.5 bits per weight, as JSON")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     path = {"smollm2": smollm2, "upcycled": upcycled}[args.model]()
+    if args.plan:
+        planned = plan(made(path), 4.5)
+        print(planned)
+        args.plan.write_text(json.dumps({"model": args.model, "machine": machine()} | map_of(planned)) + "\n")
+        return
     ids = torch.tensor(AutoTokenizer.from_pretrained(path)(wikipedia(), verbose=False)["input_ids"])
     data = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"rows": {}}
     model, reference = made(path), []

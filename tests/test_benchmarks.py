@@ -3,7 +3,7 @@
 import torch
 from tiny_llama import tiny_llama
 
-from benchmarks import cpu_linear, load, plot
+from benchmarks import cpu_linear, load, memory
 
 
 def test_linear_measures_every_peer_at_every_size(capsys):
@@ -16,22 +16,6 @@ def test_linear_measures_every_peer_at_every_size(capsys):
     assert "of the streaming read" in capsys.readouterr().out
 
 
-def test_plot_has_a_line_for_every_kernel(tmp_path):
-    rows = [
-        {"dtype": "bfloat16", "N": n, "K": 64, "M": m, "kernel": kernel, "seconds": 1.0, "over_dense": ratio / m}
-        for n in (32, 64, 96)
-        for kernel, ratio in (("dense", 1.0), ("rtn int4 g128", 4.0))
-        for m in (1, 8)
-    ]
-    data = {"machine": {"cpu": "a processor", "threads": 2, "instruction_set": "generic", "torch": "2"}, "rows": rows}
-    for name in ("a.svg", "b.svg"):
-        plot.draw(data, tmp_path / name)
-    drawn = (tmp_path / "a.svg").read_text()
-    assert drawn == (tmp_path / "b.svg").read_text()
-    for text in ("rtn int4 g128", "weight [96, 64]", "a processor, 2 threads, generic, torch 2"):
-        assert text in drawn
-
-
 def test_load_measures_every_way(tmp_path):
     tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path)
     weights = {}
@@ -42,3 +26,10 @@ def test_load_measures_every_way(tmp_path):
         weights[way] = result["weights"]
     assert weights["rtn_tensor.load int4"] == weights["transformers, rtn_int4"] < weights["rtn_tensor.load int8"]
     assert load.sequential_read(tmp_path) > 0
+
+
+def test_memory_is_sampled_while_a_model_loads(tmp_path):
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    found = [memory.measure(way, str(tmp_path)) for way in memory.WAYS]
+    assert all(row["seconds"] > 0 and row["samples"] for row in found)
+    assert len({row["weights"] for row in found}) == 1  # the same weights are quantized

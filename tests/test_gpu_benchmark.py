@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 
-from benchmarks import gpu, gpu_check, gpu_model, gpu_peers, gpu_report, gpu_time, gpu_workers, plot_gpu
+from benchmarks import gpu, gpu_check, gpu_model, gpu_peers, gpu_report, gpu_time, gpu_workers, pictures
 from benchmarks.gpu_peers import CUBLAS, GROUPED_MM, Experts, Kernel, MoeKernel
 from benchmarks.gpu_workers import Budget, Job, Worker
 from rtn_tensor.kernels import triton
@@ -929,19 +929,21 @@ def test_report_is_not_too_long():
     assert len(gpu_report.text(results)) < 11_500
 
 
-def test_plot(tmp_path):
+def test_picture(tmp_path):
     results = some_results()
     results["machine"]["versions"]["triton"] = "3.6.0"
+    (tmp_path / "gpu-a.json").write_text(json.dumps(results))
     for name in ("a.svg", "b.svg"):
-        plot_gpu.draw(results, tmp_path / name)
+        pictures.write(pictures.gpu, tmp_path / "gpu-a.json", tmp_path / name)
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text()
     for text in ("humming int4 g128", "weight [6144, 4096]", "roofline int4", "NVIDIA T800, torch 2.11.0, Triton 3.6.0", "do_bench"):
         assert text in drawn
     row = results["linear"][0]
-    assert plot_gpu.roofline(row, "graph", "rtn int4 g128", results["ceilings"]) == pytest.approx(1.5 * 16384 / (4096 + 128))
+    assert pictures.roofline(row, "graph", "rtn int4 g128", results["ceilings"]) == pytest.approx(1.5 * 16384 / (4096 + 128))
     results["ceilings"] = {}
-    plot_gpu.draw(results, tmp_path / "c.svg")
+    (tmp_path / "gpu-a.json").write_text(json.dumps(results))
+    pictures.write(pictures.gpu, tmp_path / "gpu-a.json", tmp_path / "c.svg")
     assert "roofline" not in (tmp_path / "c.svg").read_text()
 
 
