@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from rtn_tensor import _torch
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor, rebuilt
 
 aten = torch.ops.aten
@@ -20,7 +20,7 @@ _op = RTNQuantizedTensor.implements
 def _by_plane(func, args: tuple, kwargs: dict) -> list[Any]:
     """What `func` gives for each plane of the quantized tensors among its arguments."""
     return [
-        func(*tree_map_only(RTNQuantizedTensor, lambda w, plane=plane: getattr(w, plane), args), **kwargs)
+        func(*_torch.tree_map_only(RTNQuantizedTensor, lambda w, plane=plane: getattr(w, plane), args), **kwargs)
         for plane in RTNQuantizedTensor.tensor_data_names
     ]
 
@@ -29,18 +29,8 @@ if torch.distributed.is_available():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    _hash_of_spec = getattr(DTensor, "_stable_hash_for_caching", None)
-
-    def _hash_of_spec_and_part(w: DTensor) -> str:
-        """torch's key of compiled graphs on disk leaves out the local tensor: an int4 weight took the graph of an int8 one."""
-        assert _hash_of_spec is not None
-        spec, part = _hash_of_spec(w), w._local_tensor
-        return f"{spec}, {part._stable_hash_for_caching()}" if isinstance(part, RTNQuantizedTensor) else spec
-
-    if _hash_of_spec is not None:  # torch 2.11 has none
-        DTensor._stable_hash_for_caching = _hash_of_spec_and_part  # type: ignore[method-assign]
+    _torch.hash_local_parts(RTNQuantizedTensor)
 
     c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
 
@@ -81,7 +71,7 @@ class _Bucket(Tensor):
     @staticmethod
     def __new__(cls, parts: list[Tensor]):
         size = sum(part.numel() for part in parts)
-        new = Tensor._make_wrapper_subclass(cls, (size,), dtype=parts[0].dtype, device=parts[0].device)  # type: ignore[attr-defined]
+        new = _torch.wrapper(cls, (size,), dtype=parts[0].dtype, device=parts[0].device)
         new.parts = [part.contiguous() for part in parts]
         return new
 
@@ -158,7 +148,7 @@ def place(w: Any) -> tuple[slice, ...]:
         inner = math.prod(sizes[i] for i in range(axis + 1, len(sizes)) if w.placements[i] == Shard(getattr(placement, "dim", None)))
         if not placement.is_replicate() and type(placement) is not Shard and getattr(placement, "split_factor", None) != inner:
             raise NotImplementedError(f"a weight that is placed as {placement} lies in several pieces; use the whole state dict")
-    shape, offset = compute_local_shape_and_global_offset(w.shape, w.device_mesh, w.placements)
+    shape, offset = _torch.compute_local_shape_and_global_offset(w.shape, w.device_mesh, w.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
@@ -211,7 +201,7 @@ def fully_sharded(model: Any) -> dict[str, bool]:
     if not torch.distributed.is_available():
         return {}
     found = {name or "the model": module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
-    return {name: module._get_fsdp_state()._is_root is not None for name, module in found.items()}
+    return {name: _torch.fsdp_runs(module) for name, module in found.items()}
 
 
 def check_idle(model: nn.Module) -> None:

@@ -6,17 +6,14 @@ dispatcher. K is passed where it cannot be read off an argument, because `qdata`
 """
 
 import functools
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
-from torch.autograd import profiler
-from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from rtn_tensor import arguments
+from rtn_tensor._torch import CPU_KEYS, autocast_is_enabled, tracing, transformed, without_autocast
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import make_problem
@@ -24,7 +21,6 @@ from rtn_tensor.kernels.registry import choose, forget
 
 _library = torch.library.Library("rtn", "DEF")
 _ops = torch.ops.rtn
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 # ----------------------------------------------------------------------------------------------- registration
@@ -40,9 +36,9 @@ def _define(schema: str):
         @functools.wraps(fn)
         def run(*args):
             check(*args)
-            if not torch._C._is_any_autocast_enabled():
+            if not autocast_is_enabled():
                 return fn(*args)
-            with torch._C._DisableAutocast():  # else it redoes the fp32 products inside a kernel in its own dtype
+            with without_autocast():  # else it redoes the fp32 products inside a kernel in its own dtype
                 return fn(*args)
 
         _library.impl(name, dispatched(name, run), "CompositeExplicitAutograd")
@@ -92,43 +88,6 @@ def unfit(t: Tensor) -> str | None:
     return None
 
 
-def tracing(*tensors: Tensor) -> bool:
-    """Whether somebody must see the ops: a compiler, an exporter, a functorch transform, a dispatch mode or a profiler; or whether one of
-    `tensors` is not what it seems to be, and the dispatcher knows what to do with it."""
-    return (
-        is_compiling()
-        or _len_torch_dispatch_stack() > 0
-        or profiler._is_profiler_enabled
-        or transformed()
-        or _get_tracing_state() is not None
-        or not all(map(_is_plain, tensors))
-    )
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is at work."""
-    # Dynamo knows the answer to this question, and to no other of its kind: a product it traces would go through an autograd.Function.
-    return _are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-# All that the dispatcher may know of a tensor whose memory holds its numbers. Others are a subclass, a fake or a sample of vmap, hold no
-# numbers (meta, zeros that were never written), lie in another layout, or are to be negated when they are read.
-_PLAIN_KEYS = functools.reduce(
-    operator.or_,
-    (
-        torch._C.DispatchKeySet(key).raw_repr()
-        for name, key in torch._C.DispatchKey.__members__.items()
-        if name in ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1", "ADInplaceOrView")
-        or (name.startswith(("Autograd", "Autocast")) and name not in ("AutogradOther", "AutogradNestedTensor", "AutogradMeta", "Autograd"))
-    ),
-)
-_SPECIAL_KEYS = ~_PLAIN_KEYS
-
-
-def _is_plain(t: Tensor) -> bool:
-    return not _dispatch_keys(t).raw_repr() & _SPECIAL_KEYS
-
-
 def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -176,7 +135,7 @@ _python.define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int b
 _python.impl("linear", dispatched("linear", _linear), "CompositeExplicitAutograd")
 # The same without that call: None instead. An error that Python raises below C++ comes out as a RuntimeError, Ctrl-C too.
 _python.define("linear_in_cpp(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor?")
-_cpu_linear = functools.partial(torch.ops.rtn_python.linear_in_cpp.default.redispatch, _CPU) if cpu.register() else None
+_cpu_linear = functools.partial(torch.ops.rtn_python.linear_in_cpp.default.redispatch, CPU_KEYS) if cpu.register() else None
 forget()  # what is registered runs by itself where its kernel comes first
 
 

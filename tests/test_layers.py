@@ -13,6 +13,7 @@ PACKAGE = Path(rtn_tensor.__file__).parent
 
 # Top to bottom. A folder stands for all its modules, which do not import one another.
 LAYERS = [
+    "_torch",
     "_torchao",
     "text_table",
     "formats",

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rtn_tensor import RTNQuantizedTensor, ops
+from rtn_tensor import RTNQuantizedTensor, _torch, ops
 from rtn_tensor.formats import FORMATS
 
 rtn = torch.ops.rtn
@@ -163,16 +163,16 @@ def test_jit_trace_sees_the_op():
 
 def test_tracing():
     x = torch.randn(3)
-    assert not ops.tracing(x, torch.nn.Parameter(x))
-    assert ops.tracing(x.to("meta"))
-    assert ops.tracing(x, FakeTensorMode().from_tensor(x))
+    assert not _torch.tracing(x, torch.nn.Parameter(x))
+    assert _torch.tracing(x.to("meta"))
+    assert _torch.tracing(x, FakeTensorMode().from_tensor(x))
     with FakeTensorMode():
-        assert ops.tracing(x)
+        assert _torch.tracing(x)
     seen = []
-    torch.func.grad(lambda t: (seen.append(ops.tracing(t)), t.sum())[1])(x)
-    make_fx(lambda t: (seen.append(ops.tracing(t)), t.sum())[1])(x)
+    torch.func.grad(lambda t: (seen.append(_torch.tracing(t)), t.sum())[1])(x)
+    make_fx(lambda t: (seen.append(_torch.tracing(t)), t.sum())[1])(x)
     assert seen == [True, True]
-    assert not ops.tracing(x)
+    assert not _torch.tracing(x)
 
 
 def test_fast_path_leaves_the_dispatcher_out(monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtn_tensor import _torch
 from rtn_tensor.integrations.transformers.models import is_pretrained
 
 
@@ -136,9 +137,7 @@ def _compiled(step: _Step) -> Callable[[Tensor, Tensor], Tensor]:
             model.set_attn_implementation(attention)
         options = {"aot_inductor.package_constants_in_so": False}  # no second copy of the weights
         file = str(Path(folder, "step.pt2"))
-        run = torch._inductor.aoti_load_package(
-            torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
-        )
+        run = _torch.compile_ahead(program, file, options)
     every: dict[str, Any] = {**program.state_dict, **program.constants}
     weights = {name: every[name] for name in run.get_constant_fqns()}
     run.load_constants(weights, check_full_update=True, user_managed=True)

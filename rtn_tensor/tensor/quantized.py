@@ -12,12 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import is_batchedtensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torchao.utils import TorchAOBaseTensor
 
-from rtn_tensor import ops
+from rtn_tensor import _torch, ops
+from rtn_tensor._torch import is_batchedtensor, return_and_correct_aliasing, tree_leaves, tree_map_only
 from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, VERSION, check_format, check_planes, groups
 from rtn_tensor.reference import round_scale
 
@@ -77,7 +75,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         bits, group_size = (int(n) if isinstance(n, torch.SymInt) else n for n in (bits, group_size))
         check_planes(qdata, scale, bits, group_size, in_features, scale_method, transposed, version)
         layout = _layout(qdata, bits, in_features, transposed)
-        return torch.Tensor._make_wrapper_subclass(cls, *layout, dtype=scale.dtype, device=qdata.device)  # type: ignore[attr-defined]
+        return _torch.wrapper(cls, *layout, dtype=scale.dtype, device=qdata.device)
 
     def __init__(self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION):
         self.qdata = qdata
@@ -195,7 +193,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
 
     def data_ptr(self) -> int:
         # torch copies and pickles with overrides off, and knows by a 0 that the data lies elsewhere; it would get the offset.
-        return super().data_ptr() if torch._C._is_torch_function_enabled() else 0
+        return super().data_ptr() if _torch.overrides_are_on() else 0
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         parts = [f"shape={tuple(self.shape)}", f"bits={self.bits}", f"group_size={self.group_size}"]
@@ -234,7 +232,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
             out = out.to_local() if hasattr(out, "to_local") else out  # a DTensor, under tensor parallelism
             if out.scale.dtype != scale.dtype:
                 # The same numbers again: a backward that saved them is not to see a change.
-                with torch.autograd.grad_mode._unsafe_preserve_version_counter(out.scale):
+                with _torch.same_version(out.scale):
                     out.scale.copy_(scale[: len(out.scale)])
             return None
         return type(self)(qdata, scale.to(param_dtype), **attributes), outputs
@@ -436,7 +434,7 @@ def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any)
     with torch.inference_mode(w.is_inference()):
         new = type(w)(qdata, scale, **attributes)
     vars(new).update(hung_on(w))
-    if w._shares_scale and torch._C._is_alias_of(scale, w.scale):  # type: ignore[attr-defined]  # a copy has a scale of its own
+    if w._shares_scale and _torch.is_alias_of(scale, w.scale):  # a copy has a scale of its own
         new._shares_scale = True
     return new
 
@@ -698,7 +696,7 @@ for _torch_fns, _handler in (
     ([Tensor.__rmatmul__], lambda other, input: _matmul(input, other)),
     ([torch.addmm, Tensor.addmm], lambda *args, out=None, **kwargs: _into(out, _addmm, *args, **kwargs)),
     ([torch.bmm, Tensor.bmm], lambda input, mat2, *, out=None: _into(out, _bmm, input, mat2)),
-    ([torch._grouped_mm, F.grouped_mm], _grouped_mm),  # type: ignore[attr-defined]
+    ([_torch.old_grouped_mm, F.grouped_mm], _grouped_mm),
     ([F.embedding], _embedding),
 ):
 
@@ -711,7 +709,7 @@ for _torch_fns, _handler in (
 def _(func, types, args, kwargs):
     """torch takes it apart, and what comes of that may be a product of ours."""
     try:
-        with torch._C.DisableTorchFunctionSubclass():
+        with _torch.without_overrides():
             return func(*args, **(kwargs or {}))
     except (ValueError, NotImplementedError) as error:
         w = next(t for t in tree_leaves(args) if isinstance(t, RTNQuantizedTensor))
@@ -896,7 +894,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     """What a compiled function gives back comes through here. As a view in autograd's eyes (a weight has no gradient) it would be made
     anew, under symbolic shapes, from symbols that torch has no guard for."""
-    with torch._C._AutoDispatchBelowADInplaceOrView(), torch._C.DisableTorchFunctionSubclass():
+    with _torch.below_autograd(), _torch.without_overrides():
         return func(*args, **kwargs)
 
 
@@ -958,7 +956,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     if args[0].dim() == 2:
         return args[0].t()
-    with torch._C.DisableTorchFunctionSubclass():
+    with _torch.without_overrides():
         return func(*args)
 
 
@@ -1052,7 +1050,7 @@ def _convert_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
     _check_dtype(dtype, w)
     if dtype == w.scale.dtype:
         return w.scale
-    if not ops.tracing(w.scale) and not (w.scale.float().abs().nan_to_num(0.0) <= torch.finfo(dtype).max).all():
+    if not _torch.tracing(w.scale) and not (w.scale.float().abs().nan_to_num(0.0) <= torch.finfo(dtype).max).all():
         raise _error(w, f"a scale of {w.scale.abs().max().item():.3g} overflows {dtype}; keep {w.scale.dtype}, or use torch.bfloat16")
     return round_scale(w.scale.float(), dtype)
 
@@ -1217,7 +1215,7 @@ def _(func, types, args, kwargs):
         # In planes of its own: who kept the old `.data` keeps what it held, as with a plain tensor.
         new = type(w).from_float(new.mT if w.transposed else new, w.bits, w.group_size, w.scale_method)
         new = new.mT if w.transposed else new
-    with torch._C.DisableTorchFunctionSubclass():
+    with _torch.without_overrides():
         func(w, new)  # size, strides, dtype and device
     for name in (*w.tensor_data_names, *w.tensor_attribute_names, "_shares_scale"):
         setattr(w, name, getattr(new, name))
@@ -1245,7 +1243,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     if not _called_by("torch."):  # which tells by it what shares memory; elsewhere `set_` would read at address 0
         args[0].storage()
-    with torch._C.DisableTorchFunctionSubclass():
+    with _torch.without_overrides():
         return func(*args)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtn_tensor import ops, reference
+from rtn_tensor import _torch, reference
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.quantize.experts import stacks_of
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
@@ -70,7 +70,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     activation, own = activation_of(self), self._apply_gate if self.has_gate else self.act_fn
     fused = (
         not (torch.is_grad_enabled() and (learned or activation is None))  # an activation may have parameters
-        and not ops.transformed()  # it has no derivative
+        and not _torch.transformed()  # it has no derivative
         and x.dtype == up.dtype == down.dtype
         and not torch.is_autocast_enabled(x.device.type)
     )
