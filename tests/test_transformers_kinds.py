@@ -11,7 +11,7 @@ import transformers
 from tiny_llama import tiny_llama
 from torch import nn
 
-from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, rtn_int8, save
+from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, rtn_int4, rtn_int8, save
 
 IDS = torch.randint(4, 128, (2, 9), generator=torch.Generator().manual_seed(0))
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -261,6 +261,30 @@ def test_resized_embeddings(tied, tokens):
     kept = min(tokens, len(expected))
     assert torch.equal(model.lm_head.weight[:kept], expected[:kept])
     assert model(IDS).logits.shape[-1] == tokens
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tokens", [300, 340])
+def test_resized_embeddings_that_are_quantized(tied, tokens, mean, tmp_path):
+    """They stay quantized, rows that stay keep their bits, and new ones are what transformers makes of the others: by default, their mean."""
+    model = tiny_llama(tied)
+    quantize_(model, [("*", rtn_int4(32))], lambda module, fqn: isinstance(module, nn.Linear | nn.Embedding))
+    before, logits = model.model.embed_tokens.weight, model(IDS).logits
+    old = before.detach().clone()
+    model.resize_token_embeddings(tokens, mean_resizing=mean)
+    w, kept = model.model.embed_tokens.weight, min(tokens, len(old))
+    assert isinstance(w, RTNQuantizedTensor)
+    assert w.shape == (tokens, old.shape[1])
+    assert w.qdata[:kept].equal(old.qdata[:kept]) and w.scale[:kept].equal(old.scale[:kept])
+    if mean and tokens > len(old):
+        average = old.dequantize().mean(0)
+        new = w.dequantize()[len(old) :]
+        assert (new - average).abs().max() < 0.1 * average.abs().max()
+    assert (model.lm_head.weight is w) == tied
+    torch.testing.assert_close(model(IDS).logits[..., :kept], logits[..., :kept], rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(load(tmp_path / "model")(IDS).logits, model(IDS).logits)
 
 
 # ------------------------------------------------------------------------------------------- not only products

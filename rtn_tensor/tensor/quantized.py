@@ -297,7 +297,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         out = func.decompose(*args, **(kwargs or {}))
         if out is not NotImplemented:
             return out
-        if not func._schema.is_mutable and _merges_an_adapter():
+        if not func._schema.is_mutable and _is_computed_anew():
             args, kwargs = tree_map_only(RTNQuantizedTensor, RTNQuantizedTensor.dequantize, (args, kwargs or {}))
             return func(*args, **kwargs)
         w = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, RTNQuantizedTensor))
@@ -354,7 +354,7 @@ def _callers() -> list[FrameType]:
     outside of its graphs, too, is to leave it alone."""
     frames, frame = [], sys._getframe().f_back
     while frame:
-        if frames or frame.f_globals.get("__name__") == __name__:
+        if frames or frame.f_globals.get("__name__", "").startswith("rtn_tensor."):
             frames.append(frame)
         frame = frame.f_back
     return frames
@@ -396,12 +396,21 @@ def _or_float(w: Tensor) -> str:
     return f"; a weight that its model uses so stays float by the rule ({name!r}, None)" if name else ""
 
 
-def _merges_an_adapter() -> bool:
-    """Whether PEFT merges an adapter, or takes it out again: it computes with the weight, and gives the result to `weight.data`.
+# Those who compute anew from a weight what is to lie in one: PEFT where it merges an adapter, or takes it out again, and gives the result
+# to `weight.data` (an error would come after the adapter is trained, too late); and transformers where new tokens get the mean of the others.
+_COMPUTES_ANEW = {
+    "peft.": ("merge", "unmerge"),
+    "transformers.": ("_init_added_embeddings_weights_with_mean", "_init_added_lm_head_weights_with_mean"),
+}
 
-    Nothing but the stack tells; and an error would come after the adapter is trained, too late.
-    """
-    return any(f.f_code.co_name in ("merge", "unmerge") and f.f_globals.get("__name__", "").startswith("peft.") for f in _callers())
+
+def _is_computed_anew() -> bool:
+    """Whether one of those computes with the weight. Nothing but the stack tells."""
+    return any(
+        frame.f_code.co_name in names and frame.f_globals.get("__name__", "").startswith(package)
+        for frame in _callers()
+        for package, names in _COMPUTES_ANEW.items()
+    )
 
 
 def hung_on(w: Tensor) -> dict[str, Any]:
@@ -1209,12 +1218,20 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     w, new = args
     if not isinstance(new, RTNQuantizedTensor):
-        if new.shape != w.shape:
-            raise _error(w, f"cannot set .data to a tensor of shape {tuple(new.shape)}; the weight is {tuple(w.shape)}")
+        if new.shape != w.shape and (w.transposed or new.dim() != 2 or new.shape[1:] != w.shape[1:]):
+            raise _error(
+                w,
+                f"cannot set .data to a tensor of shape {tuple(new.shape)}; the weight is {tuple(w.shape)}, and only the rows of a matrix "
+                "may become more or fewer",
+            )
         _check_dtype(new.dtype, w)
         # In planes of its own: who kept the old `.data` keeps what it held, as with a plain tensor.
-        new = type(w).from_float(new.mT if w.transposed else new, w.bits, w.group_size, w.scale_method)
-        new = new.mT if w.transposed else new
+        fresh = type(w).from_float(new.mT if w.transposed else new, w.bits, w.group_size, w.scale_method)
+        if new.shape != w.shape:  # as transformers' resize_token_embeddings does: the rows that stay keep their bits
+            rows = min(len(new), len(w))
+            kept = (new[:rows] == w[:rows].dequantize(new.dtype)).all(-1).nonzero().flatten()
+            fresh.qdata[kept], fresh.scale[kept] = w.qdata[kept], w.scale[kept].to(new.dtype)
+        new = fresh.mT if w.transposed else fresh
     with _torch.without_overrides():
         func(w, new)  # size, strides, dtype and device
     for name in (*w.tensor_data_names, *w.tensor_attribute_names, "_shares_scale"):
