@@ -250,6 +250,19 @@ def test_compiled_whole(name):
         assert torch.equal(compiled, model(**MODELS[name][2])[0])
 
 
+def test_whisper_compiled_whole():
+    config = transformers.WhisperConfig(
+        **{f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")},
+        **{"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 64, "num_mel_bins": 8},
+        **{"max_source_positions": 8, "max_target_positions": 16, "pad_token_id": 0, "decoder_start_token_id": 1},
+    )
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    quantize_(model, rtn_int4(32))
+    inputs = {"input_features": torch.randn(1, 8, 16), "decoder_input_ids": torch.tensor([[1, 3, 4]])}
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits, model(**inputs).logits)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tokens", [300, 340])
 def test_resized_embeddings(tied, tokens):
@@ -267,7 +280,7 @@ def test_resized_embeddings(tied, tokens):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tokens", [300, 340])
 def test_resized_embeddings_that_are_quantized(tied, tokens, mean, tmp_path):
-    """They stay quantized, rows that stay keep their bits, and new ones are what transformers makes of the others: by default, their mean."""
+    """They stay quantized, rows that stay keep their bits, and new ones are what transformers makes of the others, by default the mean."""
     model = tiny_llama(tied)
     quantize_(model, [("*", rtn_int4(32))], lambda module, fqn: isinstance(module, nn.Linear | nn.Embedding))
     before, logits = model.model.embed_tokens.weight, model(IDS).logits
@@ -276,7 +289,8 @@ def test_resized_embeddings_that_are_quantized(tied, tokens, mean, tmp_path):
     w, kept = model.model.embed_tokens.weight, min(tokens, len(old))
     assert isinstance(w, RTNQuantizedTensor)
     assert w.shape == (tokens, old.shape[1])
-    assert w.qdata[:kept].equal(old.qdata[:kept]) and w.scale[:kept].equal(old.scale[:kept])
+    assert w.qdata[:kept].equal(old.qdata[:kept])
+    assert w.scale[:kept].equal(old.scale[:kept])
     if mean and tokens > len(old):
         average = old.dequantize().mean(0)
         new = w.dequantize()[len(old) :]
@@ -308,9 +322,15 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_a_weight_that_is_used_otherwise(name):
-    """The error says which stays float, and how; and with that it runs."""
-    config, sizes, _ = OTHERWISE[name]
+    """By default it stays float; where it is selected, the error says which stays float, and how; and with that it runs."""
+    config, sizes, weight = OTHERWISE[name]
     inputs = {"input_ids": IDS} | ({"bbox": torch.zeros(2, 9, 4, dtype=torch.int64)} if "Layout" in name else {})
+    model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
+    with torch.no_grad():
+        rows = {row.name: row for row in quantize_(model, rtn_int8(32)).rows}
+        model(**inputs)
+    assert rows[weight].bits is None
+    assert rows[weight].note.startswith(("used otherwise than in a product", "shared with"))
     kept = []
     while message := refusal(name, config, sizes, kept, inputs):
         pattern = r"(?s)(\S+): cannot .*; a weight that its model uses so stays float by the rule \('(\S+)', None\)"
@@ -324,7 +344,7 @@ def test_a_weight_that_is_used_otherwise(name):
 def refusal(name, config, sizes, kept, inputs):
     torch.manual_seed(0)
     model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
-    quantize_(model, [*((fqn, None) for fqn in kept), ("*", rtn_int8(32))])
+    quantize_(model, [*((fqn, None) for fqn in kept), ("*", rtn_int8(32))], lambda module, fqn: isinstance(module, nn.Linear))
     try:
         model(**inputs)
     except (TypeError, ValueError) as error:

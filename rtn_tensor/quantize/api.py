@@ -55,8 +55,9 @@ def quantize_(
             that matches a parameter's name or its module's counts; or torchao's `FqnToConfig`. A pattern has shell wildcards, as in
             "model.layers.0.*", or is a regular expression after "re:". What no rule matches stays float.
         filter_fn: given a module and its name, whether to quantize its weight. By default every nn.Linear, as in torchao, and the experts
-            of every mixture-of-experts layer, but not its router; nn.Embedding can be selected too. A rule with wildcards reaches only what
-            this selects, one that has a weight's full name any weight. Not with `FqnToConfig`.
+            of every mixture-of-experts layer, but not its router, nor what is known to be used otherwise than in a product; nn.Embedding
+            can be selected too. A rule with wildcards reaches only what this selects, one that has a weight's full name any weight. Not
+            with `FqnToConfig`.
         device: where to move each module just before it is quantized, and the rest of the model at the end.
         progress: wraps the list of weights to come, for instance `tqdm.tqdm`.
 

@@ -13,6 +13,7 @@ from rtn_tensor.quantize.experts import routers, unknown_experts
 from rtn_tensor.quantize.selection import (
     owns,
     tensors_of,
+    used_otherwise,
 )
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 from rtn_tensor.text_table import table
@@ -91,7 +92,7 @@ def report(model: nn.Module) -> Report:
     for fqn, _, _, w in tensors_of(model):
         for other in getattr(w, "untied_from", []):
             untied.setdefault(other, fqn)
-    kept = routers(model)
+    kept, otherwise = routers(model), used_otherwise(model)
     for fqn, module, name, whole in tensors_of(model):
         w = held(whole)
         quantized = isinstance(w, RTNQuantizedTensor)
@@ -110,7 +111,7 @@ def report(model: nn.Module) -> Report:
         elif w.dim() < 2:
             note = "vector"
         elif owns(module, name):
-            note = "router" if module in kept else "not selected"
+            note = "router" if module in kept else "used otherwise than in a product" if module in otherwise else "not selected"
         elif name in unknown_experts(module):
             note = f"experts of a {type(module).__name__}? not understood"
         else:

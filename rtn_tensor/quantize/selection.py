@@ -46,9 +46,33 @@ def owns(module: nn.Module, name: str) -> bool:
     return (name == "weight" and (isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module))) or name in transposed_experts(module)
 
 
+# Linears of transformers whose weights are no factor of a product, by the class of the module that they belong to and their names in it:
+# joined to another's columns, indexed by columns, or taken for a convolution's.
+_REL_POS = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
+_USED_OTHERWISE = {
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "LayoutLMv2Encoder": _REL_POS,
+    "LayoutLMv3Encoder": _REL_POS,
+    "PPDocLayoutV2ReadingOrderEncoder": _REL_POS,
+    "DetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+}
+
+
+def used_otherwise(model: nn.Module) -> set[nn.Module]:
+    """The linears of `model` that are known not to multiply by their weights, and would fail with quantized ones."""
+    found = set()
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            found |= {module._modules[name] for name in _USED_OTHERWISE.get(kind.__name__, ()) if module._modules.get(name) is not None}
+    return found  # type: ignore[return-value]
+
+
 def products(model: nn.Module) -> FilterFn:
-    """The default `filter_fn`: every linear (`is_linear`) but routers, and the experts of every mixture-of-experts layer."""
-    kept = routers(model)
+    """The default `filter_fn`: every linear (`is_linear`) but routers and those that are used otherwise, and the experts of every
+    mixture-of-experts layer."""
+    kept = routers(model) | used_otherwise(model)
     return lambda module, fqn: (is_linear(module, fqn) and module not in kept) or bool(transposed_experts(module))
 
 

@@ -397,7 +397,7 @@ def _or_float(w: Tensor) -> str:
 
 
 # Those who compute anew from a weight what is to lie in one: PEFT where it merges an adapter, or takes it out again, and gives the result
-# to `weight.data` (an error would come after the adapter is trained, too late); and transformers where new tokens get the mean of the others.
+# to `weight.data` (an error would come after the adapter is trained, too late); and transformers where new tokens get the others' mean.
 _COMPUTES_ANEW = {
     "peft.": ("merge", "unmerge"),
     "transformers.": ("_init_added_embeddings_weights_with_mean", "_init_added_lm_head_weights_with_mean"),
