@@ -9,9 +9,11 @@ LINUX := platform_system == 'Linux'
 EARLIEST := PYTHONPATH=$(CURDIR)/.venv/triton-$(TRITON_EARLIEST)
 SERVING := .venv-vllm/bin
 SERVING_INSTALLED := .venv-vllm/installed
+DOCS := .venv-docs/bin
+DOCS_INSTALLED := .venv-docs/installed
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -k "triton or interpreter" $(addprefix tests/test_,kernels.py triton.py gpu_benchmark.py)
 
-.PHONY: demo test test-slow test-all test-serving clean interpreted interpreted-earliest compiled-earliest
+.PHONY: demo test test-slow test-all test-serving docs clean interpreted interpreted-earliest compiled-earliest
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.demo
@@ -43,8 +45,13 @@ test-serving: $(INSTALLED) $(SERVING_INSTALLED)
 	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_sglang.py
 	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_vllm.py tests/serving/test_vllm_kernels.py
 
+# The site of docs/, whose pages are plain Markdown. docs/command_line.py writes one of them, and needs the package; a test says when it is due.
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+	@echo "The site is in build/site"
+
 clean:
-	rm -rf .venv .venv-vllm .cache build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm .venv-docs .cache build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml requirements.txt setup.py Makefile $(wildcard rtn_tensor/kernels/csrc/*)
@@ -67,4 +74,10 @@ $(SERVING_INSTALLED): tests/serving/requirements.txt tests/serving/requirements.
 	@$(SERVING)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts \
 		-r .venv-vllm/requirements.txt -c tests/serving/requirements.txt
 	@$(SERVING)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(DOCS_INSTALLED): docs/requirements.txt
+	@echo "Installing what builds the documentation into .venv-docs (a minute)"
+	@$(PYTHON) -m venv .venv-docs
+	@$(DOCS)/python -m pip install -qq --disable-pip-version-check -r docs/requirements.txt
 	@touch $@

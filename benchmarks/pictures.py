@@ -195,9 +195,9 @@ def loading(data: dict) -> Figure:
         axis.plot(seconds, [value / 1e6 for value in anonymous], color=color, label=row["way"], linewidth=1.8)
     axis.axhline(data["bytes"] / 1e6, color=DENSE, linestyle="--", linewidth=1.2, label="the float model's weights")
     axis.set(xlabel="seconds", ylabel="MB of anonymous memory", title=f"A Llama of {data['bytes'] / 1e9:.2f} GB in bf16, to int4")
-    axis.set_ylim(0, 1.45 * data["bytes"] / 1e6)
-    axis.legend(loc="upper right", ncols=2)
-    made.supxlabel(machine(data), fontsize=9)
+    axis.set_ylim(0)
+    made.legend(loc="outside lower center", ncols=2)
+    made.suptitle(machine(data), fontsize=9)
     return made
 
 
@@ -268,7 +268,9 @@ PICTURES: dict[str, tuple[Callable[..., Figure], str | None]] = {  # name -> wha
     "formats": (formats, "accuracy.json"),
     "selective": (selective, "selective.json"),
     "selective_moe": (selective, "selective_moe.json"),
+    "plan": (plan, "plan.json"),
     "cpu_linear": (linear, "cpu_linear.json"),
+    "loading": (loading, "memory.json"),
     "layout": (layout, None),
 }
 

@@ -1,5 +1,6 @@
-"""Every block of the README and every tutorial runs as it stands."""
+"""Every block of README and docs/ and every tutorial runs as it stands, links lead somewhere, and what is generated is current."""
 
+import json
 import os
 import re
 import shlex
@@ -9,55 +10,159 @@ from pathlib import Path
 
 import pytest
 
+import rtn_tensor
 from benchmarks.real_model import CACHE, ModelUnavailable, smollm2, state_of_the_union, task_data
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # torch itself still calls what it deprecates when inductor is imported; and all runs without a compiler, too.
 ALLOWED = [
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     "ignore:rtn_tensor runs quantized layers in plain torch:UserWarning",
 ]
 STRICT = ["-W", "error", *(argument for allowed in ALLOWED for argument in ("-W", allowed))]
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+# All pages in one process, one after another, each in a folder and a namespace of its own: most of the time would go into imports.
+RUNNER = """
+import contextlib, io, json, os, sys, traceback
+
+failed = {}
+for name, program in json.load(sys.stdin).items():
+    os.chdir(name)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(program, name, "exec"), {"__name__": "__main__"})
+    except BaseException:
+        failed[name] = traceback.format_exc()
+    os.chdir("..")
+print(json.dumps(failed))
+"""
 
 
-def run(command: list[str], cwd: Path, **environment: str) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+def blocks(page: Path, kind: str) -> list[str]:
+    return [text for found, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S) if found == kind]
+
+
+def commands(page: Path, program: str) -> list[str]:
+    return [line for text in blocks(page, "sh") for line in text.splitlines() if line.split()[:1] == [program]]
+
+
+def run(command: list[str], cwd: Path, text: str | None = None, **environment: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, input=text)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
-def test_readme_has_only_kinds_of_blocks_that_are_run_here():
-    assert {kind for kind, _ in BLOCKS} <= {"python", "sh", "text"}
-    shell = "".join(text for kind, text in BLOCKS if kind == "sh").splitlines()
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# ------------------------------------------------------------------------------------------- Python and commands
+
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory) -> dict[str, str]:
+    """By page, the traceback of its Python blocks, run in order as a reader would type them, beside a folder `my-model`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    top = tmp_path_factory.mktemp("pages")
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16()
+    for page in WITH_PYTHON:
+        model.save_pretrained(top / page.stem / "my-model")
+    programs = {page.stem: "\n".join(blocks(page, "python")) for page in WITH_PYTHON}
+    return json.loads(run([sys.executable, *STRICT, "-c", RUNNER], top, json.dumps(programs)).splitlines()[-1])
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
+def test_python(page, failures):
+    assert "from rtn_tensor import" in blocks(page, "python")[0]  # a page can be read by itself
+    assert page.stem not in failures, failures[page.stem]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_page_has_only_kinds_of_blocks_that_are_run_here(page):
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"^```(\w*)$", text, re.M)) <= {"python", "sh", "text", ""}
+    assert text.count("\n```") % 2 == 0
+    shell = "".join(blocks(page, "sh")).splitlines()
     assert {line.split()[0] for line in shell if line} <= {"make", "pip", "python", "rtn-tensor", "vllm"}
+    assert all((ROOT / line.split()[1]).is_file() for line in commands(page, "python"))
 
 
-def test_readme_python_commands_name_files_that_are_there():
-    commands = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.startswith("python ")]
-    assert all((ROOT / command.split()[1]).is_file() for command in commands)
+def test_readme_is_short_and_names_the_tests():
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 160
+    assert "make test" in commands(PAGES[0], "make")
+    assert "make test\n" in (ROOT / ".ci/run").read_text()
 
 
-def test_readme_python(tmp_path):
-    # In one process, in order, as a reader would type them.
-    program = "\n".join(text for kind, text in BLOCKS if kind == "python")
-    assert "import rtn_tensor" in program or "from rtn_tensor" in program
-    run([sys.executable, *STRICT, "-c", program], tmp_path)
+WITH_COMMANDS = [page for page in PAGES if commands(page, "rtn-tensor")]
 
 
 @pytest.mark.slow
-def test_readme_commands(tmp_path):
-    commands = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.startswith("rtn-tensor ")]
-    assert len(commands) >= 4
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness, which one of them runs, is not installed")
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=named)
+def test_commands(page, tmp_path):
+    if any(" evaluate " in line for line in commands(page, "rtn-tensor")):
+        pytest.importorskip("lm_eval", reason="lm-evaluation-harness, which one of them runs, is not installed")
     try:
         smollm2(), state_of_the_union(), task_data()
     except ModelUnavailable as reason:
         pytest.skip(str(reason))
     (tmp_path / ".cache").symlink_to(CACHE)
-    for command in commands:
+    for command in commands(page, "rtn-tensor"):
         assert run([sys.executable, "-m", "rtn_tensor", *shlex.split(command)[1:]], tmp_path).strip()
+
+
+def test_every_command_is_shown():
+    shown = {line.split()[1] for page in WITH_COMMANDS for line in commands(page, "rtn-tensor")}
+    assert {"quantize", "inspect", "generate", "perplexity", "evaluate", "explain"} <= shown
+
+
+# ------------------------------------------------------------------------------------------- links, and what is generated
+
+
+def anchors(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=named)
+def test_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            other = page.parent / path if path else page
+            assert other.is_file(), f"{target} leads nowhere"
+            assert not anchor or anchor in anchors(other), f"{target} leads nowhere"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_files_that_are_named_are_there(page):
+    named_here = re.findall(r"`((?:tests|tutorials|benchmarks|rtn_tensor|docs)/[\w/.*-]+)`", page.read_text(encoding="utf-8"))
+    for name in named_here:
+        assert list(ROOT.glob(name)) or name.endswith("librtn.so"), f"{name} is not there"
+
+
+def test_every_page_is_in_the_navigation_and_every_public_name_in_the_reference():
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert set(re.findall(r": ([\w-]+\.md)$", site, re.M)) == {page.name for page in PAGES[1:]}
+    reference = re.findall(r"^::: rtn_tensor\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.M)
+    assert sorted(reference) == sorted(rtn_tensor.__all__)
+
+
+def test_the_page_of_the_command_line_is_current():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import command_line
+    finally:
+        sys.path.pop(0)
+    assert command_line.PAGE.read_text(encoding="utf-8") == command_line.page(), "`python docs/command_line.py` writes it anew"
+
+
+# ------------------------------------------------------------------------------------------- tutorials
 
 
 @pytest.mark.parametrize("tutorial", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem)

@@ -1,0 +1,224 @@
+"""docs/questions.md tells what a user sees: each message that heads a section there is provoked here."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import tiny_llama
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from rtn_tensor import RTNQuantizedTensor, explain, load, plan, quantize_, rtn_int4, rtn_int8, save
+from rtn_tensor.kernels import cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADINGS = re.findall(r"^### `(.+)`$", (ROOT / "docs/questions.md").read_text(encoding="utf-8"), re.M)
+PROVOKED: dict[str, Callable] = {}
+
+
+def provokes(*start: str) -> Callable:
+    """Of a function whose error or last warning is the message that has this in its heading."""
+    (found,) = (heading for heading in HEADINGS if all(part in heading for part in start))
+
+    def register(function: Callable) -> Callable:
+        PROVOKED[found] = function
+        return function
+
+    return register
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_message(heading, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            said = PROVOKED[heading](monkeypatch)
+        except Exception as error:
+            said = str(error)
+        said = said or str(warned[-1].message)
+    pattern = ".*".join(re.escape(part) for part in re.split(r" ?\.\.\. ?", heading))
+    assert re.search(pattern, " ".join(said.split())), f"{heading}\nis not what is said:\n{said}"
+
+
+def test_the_most_likely_messages_are_there():
+    assert len(HEADINGS) >= 20
+    assert set(HEADINGS) == set(PROVOKED)
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 128), nn.Linear(128, 64)).bfloat16()
+
+
+def folder(name: str = "float", **config) -> str:
+    tiny_llama().save_pretrained(name)
+    path = Path(name) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return name
+
+
+def fresh_process(program: str) -> str:
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True).stderr
+
+
+@provokes("Failed to find class")
+def _(_):
+    save(load(folder(), rtn_int4(64)), "int4")
+    return fresh_process(
+        "from transformers import AutoConfig; from transformers import TorchAoConfig; import json;"
+        "TorchAoConfig.from_dict(json.load(open('int4/config.json'))['quantization_config'])"
+    )
+
+
+@provokes("Unsupported global")
+def _(_):
+    torch.save({"w": RTNQuantizedTensor.from_float(torch.randn(8, 32))}, "w.pt")
+    return fresh_process("import torch; torch.load('w.pt')")
+
+
+@provokes("in plain torch")
+def _(monkeypatch):
+    monkeypatch.setattr(cpu, "LIBRARY", Path("nowhere.so"))
+    monkeypatch.setattr(cpu, "_load", cpu._load.__wrapped__)
+    cpu.library.__wrapped__()
+
+
+@provokes("RTN_KERNEL")
+def _(monkeypatch):
+    model = small()
+    quantize_(model, rtn_int4(64))
+    monkeypatch.setenv("RTN_KERNEL", "triton")
+    model[1](torch.randn(2, 64).bfloat16())
+
+
+@provokes("no CUDA device")
+def _(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    explain(device="cuda")
+
+
+@provokes("holds NaN or inf")
+def _(_):
+    model = small()
+    model[1].weight.data[0, 0] = float("nan")
+    quantize_(model, rtn_int4())
+
+
+@provokes("is already quantized")
+def _(_):
+    model = small()
+    quantize_(model, rtn_int4())
+    quantize_(model, rtn_int8())
+
+
+@provokes("only plain")
+def _(_):
+    quantize_(small().double(), rtn_int4())
+
+
+@provokes("nn.LSTM")
+def _(_):
+    quantize_(nn.Sequential(nn.LSTM(32, 32)), [("0.weight_ih_l0", rtn_int4())])
+
+
+@provokes("no weight is selected")
+def _(_):
+    quantize_(nn.Sequential(nn.Conv2d(3, 3, 3)), rtn_int4())
+
+
+@provokes("matches no weight")
+def _(_):
+    quantize_(small(), [("1.wieght", rtn_int8()), ("*", rtn_int4())])
+
+
+@provokes("matches only weights that stay float")
+def _(_):
+    quantize_(small(), [("0*", rtn_int8()), ("*", rtn_int4())])
+
+
+@provokes("group_size=100")
+def _(_):
+    rtn_int4(100)
+
+
+@provokes("is too few")
+def _(_):
+    plan(tiny_llama().eval(), 4.0, sequences=1, length=4)
+
+
+@provokes("x is torch.float32")
+def _(_):
+    model = small()
+    quantize_(model, rtn_int4(64))
+    model[1](torch.randn(2, 64))
+
+
+@provokes("cannot slice columns")
+def _(_):
+    RTNQuantizedTensor.from_float(torch.randn(8, 256), bits=4, group_size=64)[:, 16:144]
+
+
+@provokes("does not implement")
+def _(_):
+    RTNQuantizedTensor.from_float(torch.randn(8, 64)).abs()
+
+
+@provokes("no storage of its own")
+def _(_):
+    from safetensors.torch import save_file
+
+    save_file({"w": RTNQuantizedTensor.from_float(torch.randn(8, 64))}, "w.safetensors")
+
+
+@provokes("no numpy array")
+def _(_):
+    RTNQuantizedTensor.from_float(torch.randn(8, 64)).numpy()
+
+
+@provokes("quantized by GPTQ")
+def _(_):
+    load(folder(quantization_config={"quant_method": "gptq", "bits": 4}), rtn_int4())
+
+
+@provokes("is quantized already; load it")
+def _(_):
+    save(load(folder(), rtn_int4(64)), "int4")
+    load("int4", rtn_int8())
+
+
+@provokes("does not fit the model")
+def _(_):
+    load(folder(num_hidden_layers=9), rtn_int4())
+
+
+@provokes("is truncated or corrupt")
+def _(_):
+    path = Path(folder()) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    load("float", rtn_int4())
+
+
+@provokes("exists; choose another name")
+def _(_):
+    Path("int4").mkdir()
+    save(small(), "int4")
+
+
+@provokes("sharded by fully_shard")
+def _(_):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        model = nn.Sequential(nn.Linear(64, 64))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        quantize_(model, rtn_int4())
+    finally:
+        dist.destroy_process_group()
