@@ -50,6 +50,13 @@ wrapper = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 # What `F.grouped_mm` was before it had that name; older code of models calls it still.
 old_grouped_mm = torch._grouped_mm  # type: ignore[attr-defined]
 
+# What `nn.Module.to` asks before it swaps tensors, and what torch counts then: no public function says either.
+can_set_data = torch._has_compatible_shallow_copy_type  # type: ignore[attr-defined]
+references = Tensor._use_count  # type: ignore[attr-defined]
+
+# AOTAutograd asks for it of arguments that share memory.
+get_base = Tensor._base.__get__  # type: ignore[attr-defined]
+
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 # All that the dispatcher may know of a tensor whose memory holds its numbers. Others are a subclass, a fake or a sample of vmap, hold no

@@ -386,6 +386,18 @@ def test_adapters_that_are_refused_before_training(folder, name):
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=2e-3 * expected.abs().max().item())
 
 
+def test_modules_to_save_of_a_quantized_layer_warns(folder):
+    """PEFT would train a copy of it, and a quantized weight is not trained."""
+    config = lora(modules_to_save=["up_proj"])
+    with pytest.warns(UserWarning, match=r"up_proj.weight is quantized and will not be trained .* stays float by the rule"):
+        adapted(by_quantize_(folder, rtn_int4(64)), config)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    quantize_(model, [("*.up_proj", None), ("model.layers.*", rtn_int4(64))])
+    model = adapted(model, config)
+    model(IDS, labels=IDS).loss.backward()
+    assert model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.modules_to_save.default.weight").grad.abs().max() > 0
+
+
 def test_xlora(folder, tmp_path):
     for name in "01":
         adapted(AutoModelForCausalLM.from_pretrained(folder), lora(init_lora_weights=False)).save_pretrained(tmp_path / name)

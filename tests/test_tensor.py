@@ -1058,8 +1058,8 @@ def test_dtypes_that_cannot_be_raise_and_change_nothing():
         "\n".join(errors),
         """\
 up_proj.weight: a scale of 1.33e+08 overflows torch.float16; keep torch.float32, or use torch.bfloat16
-dtype torch.float64 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
-dtype torch.int8 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16""",
+up_proj.weight: dtype torch.float64 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
+up_proj.weight: dtype torch.int8 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16""",
     )
 
 

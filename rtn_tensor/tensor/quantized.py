@@ -4,6 +4,8 @@ import functools
 import hashlib
 import math
 import sys
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -1214,6 +1216,12 @@ def _(func, types, args, kwargs):
     return rebuilt(args[0], args[0].qdata.pin_memory(), args[0].scale.pin_memory())
 
 
+@_function(Tensor.data.__get__)  # type: ignore[attr-defined]
+def _(func, types, args, kwargs):
+    """As a method, for the reason that `mT` has."""
+    return args[0].detach()
+
+
 @_function(Tensor.data.__set__)  # type: ignore[attr-defined]
 def _(func, types, args, kwargs):
     w, new = args
@@ -1236,6 +1244,39 @@ def _(func, types, args, kwargs):
         func(w, new)  # size, strides, dtype and device
     for name in (*w.tensor_data_names, *w.tensor_attribute_names, "_shares_scale"):
         setattr(w, name, getattr(new, name))
+
+
+@_function(_torch.can_set_data)
+def _(func, types, args, kwargs):
+    """`nn.Module.to` and the like ask this before they swap tensors, which they do whatever is said, and cannot do to a held one."""
+    w, new = args
+    if isinstance(w, RTNQuantizedTensor) and isinstance(new, RTNQuantizedTensor):
+        weakly = bool(weakref.getweakrefs(w))
+        if weakly or _torch.references(w) > 1:
+            holder = "a weak reference (torch.export leaves one for good)" if weakly else "a view or a trace"
+            raise _error(
+                w,
+                f"torch cannot convert or move {w!r} while {holder} holds it; let go of that first, or convert a copy "
+                "(copy.deepcopy(model).to(...)), or set p.data = p.data.to(...) for each parameter p, and views keep the old numbers",
+                RuntimeError,
+            )
+    return type(w) is type(new) and w.shape == new.shape
+
+
+@_function(_torch.get_base)
+def _(func, types, args, kwargs):
+    with _torch.without_overrides():
+        base = func(*args)
+    if base is None and _called_by("torch._functorch._aot_autograd.runtime_wrappers"):
+        # There it is asked for arguments that share memory, of which the graph writes one; without a base, torch gives up in a riddle.
+        raise _error(
+            args[0],
+            f"a compiled graph has several views of one quantized weight as arguments ({args[0]!r} is one), and writes into one of them; "
+            "take the slices in the graph itself (after a graph break, again), write outside of the compiled function, or put what writes "
+            "into a function under torch.compiler.disable",
+            RuntimeError,
+        )
+    return base
 
 
 @_function(Tensor.share_memory_)
@@ -1311,4 +1352,9 @@ def _(func, types, args, kwargs):
 @_function([Tensor.requires_grad_, Tensor.requires_grad.__set__])  # type: ignore[attr-defined]
 def _(func, types, args, kwargs):
     # Ignored, not refused: `nn.Parameter(w)` and `load_state_dict(assign=True)` ask for it of their own accord.
-    return args[0]
+    w, wanted = [*args, *kwargs.values(), True][:2]
+    if wanted and _called_by("peft."):
+        warnings.warn(
+            f"{getattr(w, 'fqn', repr(w))} is quantized and will not be trained (PEFT's modules_to_save){_or_float(w)}", stacklevel=4
+        )
+    return w
