@@ -24,7 +24,7 @@ from rtn_tensor import bits_per_weight, plan, quantize_, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.perplexity import token_losses
 from rtn_tensor.evaluation.tasks import Score, average_recovery, rows, run_tasks, show, text_score
 from rtn_tensor.formats import SCALE_METHODS
-from rtn_tensor.quantize.allocation import Plan
+from rtn_tensor.quantize.plan import Plan
 
 UNIFORM = {
     "int8 g128": rtn_int8(group_size=128),

@@ -35,7 +35,8 @@ from rtn_tensor import (
     select_modules,
 )
 from rtn_tensor.formats import SCALE_METHODS
-from rtn_tensor.quantize.allocation import OPTIONS, Plan, spend
+from rtn_tensor.quantize.allocation import OPTIONS
+from rtn_tensor.quantize.plan import Plan, spend
 from rtn_tensor.quantize.selection import bits_of
 
 TOKENS, WINDOW = 8192, 1024

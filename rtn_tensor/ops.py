@@ -12,115 +12,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from rtn_tensor import arguments
-from rtn_tensor._torch import CPU_KEYS, autocast_is_enabled, tracing, transformed, without_autocast
+from rtn_tensor._torch import CPU_KEYS, tracing, transformed
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import make_problem
 from rtn_tensor.kernels.registry import choose, forget
-
-_library = torch.library.Library("rtn", "DEF")
-_ops = torch.ops.rtn
-
-
-# ----------------------------------------------------------------------------------------------- registration
-
-
-def _define(schema: str):
-    """Registers the decorated function, after a check of its arguments, as the implementation of an op on every backend."""
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    name = schema.partition("(")[0]
-    check = getattr(arguments, name)
-
-    def register(fn):
-        @functools.wraps(fn)
-        def run(*args):
-            check(*args)
-            if not autocast_is_enabled():
-                return fn(*args)
-            with without_autocast():  # else it redoes the fp32 products inside a kernel in its own dtype
-                return fn(*args)
-
-        _library.impl(name, dispatched(name, run), "CompositeExplicitAutograd")
-        return run
-
-    return register
-
-
-def _fake(name: str):
-    """Registers the decorated function as what `rtn::name` gives on fake tensors, after the same check."""
-    check = getattr(arguments, name)
-
-    def register(fn):
-        @functools.wraps(fn)
-        def run(*args):
-            check(*args)
-            return fn(*args)
-
-        torch.library.register_fake(f"rtn::{name}", run, lib=_library)
-        return run
-
-    return register
-
-
-def dispatched(name: str, run):
-    """`run`, of the op `name`, as the dispatcher may call it."""
-
-    def call(*args):
-        for i, t in enumerate(args):
-            if isinstance(t, Tensor) and (why := unfit(t)):
-                raise TypeError(f"rtn::{name}: {getattr(_ops, name).default._schema.arguments[i].name} is {why}")
-        y = run(*args)
-        # Autograd refuses an in-place change of an op's output that is a view, as that of a linear over a 3-D x is.
-        return torch.ops.aten._unsafe_view(y, y.shape) if isinstance(y, Tensor) and y._is_view() else y
-
-    return call
-
-
-def unfit(t: Tensor) -> str | None:
-    """None where the numbers of `t` lie in dense memory, which is all that the ops read; else what it is, and what to do."""
-    if t.is_nested:
-        return "a nested tensor, where a dense one is needed; use the values() of a jagged one, or call it for each of unbind()"
-    if t.is_quantized:
-        return f"of torch's own {t.dtype}, where plain numbers are needed; use .dequantize()"
-    if t.layout is not torch.strided:
-        return f"of {t.layout}, where a dense tensor is needed; use .to_dense()"
-    return None
-
-
-def _wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _differentiable(name: str, forward, setup, backward, jvp, vmap) -> Any:
-    """Registers the autograd of `rtn::name`, and gives the same, with `jvp` and `vmap`, as a function for torch.func and forward-mode AD:
-    those refuse what register_autograd makes, or take it for a constant. `forward` calls the op, with the op's own parameters: Dynamo,
-    where it gives up the frame around a product, traces it by itself and cannot take `*args`."""
-    torch.library.register_autograd(f"rtn::{name}", backward, setup_context=setup, lib=_library)
-    members = {"forward": forward, "setup_context": setup, "backward": backward, "jvp": jvp, "vmap": vmap}
-    return type(f"_{name}", (torch.autograd.Function,), {name: staticmethod(member) for name, member in members.items()}).apply
-
-
-def _save(ctx, *planes: Tensor) -> None:
-    """The packed planes and nothing else: 0.28 of a bf16 weight at int4."""
-    ctx.save_for_backward(*planes)
-    ctx.save_for_forward(*planes)
-
-
-def _batch_first(info, dim: int | None, t: Tensor) -> Tensor:
-    """`t` with vmap's batch as its first dim, whether it has one or is the same for all."""
-    return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-
-def _check_planes(op: str, dims) -> None:
-    if any(dim is not None for dim in dims):
-        raise NotImplementedError(f"rtn::{op} cannot vmap over its weight; vmap over x, or use torch.bmm with one weight [E, N, K]")
-
+from rtn_tensor.registration import (
+    LIBRARY,
+    batch_first,
+    define,
+    differentiable,
+    dispatched,
+    fake,
+    refuse_vmapped_planes,
+    rtn_ops,
+    save_planes,
+    wants_grad,
+)
 
 # ----------------------------------------------------------------------------------------------- linear and its backward
 
 
-@_define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
+@define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
 def _linear(x, qdata, scale, bias, bits, group_size):
     x_MK = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     m, k = x_MK.shape
@@ -143,8 +56,8 @@ def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: i
     """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's dtype."""
     given = (x,) if bias is None else (x, bias)
     # Both planes are of one kind.
-    if tracing(*given) or type(qdata) is not Tensor or _wants_grad(*given):
-        run = _linear_function if transformed() else _ops.linear.default
+    if tracing(*given) or type(qdata) is not Tensor or wants_grad(*given):
+        run = _linear_function if transformed() else rtn_ops.linear.default
         return run(x, qdata, scale, bias, bits, group_size)
     # Past autograd and torch.library, the call takes 3 us around the product; through Python it takes 9.
     if x.is_cpu and _cpu_linear and (y := _cpu_linear(x, qdata, scale, bias, bits, group_size)) is not None:
@@ -152,18 +65,18 @@ def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: i
     return _linear(x, qdata, scale, bias, bits, group_size)
 
 
-@_fake("linear")
+@fake("linear")
 def _linear_fake(x, qdata, scale, bias, bits, group_size):
     return x.new_empty(*x.shape[:-1], qdata.shape[-2])
 
 
 def _linear_forward(x, qdata, scale, bias, bits, group_size):
-    return _ops.linear.default(x, qdata, scale, bias, bits, group_size)
+    return rtn_ops.linear.default(x, qdata, scale, bias, bits, group_size)
 
 
 def _linear_setup(ctx, inputs, output):
     x, qdata, scale, bias, ctx.bits, ctx.group_size = inputs
-    _save(ctx, qdata, scale)
+    save_planes(ctx, qdata, scale)
     ctx.k = x.shape[-1]
 
 
@@ -180,18 +93,18 @@ def _linear_jvp(ctx, dx, dqdata, dscale, dbias, *_):
 
 
 def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size):
-    _check_planes("linear", in_dims[1:3])
-    x = _batch_first(info, in_dims[0], x)
+    refuse_vmapped_planes("linear", in_dims[1:3])
+    x = batch_first(info, in_dims[0], x)
     if in_dims[3] is None:
         return linear(x, qdata, scale, bias, bits, group_size), 0
     bias = bias.movedim(in_dims[3], 0)
     return linear(x, qdata, scale, None, bits, group_size) + bias.view(len(bias), *[1] * (x.dim() - 2), -1), 0
 
 
-_linear_function = _differentiable("linear", _linear_forward, _linear_setup, _linear_backward, _linear_jvp, _linear_vmap)
+_linear_function = differentiable("linear", _linear_forward, _linear_setup, _linear_backward, _linear_jvp, _linear_vmap)
 
 
-@_define("linear_dx(Tensor dy, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
+@define("linear_dx(Tensor dy, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
 def _linear_dx(dy, qdata, scale, bits, group_size, k):
     dy_MN = dy if dy.dim() == 2 else dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
     kernel = choose(make_problem("linear_dx", dy.dtype, dy_MN.shape[0], k, qdata, scale, bits, group_size))
@@ -201,24 +114,24 @@ def _linear_dx(dy, qdata, scale, bits, group_size, k):
 
 def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     """dx = dy @ w': `dy [..., N]`, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in dy's dtype."""
-    if tracing(dy, qdata, scale) or _wants_grad(dy):
-        run = _linear_dx_function if transformed() else _ops.linear_dx.default
+    if tracing(dy, qdata, scale) or wants_grad(dy):
+        run = _linear_dx_function if transformed() else rtn_ops.linear_dx.default
         return run(dy, qdata, scale, bits, group_size, k)
     return _linear_dx(dy, qdata, scale, bits, group_size, k)
 
 
-@_fake("linear_dx")
+@fake("linear_dx")
 def _linear_dx_fake(dy, qdata, scale, bits, group_size, k):
     return dy.new_empty(*dy.shape[:-1], k)
 
 
 def _linear_dx_forward(dy, qdata, scale, bits, group_size, k):
-    return _ops.linear_dx.default(dy, qdata, scale, bits, group_size, k)
+    return rtn_ops.linear_dx.default(dy, qdata, scale, bits, group_size, k)
 
 
 def _linear_dx_setup(ctx, inputs, output):
     _, qdata, scale, ctx.bits, ctx.group_size, ctx.k = inputs
-    _save(ctx, qdata, scale)
+    save_planes(ctx, qdata, scale)
 
 
 def _linear_dx_backward(ctx, ddx):
@@ -232,11 +145,11 @@ def _linear_dx_jvp(ctx, ddy, *_):
 
 
 def _linear_dx_vmap(info, in_dims, dy, qdata, scale, bits, group_size, k):
-    _check_planes("linear_dx", in_dims[1:3])
-    return linear_dx(_batch_first(info, in_dims[0], dy), qdata, scale, bits, group_size, k), 0
+    refuse_vmapped_planes("linear_dx", in_dims[1:3])
+    return linear_dx(batch_first(info, in_dims[0], dy), qdata, scale, bits, group_size, k), 0
 
 
-_linear_dx_function = _differentiable(
+_linear_dx_function = differentiable(
     "linear_dx", _linear_dx_forward, _linear_dx_setup, _linear_dx_backward, _linear_dx_jvp, _linear_dx_vmap
 )
 
@@ -244,7 +157,7 @@ _linear_dx_function = _differentiable(
 # ----------------------------------------------------------------------------------------------- experts
 
 
-@_define("grouped(Tensor x, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size) -> Tensor")
+@define("grouped(Tensor x, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size) -> Tensor")
 def _grouped(x, qdata, scale, offs, bits, group_size):
     kernel = choose(make_problem("grouped", x.dtype, x.shape[0], x.shape[1], qdata, scale, bits, group_size))
     return kernel.grouped(x, qdata, scale, offs, bits, group_size)
@@ -253,24 +166,24 @@ def _grouped(x, qdata, scale, offs, bits, group_size):
 def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
     """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, `qdata [E, N, B]`, `scale [E, N, G]`, `offs [E]` int32
     cumulative ends, as for torch's grouped_mm -> `[M, N]` in x's dtype; rows past the last end come out zero."""
-    if tracing(x, qdata, scale, offs) or _wants_grad(x):
-        run = _grouped_function if transformed() else _ops.grouped.default
+    if tracing(x, qdata, scale, offs) or wants_grad(x):
+        run = _grouped_function if transformed() else rtn_ops.grouped.default
         return run(x, qdata, scale, offs, bits, group_size)
     return _grouped(x, qdata, scale, offs, bits, group_size)
 
 
-@_fake("grouped")
+@fake("grouped")
 def _grouped_fake(x, qdata, scale, offs, bits, group_size):
     return x.new_empty(x.shape[0], qdata.shape[-2])
 
 
 def _grouped_forward(x, qdata, scale, offs, bits, group_size):
-    return _ops.grouped.default(x, qdata, scale, offs, bits, group_size)
+    return rtn_ops.grouped.default(x, qdata, scale, offs, bits, group_size)
 
 
 def _grouped_setup(ctx, inputs, output):
     x, qdata, scale, offs, ctx.bits, ctx.group_size = inputs
-    _save(ctx, qdata, scale, offs)
+    save_planes(ctx, qdata, scale, offs)
     ctx.k = x.shape[-1]
 
 
@@ -286,7 +199,7 @@ def _grouped_jvp(ctx, dx, *_):
 
 def _sorted_vmap(name: str, run) -> Any:
     def vmap(info, in_dims, x, qdata, scale, offs, *others):
-        _check_planes(name, in_dims[1:4])
+        refuse_vmapped_planes(name, in_dims[1:4])
         # The batch goes next to the rows, which so stay sorted by expert.
         rows = x.movedim(in_dims[0], 1)
         y = run(rows.flatten(0, 1), qdata, scale, offs * info.batch_size, *others)
@@ -295,12 +208,12 @@ def _sorted_vmap(name: str, run) -> Any:
     return vmap
 
 
-_grouped_function = _differentiable(
+_grouped_function = differentiable(
     "grouped", _grouped_forward, _grouped_setup, _grouped_backward, _grouped_jvp, _sorted_vmap("grouped", grouped)
 )
 
 
-@_define("grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k) -> Tensor")
+@define("grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k) -> Tensor")
 def _grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
     kernel = choose(make_problem("grouped_dx", dy.dtype, dy.shape[0], k, qdata, scale, bits, group_size))
     return kernel.grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
@@ -308,24 +221,24 @@ def _grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
 
 def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]` in dy's dtype; the rest as for `grouped`."""
-    if tracing(dy, qdata, scale, offs) or _wants_grad(dy):
-        run = _grouped_dx_function if transformed() else _ops.grouped_dx.default
+    if tracing(dy, qdata, scale, offs) or wants_grad(dy):
+        run = _grouped_dx_function if transformed() else rtn_ops.grouped_dx.default
         return run(dy, qdata, scale, offs, bits, group_size, k)
     return _grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
 
 
-@_fake("grouped_dx")
+@fake("grouped_dx")
 def _grouped_dx_fake(dy, qdata, scale, offs, bits, group_size, k):
     return dy.new_empty(dy.shape[0], k)
 
 
 def _grouped_dx_forward(dy, qdata, scale, offs, bits, group_size, k):
-    return _ops.grouped_dx.default(dy, qdata, scale, offs, bits, group_size, k)
+    return rtn_ops.grouped_dx.default(dy, qdata, scale, offs, bits, group_size, k)
 
 
 def _grouped_dx_setup(ctx, inputs, output):
     _, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k = inputs
-    _save(ctx, qdata, scale, offs)
+    save_planes(ctx, qdata, scale, offs)
 
 
 def _grouped_dx_backward(ctx, ddx):
@@ -338,12 +251,12 @@ def _grouped_dx_jvp(ctx, ddy, *_):
     return grouped_dx(ddy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k)
 
 
-_grouped_dx_function = _differentiable(
+_grouped_dx_function = differentiable(
     "grouped_dx", _grouped_dx_forward, _grouped_dx_setup, _grouped_dx_backward, _grouped_dx_jvp, _sorted_vmap("grouped_dx", grouped_dx)
 )
 
 
-@_define(
+@define(
     "routed(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor experts, Tensor? pairs, Tensor? offs, Tensor? router, int top_k, "
     "str activation, int bits, int group_size) -> Tensor"
 )
@@ -370,11 +283,11 @@ def routed(
     """`grouped` of tokens that are routed to experts, gathering, bias, activation and router weights in the same launch; see
     `reference.routed`. It has no backward."""
     if tracing(x, qdata, scale):
-        return _ops.routed.default(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
+        return rtn_ops.routed.default(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
     return _routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
 
 
-@_fake("routed")
+@fake("routed")
 def _routed_fake(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
     return x.new_empty(x.shape[0] * top_k, qdata.shape[-2] // 2 if activation else qdata.shape[-2])
 
@@ -382,7 +295,7 @@ def _routed_fake(x, qdata, scale, bias, experts, pairs, offs, router, top_k, act
 # ----------------------------------------------------------------------------------------------- embedding, quantize, dequantize
 
 
-@_define("embedding(Tensor indices, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
+@define("embedding(Tensor indices, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
 def _embedding(indices, qdata, scale, bits, group_size, k):
     kernel = choose(make_problem("embedding", scale.dtype, indices.numel(), k, qdata, scale, bits, group_size))
     return kernel.embedding(indices, qdata, scale, bits, group_size, k)
@@ -391,24 +304,24 @@ def _embedding(indices, qdata, scale, bits, group_size, k):
 def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     """Dequantized rows: `indices [...]` int32 or int64, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in the scale's dtype."""
     if tracing(indices, qdata, scale):
-        return _ops.embedding.default(indices, qdata, scale, bits, group_size, k)
+        return rtn_ops.embedding.default(indices, qdata, scale, bits, group_size, k)
     return _embedding(indices, qdata, scale, bits, group_size, k)
 
 
-@_fake("embedding")
+@fake("embedding")
 def _embedding_fake(indices, qdata, scale, bits, group_size, k):
     return scale.new_empty(*indices.shape, k)
 
 
 def _embedding_vmap(info, in_dims, indices, qdata, scale, bits, group_size, k):
-    _check_planes("embedding", in_dims[1:3])
-    return embedding(_batch_first(info, in_dims[0], indices), qdata, scale, bits, group_size, k), 0
+    refuse_vmapped_planes("embedding", in_dims[1:3])
+    return embedding(batch_first(info, in_dims[0], indices), qdata, scale, bits, group_size, k), 0
 
 
-torch.library.register_vmap("rtn::embedding", _embedding_vmap, lib=_library)
+torch.library.register_vmap("rtn::embedding", _embedding_vmap, lib=LIBRARY)
 
 
-@_define("quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)")
+@define("quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)")
 def _quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     rows, k = w.shape[:-1].numel(), w.shape[-1]
     problem = make_problem("quantize", w.dtype, rows, k, w, w, bits, group_size)._replace(scale_dtype=scale_dtype)
@@ -419,7 +332,7 @@ def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dty
     """Rounds `w [..., N, K]` to `qdata [..., N, B]` uint8 and `scale [..., N, G]` in `scale_dtype`; see `reference.quantize`."""
     w = w.detach()
     if tracing(w):
-        return _ops.quantize.default(w, bits, group_size, scale_method, scale_dtype)
+        return rtn_ops.quantize.default(w, bits, group_size, scale_method, scale_dtype)
     return _quantize(w, bits, group_size, scale_method, scale_dtype)
 
 
@@ -436,14 +349,14 @@ def quantize_(w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: in
         torch.autograd.graph.increment_version((qdata, scale))  # a backward that saved them is to see the change
 
 
-@_fake("quantize")
+@fake("quantize")
 def _quantize_fake(w, bits, group_size, scale_method, scale_dtype):
     *rows, k = w.shape
     qdata = w.new_empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8)
     return qdata, w.new_empty(*rows, groups(k, group_size), dtype=scale_dtype)
 
 
-@_define("dequantize(Tensor qdata, Tensor scale, int bits, int group_size, SymInt k, ScalarType dtype) -> Tensor")
+@define("dequantize(Tensor qdata, Tensor scale, int bits, int group_size, SymInt k, ScalarType dtype) -> Tensor")
 def _dequantize(qdata, scale, bits, group_size, k, dtype):
     rows = qdata.shape[:-1].numel()
     kernel = choose(make_problem("dequantize", dtype, rows, k, qdata, scale, bits, group_size))
@@ -453,21 +366,21 @@ def _dequantize(qdata, scale, bits, group_size, k, dtype):
 def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
     """w' = q * S in fp32, rounded once to `dtype`: `qdata [..., N, B]`, `scale [..., N, G]` -> `[..., N, K]`."""
     if tracing(qdata, scale):
-        return _ops.dequantize.default(qdata, scale, bits, group_size, k, dtype)
+        return rtn_ops.dequantize.default(qdata, scale, bits, group_size, k, dtype)
     return _dequantize(qdata, scale, bits, group_size, k, dtype)
 
 
-@_fake("dequantize")
+@fake("dequantize")
 def _dequantize_fake(qdata, scale, bits, group_size, k, dtype):
     return qdata.new_empty(*qdata.shape[:-1], k, dtype=dtype)
 
 
 def _dequantize_vmap(info, in_dims, qdata, scale, bits, group_size, k, dtype):
-    qdata, scale = _batch_first(info, in_dims[0], qdata), _batch_first(info, in_dims[1], scale)
+    qdata, scale = batch_first(info, in_dims[0], qdata), batch_first(info, in_dims[1], scale)
     return dequantize(qdata, scale, bits, group_size, k, dtype), 0
 
 
-torch.library.register_vmap("rtn::dequantize", _dequantize_vmap, lib=_library)
+torch.library.register_vmap("rtn::dequantize", _dequantize_vmap, lib=LIBRARY)
 
 
 # ----------------------------------------------------------------------------------------------- what FlopCounterMode counts
@@ -477,26 +390,26 @@ def _elements(*shape) -> int:
     return torch.Size(shape).numel()
 
 
-@register_flop_formula(_ops.linear)
+@register_flop_formula(rtn_ops.linear)
 def _linear_flops(x, qdata, scale, *args, out_shape=None, **kwargs) -> int:
     return 2 * _elements(*x) * qdata[0]
 
 
-@register_flop_formula([_ops.linear_dx])
+@register_flop_formula([rtn_ops.linear_dx])
 def _linear_dx_flops(dy, qdata, scale, bits, group_size, k, *args, out_shape=None, **kwargs) -> int:
     return 2 * _elements(*dy) * k
 
 
-@register_flop_formula([_ops.grouped])
+@register_flop_formula([rtn_ops.grouped])
 def _grouped_flops(x, qdata, scale, *args, out_shape=None, **kwargs) -> int:
     return 2 * _elements(*x) * qdata[1]  # of every row, as torch counts its own grouped product
 
 
-@register_flop_formula([_ops.grouped_dx])
+@register_flop_formula([rtn_ops.grouped_dx])
 def _grouped_dx_flops(dy, qdata, scale, offs, bits, group_size, k, *args, out_shape=None, **kwargs) -> int:
     return 2 * _elements(*dy) * k
 
 
-@register_flop_formula([_ops.routed])
+@register_flop_formula([rtn_ops.routed])
 def _routed_flops(x, qdata, scale, bias, experts, *args, out_shape=None, **kwargs) -> int:
     return 2 * experts[0] * x[1] * qdata[1]

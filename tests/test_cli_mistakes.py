@@ -258,7 +258,7 @@ def test_no_code_of_the_folders_is_run_or_asked_for(run, copy, tmp_path, monkeyp
 
 @pytest.mark.parametrize("against", ["nowhere", "text", "bert", "broken"])
 def test_both_models_are_looked_at_before_one_is_scored(run, home, tmp_path, monkeypatch, against):
-    monkeypatch.setattr("rtn_tensor.cli.load", lambda path: pytest.fail(f"{path} was loaded"))
+    monkeypatch.setattr("rtn_tensor.commands.load", lambda path: pytest.fail(f"{path} was loaded"))
     broken = shutil.copytree(home / "model", tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"")
     other = broken if against == "broken" else against
@@ -331,7 +331,7 @@ def test_what_was_not_foreseen(run, monkeypatch):
     def fails(**kwargs):
         raise KeyError("x")
 
-    monkeypatch.setattr("rtn_tensor.cli.explain", fails)
+    monkeypatch.setattr("rtn_tensor.commands.explain", fails)
     assert run("explain") == (
         1,
         "",
@@ -343,7 +343,7 @@ def test_ctrl_c(run, monkeypatch):
     def stopped(**kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rtn_tensor.cli.explain", stopped)
+    monkeypatch.setattr("rtn_tensor.commands.explain", stopped)
     assert run("explain") == (130, "", "rtn-tensor: stopped by SIGINT\n")
 
 

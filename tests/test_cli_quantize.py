@@ -103,16 +103,16 @@ def test_any_name_will_do(run, models):
 
 
 def test_what_appears_meanwhile_is_kept(run, models, monkeypatch):
-    from rtn_tensor import cli
+    from rtn_tensor import commands
 
-    write = cli.write
+    write = commands.write
 
     def and_another(model, folder):
         write(model, folder)
         (models / "new").mkdir()
         (models / "new" / "precious").write_text("text")
 
-    monkeypatch.setattr(cli, "write", and_another)
+    monkeypatch.setattr(commands, "write", and_another)
     status, _, err = run("quantize", "models/a", "new")
     assert status == 1
     assert err.endswith("rtn-tensor: error: new appeared while it was being written, and is left as it is; choose another name\n")
@@ -203,14 +203,14 @@ def test_a_tokenizer_that_cannot_be_copied_leaves_nothing(run, models, monkeypat
 
 WAITS = """
 import sys, time
-from rtn_tensor import cli
+from rtn_tensor import cli, commands
 
 def write(model, folder):
     (folder / "half").write_text("")
     print("writing", flush=True)
     time.sleep(60)
 
-cli.write = write
+commands.write = write
 sys.exit(cli.main(sys.argv[1:]))
 """
 

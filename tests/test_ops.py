@@ -178,7 +178,7 @@ def test_tracing():
 def test_fast_path_leaves_the_dispatcher_out(monkeypatch):
     """It is only faster if it is taken: for plain tensors, also under no_grad with an x that requires a gradient."""
     w = random_planes(5, 100)
-    monkeypatch.setattr(ops, "_ops", None)
+    monkeypatch.setattr(ops, "rtn_ops", None)
     for op in OPS:
         getattr(ops, op)(*next(samples(op)))
     x = torch.randn(3, 100, requires_grad=True)

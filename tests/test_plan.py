@@ -8,7 +8,7 @@ from tiny_llama import tiny_llama
 from tiny_moe import tiny_moe
 
 from rtn_tensor import RTNQuantizedTensor, bits_per_weight, load, plan, quantize_, rtn, rtn_int4, rtn_int8
-from rtn_tensor.quantize.allocation import spend
+from rtn_tensor.quantize.plan import spend
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 

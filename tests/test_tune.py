@@ -10,6 +10,7 @@ from expecttest import assert_expected_inline
 from rtn_tensor import kernels, tuning
 from rtn_tensor.cli import main
 from rtn_tensor.kernels import registry
+from rtn_tensor.kernels.problem import Problem
 from rtn_tensor.kernels.triton import config as configs
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape
 
@@ -177,7 +178,7 @@ def test_dense_is_remembered_and_leaves_the_problem_to_the_dense_kernel(monkeypa
     tuning.tune([(512, 1024)], tokens=[512], device="cpu", measure=dense_is_fast)
     monkeypatch.setattr(kernels.triton, "interpreting", lambda: True)
     monkeypatch.setenv("RTN_KERNEL", "")
-    problem = kernels.Problem("linear", "cpu", None, torch.bfloat16, torch.bfloat16, 4, 128, 512, 512, 1024)
+    problem = Problem("linear", "cpu", None, torch.bfloat16, torch.bfloat16, 4, 128, 512, 512, 1024)
     assert_expected_inline(
         str(kernels.triton.why_not(problem)), """From M = 512 on it is faster to dequantize the weight and multiply it densely."""
     )
@@ -232,7 +233,7 @@ def test_tuning_without_a_gpu_is_refused(capsys):
 
 def test_report(monkeypatch, capsys, tmp_path):
     fake = partial(tuning.tune, measure=wide_is_fast)
-    monkeypatch.setattr("rtn_tensor.cli.tune", lambda *args, **more: fake(*args, **more))
+    monkeypatch.setattr("rtn_tensor.commands.tune", lambda *args, **more: fake(*args, **more))
     assert main(["tune", "--size", "512x1024", "--tokens", "1", "64", "--device", "cpu"]) == 0
     out = capsys.readouterr().out.replace(str(tmp_path), "FOLDER")
     assert_expected_inline(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
-from rtn_tensor import _torch, ops
+from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import is_batchedtensor, return_and_correct_aliasing, tree_leaves, tree_map_only
 from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, VERSION, check_format, check_planes, groups
 from rtn_tensor.reference import round_scale
@@ -104,7 +104,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         check_format(bits, group_size, scale_method)
         if not isinstance(w, Tensor):
             raise TypeError(f"cannot quantize a {type(w).__name__}; give a torch.Tensor, a weight [..., N, K]")
-        if why := ops.unfit(w):
+        if why := registration.unfit(w):
             raise TypeError(f"cannot quantize w, which is {why}")
         if isinstance(w, TorchAOBaseTensor):
             raise TypeError(f"already quantized: got a {type(w).__name__}; quantize the float weight, or call .dequantize() first")
@@ -539,7 +539,7 @@ def _check_operand(x: Tensor, w: RTNQuantizedTensor, size: int) -> Tensor:
 
 def _check_kind(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
     """Raises TypeError for a tensor that is not dense, unless it is nested by a class of its own, whose values are."""
-    if (why := ops.unfit(t)) and t.layout is not torch.jagged:
+    if (why := registration.unfit(t)) and t.layout is not torch.jagged:
         raise _error(w, f"{what} is {why}", TypeError)
     if t.is_complex():
         raise _error(w, f"{what} is {t.dtype}, but a weight stands for real numbers; use it on {what}.real and {what}.imag", TypeError)
@@ -1083,7 +1083,7 @@ def _(func, types, args, kwargs):
 def _(func, types, args, kwargs):
     dst, src = args[:2]
     if src.is_nested:
-        raise _error(dst, f"the tensor to copy is {ops.unfit(src)}", TypeError)
+        raise _error(dst, f"the tensor to copy is {registration.unfit(src)}", TypeError)
     if dst.shape != src.shape:
         raise _error(dst, f"cannot copy_ a tensor of shape {tuple(src.shape)} into one of shape {tuple(dst.shape)}")
     if not isinstance(dst, RTNQuantizedTensor):
@@ -1101,7 +1101,7 @@ def _(func, types, args, kwargs):
         dst.qdata.copy_(src.qdata)
         dst.scale.copy_(scale)
     else:
-        if why := ops.unfit(src):
+        if why := registration.unfit(src):
             raise _error(dst, f"the tensor to copy is {why}", TypeError)
         if src.is_meta and not dst.qdata.is_meta:
             raise _error(
