@@ -281,7 +281,7 @@ def trained_adapter(model, config):
     return model
 
 
-# BOFT builds an extension for CUDA, SHiRA a sparse tensor, and what IA3 has multiplied by may be near 0.
+# BOFT builds an extension for CUDA, SHiRA and FRoD a sparse tensor, and what IA3 has multiplied by may be near 0.
 noisy = pytest.mark.filterwarnings(
     "ignore:Failed to load the CUDA extension",
     "ignore:Setting boft_n",
@@ -361,6 +361,7 @@ REFUSED = {
 }
 
 
+@noisy
 @pytest.mark.parametrize("name", REFUSED)
 def test_adapters_that_are_refused_before_training(folder, name):
     """By the weight's name and the rule that leaves it float; with that rule they train, and merge."""
