@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # torch itself still calls what it deprecates when inductor is imported; and all runs without a compiler, too.
 ALLOWED = [
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:`torch.jit.script_method` is deprecated",
     "ignore:rtn_tensor runs quantized layers in plain torch:UserWarning",
 ]
 STRICT = ["-W", "error", *(argument for allowed in ALLOWED for argument in ("-W", allowed))]

@@ -154,7 +154,7 @@ def test_vmap():
     torch.testing.assert_close(got, ops.linear(x, w.qdata, w.scale, None, 4, 32))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_jit_trace_sees_the_op():
     w = random_planes(5, 100)
     traced = torch.jit.trace(lambda x: ops.linear(x, w.qdata, w.scale, None, 4, 32), torch.randn(3, 100))
