@@ -3,6 +3,7 @@
 //
 // A request is the function's index, the call's fields (a buffer's size in bytes in place of its address, -1 for null), then the buffers.
 // The answer is the status, then the buffers that the function writes. First of all comes the status of choosing argv[1].
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -18,14 +19,20 @@ namespace {
 
 struct Function {
   int (*call)(const void*);
-  size_t fields, buffers;
-  unsigned writes;  // bit b: it writes buffer b
+  size_t fields, threads;  // how many there are, and which of them is the number of threads
+  size_t buffers;          // the first of them, which are addresses
+  unsigned writes;         // bit b: it writes buffer b
 };
 
+template <class Args, int (*function)(const Args*)>
+Function described(size_t buffers, unsigned writes) {
+  return {[](const void* a) { return function(static_cast<const Args*>(a)); }, sizeof(Args) / 8, offsetof(Args, threads) / 8, buffers, writes};
+}
+
 const Function FUNCTIONS[] = {
-    {[](const void* a) { return rtn_linear(static_cast<const rtn_linear_args*>(a)); }, sizeof(rtn_linear_args) / 8, 6, 1 << 4},
-    {[](const void* a) { return rtn_quantize(static_cast<const rtn_planes_args*>(a)); }, sizeof(rtn_planes_args) / 8, 4, 1 << 1 | 1 << 2},
-    {[](const void* a) { return rtn_dequantize(static_cast<const rtn_planes_args*>(a)); }, sizeof(rtn_planes_args) / 8, 4, 1 << 0},
+    described<rtn_linear_args, rtn_linear>(6, 1 << 4),
+    described<rtn_planes_args, rtn_quantize>(4, 1 << 1 | 1 << 2),
+    described<rtn_planes_args, rtn_dequantize>(4, 1 << 0),
 };
 
 using Bytes = std::vector<char>;
@@ -76,7 +83,7 @@ struct Run {
       buffers.emplace_back(place, given[b], function.writes >> b & 1);
       fields[b] = fields[b] == -1 ? 0 : int64_t(buffers[b].data);
     }
-    fields.back() = threads;
+    fields[function.threads] = threads;
     status = function.call(fields.data());
     for (size_t b = 0; b < function.buffers; ++b) {
       if (function.writes >> b & 1) written.emplace_back(buffers[b].data, buffers[b].data + given[b].size());

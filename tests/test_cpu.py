@@ -48,6 +48,7 @@ if platform.machine() == "x86_64":
     WARNINGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 finds them in its own intrinsics
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 EMULATOR = ["qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
+AARCH64_LIBRARY = os.environ.get("RTN_AARCH64_LIBRARY")  # one that was built already, as tests/wheels has it
 
 
 class Driver:
@@ -84,7 +85,7 @@ class Driver:
 
     def rtn_linear(self, arguments):
         fields = cpu._LINEAR.unpack(arguments)
-        m, n, k, experts, bits, group_size, dtype, scale_dtype, x_stride, y_stride, q_stride, q_expert, s_stride, s_expert, _ = fields[6:]
+        m, n, k, experts, bits, group_size, dtype, scale_dtype, x_stride, y_stride, q_stride, q_expert, s_stride, s_expert = fields[6:20]
         extents = [
             _extent(dtype, (m, x_stride), (k, 1)),
             _extent(None, (experts, q_expert), (n, q_stride), (FORMATS[bits].row_bytes(k), 1)),
@@ -97,7 +98,7 @@ class Driver:
 
     def _planes(self, function, arguments, written):
         fields = cpu._PLANES.unpack(arguments)
-        indices, rows, k, bits, group_size, dtype, scale_dtype, w_stride, q_stride, s_stride, _, _ = fields[3:]
+        indices, rows, k, bits, group_size, dtype, scale_dtype, w_stride, q_stride, s_stride = fields[3:13]
         plane_rows = 1 + max((ctypes.c_int64 * rows).from_address(indices)) if indices else rows
         extents = [
             _extent(dtype, (rows, w_stride), (k, 1)),
@@ -140,7 +141,8 @@ def command_of(tmp_path_factory):
         driver, program = {"tests/cpu_driver.cpp": []}, str(folder / "driver")
         if how == "aarch64":
             need("aarch64-linux-gnu-g++", EMULATOR[0])
-            compiler, flags, files, start = "aarch64-linux-gnu-g++", ["-O3"], setup.sources("aarch64") | driver, EMULATOR
+            compiler, flags, start = "aarch64-linux-gnu-g++", ["-O3"], EMULATOR
+            files = driver if AARCH64_LIBRARY else setup.sources("aarch64") | driver
         else:
             need("g++")
             compiler, start = "g++", []
@@ -155,7 +157,8 @@ def command_of(tmp_path_factory):
             objects = setup.compile_all([compiler, *flags, *WARNINGS], files, folder)
         finally:
             os.chdir(here)
-        link = [str(cpu.LIBRARY), f"-Wl,-rpath,{cpu.LIBRARY.parent}"] if how == "guarded" else []
+        library = {"guarded": str(cpu.LIBRARY), "aarch64": AARCH64_LIBRARY}.get(how)
+        link = [library, f"-Wl,-rpath,{Path(library).parent}"] if library else []
         setup.run(compiler, *flags, *objects, *link, "-o", program, "-pthread", "-Wl,--no-as-needed", "-lgomp", "-ldl")
         return [*start, program]
 
