@@ -13,7 +13,7 @@ DOCS := .venv-docs/bin
 DOCS_INSTALLED := .venv-docs/installed
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -k "triton or interpreter" $(addprefix tests/test_,kernels.py triton.py gpu_benchmark.py)
 
-.PHONY: demo test test-slow test-all test-serving docs clean interpreted interpreted-earliest compiled-earliest
+.PHONY: demo test test-slow test-all test-serving docs wheels clean interpreted interpreted-earliest compiled-earliest
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.demo
@@ -49,6 +49,20 @@ test-serving: $(INSTALLED) $(SERVING_INSTALLED)
 docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 	@echo "The site is in build/site"
+
+# The source distribution in dist/, and from it a wheel for x86-64 and one for aarch64, which a cross-compiler builds: on Debian
+# `apt-get install g++ g++-aarch64-linux-gnu qemu-user`. auditwheel names the oldest glibc that each runs on, and fails where there is no library.
+# Until glibc 2.34 dlopen was in a library of its own. About five minutes.
+WHEEL := LDFLAGS="-Wl,--no-as-needed,-l:libdl.so.2" $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation
+
+wheels: $(INSTALLED)
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --no-isolation --sdist > /dev/null
+	$(WHEEL) dist/*.tar.gz -w build/wheels
+	_PYTHON_HOST_PLATFORM=linux-aarch64 CXX=aarch64-linux-gnu-g++ $(WHEEL) dist/*.tar.gz -w build/wheels
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheels/*.whl
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -q tests/wheels
 
 clean:
 	rm -rf .venv .venv-vllm .venv-docs .cache build dist *.egg-info .pytest_cache .ruff_cache
