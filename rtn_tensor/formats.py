@@ -144,6 +144,8 @@ def pack_gptq(q: Tensor, bits: int) -> Tensor:
     """Packs `q [..., K]` int8, each in [qmin, qmax], into `[..., K * bits / 32]` int32, as GPTQ checkpoints do: a word holds 32 / bits
     consecutive elements, the first in its lowest bits, each as q - qmin. K is a multiple of 32 / bits."""
     fields = (q - FORMATS[bits].qmin).view(torch.uint8)  # int8 wraps around where qmin is -128
-    if bits == 4:
-        fields = fields[..., ::2] | (fields[..., 1::2] << 4)
-    return fields.contiguous().view(torch.int32)
+    count = FORMATS[bits].elements_per_byte
+    packed = fields[..., ::count]
+    for i in range(1, count):
+        packed = packed | (fields[..., i::count] << (bits * i))
+    return packed.contiguous().view(torch.int32)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -144,6 +145,12 @@ def test_files_that_are_named_are_there(page):
     named_here = re.findall(r"`((?:tests|tutorials|benchmarks|rtn_tensor|docs)/[\w/.*-]+)`", page.read_text(encoding="utf-8"))
     for name in named_here:
         assert list(ROOT.glob(name)) or name.endswith("librtn.so"), f"{name} is not there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_names_that_are_mentioned_are_there(page):
+    for name in re.findall(r"`(rtn_tensor(?:\.[A-Za-z_]\w*)+)", page.read_text(encoding="utf-8")):
+        pkgutil.resolve_name(name)
 
 
 def test_every_page_is_in_the_navigation_and_every_public_name_in_the_reference():

@@ -97,7 +97,7 @@ def test_non_contiguous(bits):
 def test_gptq(bits):
     """Against Python's own integers."""
     fmt, each = FORMATS[bits], 32 // bits
-    q = torch.arange(fmt.qmin, fmt.qmax + 1).repeat(2, 5)[:, : 5 * each].to(torch.int8)
+    q = torch.arange(fmt.qmin, fmt.qmax + 1).repeat(2, 5 * each)[:, : 5 * each].to(torch.int8)
     words = [[sum((int(x) - fmt.qmin) << (bits * i) for i, x in enumerate(word)) for word in row.split(each)] for row in q]
     assert torch.equal(pack_gptq(q, bits), torch.tensor(words).to(torch.int32))
 

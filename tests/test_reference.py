@@ -56,10 +56,11 @@ def test_quantize_is_fake_quantization(bits, group_size, method, scale_dtype, dt
 @pytest.mark.parametrize("bits", FORMATS)
 def test_quantize_rounds_ties_to_even(bits):
     qmax = FORMATS[bits].qmax
-    w = torch.tensor([[qmax + 0.5, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -qmax - 0.5]])  # absmax makes S = 1
+    between = [x for x in (0.5, 1.5, 2.5, -0.5, -1.5, -2.5) if abs(x) < qmax]
+    w = torch.tensor([[qmax + 0.5, *between, -qmax - 0.5]])  # absmax makes S = 1
     qdata, scale = reference.quantize(w, bits, 32, "absmax", torch.float32)
     assert scale.tolist() == [[1.0]]
-    assert unpack(qdata, bits, 8).tolist() == [[qmax, 0, 2, 2, 0, -2, -2, -qmax - 1]]
+    assert unpack(qdata, bits, w.shape[1]).tolist() == [[qmax, *map(round, between), -qmax - 1]]
 
 
 @pytest.mark.parametrize("bits", FORMATS)
@@ -201,7 +202,7 @@ def test_subnormal_scale_rounds_away_from_zero(bits, method, dtype):
     qdata, scale = reference.quantize(w, bits, 32, method, dtype)
     exact, scale = exact.double(), scale.double()
     small = exact.abs() < limits.tiny
-    assert small.sum() > 500
+    assert small.sum() > 400
     assert torch.equal(scale.sign(), exact.sign())
     up = (exact[small].abs() / ulp).ceil() * ulp
     assert torch.equal(scale[small].abs(), up)
@@ -287,7 +288,7 @@ def test_dequantize_rounds_once(bits, group_size, dtype):
     # q has 8 digits and S 24: their product is exact in fp64.
     assert torch.equal(w2, (q.double() * per_element(scale, group_size, 1000).double()).float().to(dtype))
     assert w2.is_contiguous()
-    if dtype != torch.float32:
+    if dtype != torch.float32 and bits > 2:  # with 2 bits q is a power of two, or 0
         assert not torch.equal(w2, q.to(dtype) * per_element(scale, group_size, 1000).to(dtype))
 
 

@@ -10,7 +10,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig, register_quantize_module_handler
 
 from rtn_tensor import _torchao
-from rtn_tensor.config import RTNConfig, RTNInt4WeightConfig, RTNInt8WeightConfig
+from rtn_tensor.config import CLASSES, RTNConfig
 from rtn_tensor.distributed import as_part, check_idle, fully_sharded, held
 from rtn_tensor.integrations import on_quantized
 from rtn_tensor.quantize import printing  # noqa: F401  (print(model) names what is quantized)
@@ -97,9 +97,6 @@ def quantize_(
     return report(model)
 
 
-@register_quantize_module_handler(RTNConfig)
-@register_quantize_module_handler(RTNInt4WeightConfig)
-@register_quantize_module_handler(RTNInt8WeightConfig)
 def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: str = "weight", fqn: str = "") -> nn.Module:
     """What torchao's own `quantize_`, and so transformers, calls for each module; the keyword lets FqnToConfig name parameters."""
     # PEFT, to merge an adapter, puts a tensor in the place of the weight, which is then no parameter.
@@ -110,6 +107,10 @@ def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: st
     setattr(module, parameter_name, _quantized(target))
     on_quantized(module)
     return module
+
+
+for _kind in (RTNConfig, *CLASSES.values()):  # torchao looks for the exact class
+    register_quantize_module_handler(_kind)(_quantize_module)
 
 
 def _quantize_by_fqn(module: nn.Module, fqn: str, config: FqnToConfig, others: Callable[..., nn.Module]) -> nn.Module:
