@@ -5,7 +5,6 @@ from rtn_tensor.checkpoint.load import load
 from rtn_tensor.checkpoint.rank0 import load_from_rank0
 from rtn_tensor.checkpoint.save import save
 from rtn_tensor.config import RTNConfig, rtn, rtn_int4, rtn_int8
-from rtn_tensor.distributed import RTNQuantizedTensor  # with its collectives
 from rtn_tensor.integrations.transformers.on_the_fly import fqn_config
 from rtn_tensor.kernels.registry import explain
 from rtn_tensor.quantize.allocation import plan
@@ -13,6 +12,7 @@ from rtn_tensor.quantize.api import dequantize_, quantize_
 from rtn_tensor.quantize.by_layer import select_layers, select_modules
 from rtn_tensor.quantize.report import report
 from rtn_tensor.quantize.selection import bits_per_weight
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 __version__ = "0.1.0"
 

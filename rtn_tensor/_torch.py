@@ -107,6 +107,20 @@ def fsdp_runs(module: Any) -> bool:
     return module._get_fsdp_state()._is_root is not None
 
 
+def check_before_dlpack(kind: type) -> None:
+    """Has the older `to_dlpack`, which asks no class of tensors and would give a capsule with address 0, ask `kind.__dlpack__` first."""
+    to_dlpack: Any = torch.to_dlpack  # type: ignore[attr-defined]
+
+    @functools.wraps(to_dlpack)
+    def with_check(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(tensor, kind):
+            tensor.__dlpack__()  # type: ignore[attr-defined]
+        return to_dlpack(tensor, *args, **kwargs)
+
+    for module in (torch, torch.utils.dlpack):  # type: ignore[attr-defined]
+        setattr(module, "to_dlpack", with_check)  # noqa: B010
+
+
 def compile_ahead(program: Any, file: str, options: dict[str, Any]) -> Any:
     """What AOTInductor makes of an exported program, by way of `file`: a function. torch documents these two names."""
     return torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options))

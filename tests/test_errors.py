@@ -46,8 +46,8 @@ MISUSES = {
     "matmul": (lambda m, x: x @ m.proj.weight.t(), X.double(), TypeError, "proj.weight: x is torch.float64"),
     "matmul's size": (lambda m, x: x @ m.proj.weight, X[:, :32], ValueError, "proj.weight: x of shape (2, 32) does not fit"),
     "bias": (lambda m, x: F.linear(x, m.proj.weight, X[0].double()), X, TypeError, "proj.weight: bias is torch.float64 but x is"),
-    "bias's size": (lambda m, x: F.linear(x, m.proj.weight, X[0, :63]), X, ValueError, "proj.weight: bias of shape (63,) does not fit"),
-    "addmm's size": (lambda m, x: torch.addmm(X[0, :63], x, m.proj.weight), X, ValueError, "proj.weight: bias of shape (63,) does not"),
+    "bias's size": (lambda m, x: F.linear(x, m.proj.weight, X[0, :63]), X, RuntimeError, "proj.weight: bias of shape (63,) does not fit"),
+    "addmm's size": (lambda m, x: torch.addmm(X[0, :63], x, m.proj.weight), X, RuntimeError, "proj.weight: bias of shape (63,) does not"),
     "unknown op": (
         lambda m, x: m.proj.weight.softmax(-1),
         X,

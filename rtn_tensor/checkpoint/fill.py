@@ -17,7 +17,7 @@ from rtn_tensor.distributed import as_part, held
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.kernels import cpu
 from rtn_tensor.quantize.targets import is_finite
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor, hung_on
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor, user_attributes
 
 # Bytes of a tensor that are quantized at once, and fewer where quantizing copies them first: a transposed weight's are laid row by row, and
 # plain torch takes ten times as much meanwhile, in fp32. Copies of 16 MiB left the heap of glibc in pieces: 75 MB beside a GPT-OSS, not 16.
@@ -251,7 +251,7 @@ def _parameter(t: Tensor, old: Tensor, fqn: str, floats: list[str]) -> nn.Parame
     """`t` as a parameter in the place of `old`, with what was hung on that; `floats`: where it stays float."""
     quantized = isinstance(held(t), RTNQuantizedTensor)
     new: Any = nn.Parameter(t, requires_grad=old.requires_grad and not quantized)
-    vars(new).update(hung_on(old))
+    vars(new).update(user_attributes(old))
     if quantized:
         new.fqn = fqn  # for the errors of a later slice or product
         if floats:

@@ -27,7 +27,7 @@ from rtn_tensor.integrations.transformers.models import default_filter, ignored,
 from rtn_tensor.integrations.transformers.names import placed, renaming
 from rtn_tensor.quantize.selection import FilterFn, Rules, tensors_of
 from rtn_tensor.quantize.targets import Target, targets_of
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor, hung_on
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor, user_attributes
 
 
 def _empty(t: Tensor, config: RTNConfig | None, transposed: bool, device: torch.device) -> Tensor:
@@ -165,7 +165,7 @@ def _untied(
         for kind in kinds[1:]:
             t = old[kind[0]]
             own = nn.Parameter(t.detach(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach()
-            vars(own).update(hung_on(t))
+            vars(own).update(user_attributes(t))
             new |= dict.fromkeys(kind, own)
         if len(kinds) > 1:
             apart |= {name: [other for other in names if other not in kind] for kind in kinds for name in kind}

@@ -16,7 +16,7 @@ from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.integrations.transformers.models import ignored
 from rtn_tensor.quantize.selection import tensors_of
 from rtn_tensor.quantize.targets import is_finite
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 
 def _looked_through(state_dict: Mapping[str, Any] | None) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rtn_tensor.checkpoint.files import Entry, check_regular, parse_json, read_header, weight_files
 from rtn_tensor.formats import VERSION, check_version
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},

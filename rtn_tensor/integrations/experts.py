@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rtn_tensor import ops, reference
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 
 def run(

@@ -25,7 +25,7 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.integrations.options import Options, activation_of, check_cut, check_router
 from rtn_tensor.quantize.targets import is_finite
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 logger = logging.getLogger(__name__)
 

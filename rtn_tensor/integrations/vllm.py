@@ -40,7 +40,7 @@ from rtn_tensor.integrations.options import (
     saved_formats,
 )
 from rtn_tensor.quantize.targets import is_finite
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows no others
 

@@ -23,7 +23,7 @@ from rtn_tensor.integrations.transformers.models import but_the_output, is_pretr
 from rtn_tensor.quantize.plan import Measured, Plan, last_part
 from rtn_tensor.quantize.selection import FilterFn, bits_of, unmatched
 from rtn_tensor.quantize.targets import Target, is_finite, targets_of
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("signed", "search")), rtn(8, 128))
 Fuse = Mapping[str, Sequence[str]]

@@ -22,7 +22,7 @@ from rtn_tensor.quantize.selection import (
     tensors_of,
 )
 from rtn_tensor.quantize.targets import Target, check_targets, computed_from, keys_for, targets_of
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 
 def _quantized(target: Target) -> Any:

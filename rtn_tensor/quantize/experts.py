@@ -6,7 +6,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 
 def stacks_of(module: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rtn_tensor.distributed import held
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 
 def _with_quantized(extra_repr):

@@ -15,7 +15,7 @@ from rtn_tensor.quantize.selection import (
     tensors_of,
     used_otherwise,
 )
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.text_table import table
 
 

@@ -33,7 +33,7 @@ from rtn_tensor.quantize.selection import (
     tensors_of,
     weights,
 )
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rtn_tensor.distributed import held
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
 from rtn_tensor.integrations.transformers.names import conversions_of, renaming
 from rtn_tensor.quantize.api import dequantize_
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 # ------------------------------------------------------------------------------------------- the empty model
 

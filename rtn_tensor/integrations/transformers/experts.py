@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rtn_tensor import _torch, reference
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.quantize.experts import stacks_of
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 IMPLEMENTATION = "rtn"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from rtn_tensor import _torchao
 from rtn_tensor.checkpoint.sources import check_attributes
 from rtn_tensor.formats import FORMATS, check_format
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 
 def _from_planes(qdata: Tensor, scale: Tensor, **attributes: Any) -> RTNQuantizedTensor:
