@@ -177,6 +177,15 @@ def _(_):
     save_file({"w": RTNQuantizedTensor.from_float(torch.randn(8, 64))}, "w.safetensors")
 
 
+@provokes("torch cannot convert or move")
+def _(_):
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize_(model, rtn_int4())
+    view = model[0].weight[:32]
+    model.to(torch.bfloat16)
+    del view
+
+
 @provokes("no numpy array")
 def _(_):
     RTNQuantizedTensor.from_float(torch.randn(8, 64)).numpy()
