@@ -1,8 +1,8 @@
-"""All that this library does to torchao. `rtn_tensor` imports this first: torchao is imported here without its start-up messages, and later
-imports of it find it there.
+"""All that this library does to torchao. `rtn_tensor` imports this first: torchao is imported here without
+its start-up messages, and later imports of it find it there.
 
-On a CPU build of torch, torchao 0.18 logs each CUDA library it cannot load, and torch 2.13 a deprecation for each enum torchao registers;
-neither concerns anyone who uses this library.
+On a CPU build of torch, torchao 0.18 logs each CUDA library it cannot load, and torch 2.13 a deprecation for
+each enum torchao registers; neither concerns anyone who uses this library.
 """
 
 import functools
@@ -19,7 +19,8 @@ def _drop(record: logging.LogRecord) -> bool:
 
 for _logger in _LOGGERS:
     _logger.addFilter(_drop)
-HAS_NUMPY = find_spec("numpy") is not None  # torch works without it; safetensors, and so what torchao has for them, do not
+# torch works without it; safetensors, and so what torchao has for them, do not.
+HAS_NUMPY = find_spec("numpy") is not None
 try:
     import torchao.quantization
     from torchao.core.config import ALLOWED_AO_MODULES
@@ -40,7 +41,8 @@ def allow_configs_of(module: str) -> None:
 
 
 def read_from_safetensors(kind: type, make: Callable) -> None:
-    """Has torchao's reader and writer of safetensors take tensors of the class `kind`, which `make` makes of planes and attributes."""
+    """Has torchao's reader and writer of safetensors take tensors of the class `kind`, which `make` makes of
+    planes and attributes."""
     if HAS_NUMPY:
         from torchao.prototype.safetensors import safetensors_utils
 
@@ -49,6 +51,7 @@ def read_from_safetensors(kind: type, make: Callable) -> None:
 
 
 def handle_fqn_configs(handler: Callable) -> None:
-    """Has torchao's `quantize_` give each module, its name and an `FqnToConfig` to `handler`, with torchao's own function as `others=`."""
+    """Has torchao's `quantize_` give each module, its name and an `FqnToConfig` to `handler`, with torchao's
+    own function as `others=`."""
     quant_api = torchao.quantization.quant_api
     quant_api._fqn_to_config_handler = functools.partial(handler, others=quant_api._fqn_to_config_handler)

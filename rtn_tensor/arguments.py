@@ -1,7 +1,9 @@
-"""What the arguments of each `torch.ops.rtn` op must be to one another, of real tensors and of fake ones: a function an op, which raises
-RuntimeError (as `torch._check` does) and names the op, what was given, and what is allowed.
+"""What the arguments of each `torch.ops.rtn` op must be to one another, of real tensors and of fake ones: a
+function an op, which raises RuntimeError (as `torch._check` does) and names the op, what was given, and what
+is allowed.
 
-A tensor that was checked when it was made may have got other planes since, and anyone may call an op; kernels trust what comes here.
+A tensor that was checked when it was made may have got other planes since, and anyone may call an op; kernels
+trust what comes here.
 """
 
 from typing import Any
@@ -13,8 +15,11 @@ from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, MAX_GROUP_SIZE, check_form
 from rtn_tensor.reference import ACTIVATIONS
 
 
-def _weight(op: str, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dims: int | None = None) -> None:
-    """Raises RuntimeError unless these are planes `[..., N, row_bytes(k)]` and `[..., N, groups(k, group_size)]`, of `dims` dims."""
+def _weight(
+    op: str, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dims: int | None = None
+) -> None:
+    """Raises RuntimeError unless these are planes `[..., N, row_bytes(k)]` and `[..., N, groups(k,
+    group_size)]`, of `dims` dims."""
     fmt = FORMATS.get(bits)
     torch._check(
         fmt is not None
@@ -28,37 +33,45 @@ def _weight(op: str, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k
         and qdata.shape[-1] == fmt.row_bytes(k)
         and scale.shape[-1] == groups(k, group_size),
         lambda: (
-            f"rtn::{op}: qdata {qdata.dtype} {list(qdata.shape)} on {qdata.device} and scale {scale.dtype} {list(scale.shape)} on "
-            f"{scale.device} are not the planes of a weight of {k} columns with bits={bits} and group_size={group_size}"
-            f"{'' if dims is None else f', in {dims} dims'}; they must be uint8 [..., N, 16 * ceil({k} * bits / 128)] and float [..., N, "
-            f"ceil({k} / group_size)], bits one of {', '.join(map(str, FORMATS))} and group_size a multiple of 32 or -1"
+            f"rtn::{op}: qdata {qdata.dtype} {list(qdata.shape)} on {qdata.device} and scale {scale.dtype} "
+            f"{list(scale.shape)} on "
+            f"{scale.device} are not the planes of a weight of {k} columns with bits={bits} and "
+            f"group_size={group_size}"
+            f"{'' if dims is None else f', in {dims} dims'}; they must be uint8 [..., N, 16 * ceil({k} * "
+            "bits / 128)] and float [..., N, "
+            f"ceil({k} / group_size)], bits one of {', '.join(map(str, FORMATS))} and group_size a multiple "
+            "of 32 or -1"
         ),
     )
 
 
 def _like(op: str, name: str, t: Tensor | None, shape: tuple, qdata: Tensor, integer: bool = False) -> None:
-    """Raises RuntimeError unless `t` is None, or of `shape`, of floats or integers as asked, and where the planes are."""
+    """Raises RuntimeError unless `t` is None, or of `shape`, of floats or integers as asked, and where the
+    planes are."""
     if t is None:
         return
     fits = t.dtype in (torch.int32, torch.int64) if integer else t.is_floating_point()
     torch._check(
         t.shape == shape and fits and t.device == qdata.device,
         lambda: (
-            f"rtn::{op}: {name} is {t.dtype} {list(t.shape)} on {t.device}; it must be {'int32 or int64' if integer else 'float'} "
+            f"rtn::{op}: {name} is {t.dtype} {list(t.shape)} on {t.device}; it must be "
+            f"{'int32 or int64' if integer else 'float'} "
             f"{list(shape)} on {qdata.device}"
         ),
     )
 
 
 def _rows(op: str, name: str, x: Tensor, columns: Any, qdata: Tensor, dims: int | None = None) -> None:
-    """Raises RuntimeError unless `x` is `[..., columns]` of floats, of `dims` dims, and where the planes are."""
+    """Raises RuntimeError unless `x` is `[..., columns]` of floats, of `dims` dims, and where the planes
+    are."""
     torch._check(
         (x.dim() >= 1 if dims is None else x.dim() == dims)
         and x.shape[-1] == columns
         and x.is_floating_point()
         and x.device == qdata.device,
         lambda: (
-            f"rtn::{op}: {name} is {x.dtype} {list(x.shape)} on {x.device}; it must be float [{'...' if dims is None else 'M'}, {columns}] "
+            f"rtn::{op}: {name} is {x.dtype} {list(x.shape)} on {x.device}; it must be float "
+            f"[{'...' if dims is None else 'M'}, {columns}] "
             f"on {qdata.device}"
         ),
     )
@@ -101,7 +114,8 @@ def routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activatio
     torch._check(
         not activation or (activation in ACTIVATIONS and n % 2 == 0),
         lambda: (
-            f"rtn::routed: activation={activation!r} over {n} columns; use {', '.join(map(repr, ACTIVATIONS))} over an even number, or ''"
+            f"rtn::routed: activation={activation!r} over {n} columns; use "
+            f"{', '.join(map(repr, ACTIVATIONS))} over an even number, or ''"
         ),
     )
     torch._check((pairs is None) == (offs is None), lambda: "rtn::routed: give pairs and offs, or neither")
@@ -122,16 +136,24 @@ def quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     check_format(bits, group_size, scale_method)
     torch._check(
         w.dim() >= 1 and w.dtype in FLOAT_DTYPES and scale_dtype in FLOAT_DTYPES,
-        lambda: f"rtn::quantize: w is {w.dtype} {list(w.shape)} for a scale of {scale_dtype}; it must be [..., K], both of {FLOAT_DTYPES}",
+        lambda: (
+            f"rtn::quantize: w is {w.dtype} {list(w.shape)} for a scale of {scale_dtype}; it must be "
+            f"[..., K], both of {FLOAT_DTYPES}"
+        ),
     )
     if out is not None:
         _weight("quantize", out[0], out[1], bits, group_size, w.shape[-1])
         torch._check(
             out[0].shape[:-1] == w.shape[:-1] and out[0].device == w.device,
-            lambda: f"rtn::quantize: w {list(w.shape)} on {w.device} does not fit planes of {list(out[0].shape)} on {out[0].device}",
+            lambda: (
+                f"rtn::quantize: w {list(w.shape)} on {w.device} does not fit planes of "
+                f"{list(out[0].shape)} on {out[0].device}"
+            ),
         )
 
 
 def dequantize(qdata, scale, bits, group_size, k, dtype):
     _weight("dequantize", qdata, scale, bits, group_size, k)
-    torch._check(dtype.is_floating_point, lambda: f"rtn::dequantize: dtype is {dtype}; it must be one of floats")
+    torch._check(
+        dtype.is_floating_point, lambda: f"rtn::dequantize: dtype is {dtype}; it must be one of floats"
+    )

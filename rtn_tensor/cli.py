@@ -35,7 +35,7 @@ from rtn_tensor.formats import FORMATS, SCALE_METHODS
 from rtn_tensor.kernels.problem import device_of
 from rtn_tensor.tuning import TOKENS
 
-# ------------------------------------------------------------------------------------------- arguments
+# -------------------------------------------------------------------------------- arguments
 
 
 def _text(text: str) -> str:
@@ -78,7 +78,9 @@ def _size(text: str) -> tuple[int, int]:
     except ValueError:
         n = k = 0
     if min(n, k) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no weight's size; write out_features x in_features, as in 4096x14336")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no weight's size; write out_features x in_features, as in 4096x14336"
+        )
     return n, k
 
 
@@ -90,7 +92,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="rtn-tensor", description="Round-to-nearest int4 and int8 weights: no data, no calibration, seconds."
+        prog="rtn-tensor",
+        description="Round-to-nearest int4 and int8 weights: no data, no calibration, seconds.",
     )
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
@@ -102,25 +105,39 @@ def parser() -> argparse.ArgumentParser:
 
     def add_format(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--bits", type=int, choices=FORMATS, default=4, help="bits a weight")
-        sub.add_argument("--group-size", type=int, default=128, help="weights that share a scale: a multiple of 32, or -1 for a whole row")
+        sub.add_argument(
+            "--group-size",
+            type=int,
+            default=128,
+            help="weights that share a scale: a multiple of 32, or -1 for a whole row",
+        )
 
     sub = command("quantize", run_quantize, "Quantize a transformers folder into another.")
     sub.add_argument("src", type=_path, help="folder of the model, with its config.json")
     sub.add_argument("dst", type=_path, help="folder to write; must not exist, but with --force")
     add_format(sub)
-    sub.add_argument("--scale-method", choices=SCALE_METHODS, default="absmax", help="how a group's scale is found")
     sub.add_argument(
-        "--skip", metavar="PATTERN", action="append", default=[], help="layers to keep float, as in 'model.layers.0.*'; may repeat"
+        "--scale-method", choices=SCALE_METHODS, default="absmax", help="how a group's scale is found"
+    )
+    sub.add_argument(
+        "--skip",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="layers to keep float, as in 'model.layers.0.*'; may repeat",
     )
     sub.add_argument(
         "--rule",
         metavar="PATTERN=FORMAT",
         action="append",
         default=[],
-        help="a format of their own for some layers, as in '*.down_proj=8', '*.0.*=4,32,signed' or 'lm_head=float'; may repeat, and the "
+        help="a format of their own for some layers, as in '*.down_proj=8', '*.0.*=4,32,signed' or "
+        "'lm_head=float'; may repeat, and the "
         "first that matches counts",
     )
-    sub.add_argument("--rules", metavar="FILE", type=_path, help='JSON of such rules, as in [["*.down_proj", {"bits": 8}]]')
+    sub.add_argument(
+        "--rules", metavar="FILE", type=_path, help='JSON of such rules, as in [["*.down_proj", {"bits": 8}]]'
+    )
     sub.add_argument("--embedding", action="store_true", help="quantize the embedding and lm_head too")
     sub.add_argument("--force", action="store_true", help="replace dst, once the new folder is whole")
 
@@ -134,7 +151,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--stride", type=int, default=512, help="tokens from one window to the next")
     sub.add_argument("--max-tokens", type=_count, help="use only the first tokens of the text")
 
-    sub = command("evaluate", run_evaluate, "Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.")
+    sub = command(
+        "evaluate",
+        run_evaluate,
+        "Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.",
+    )
     sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
     sub.add_argument(
         "--tasks",
@@ -143,20 +164,35 @@ def parser() -> argparse.ArgumentParser:
         default="lambada,hellaswag,arc_easy,arc_challenge,piqa,winogrande",
         help="comma-separated names of the harness, or perplexity",
     )
-    sub.add_argument("--against", metavar="FOLDER", type=_path, help="a model of which to give the recovery rate, scored on the same items")
+    sub.add_argument(
+        "--against",
+        metavar="FOLDER",
+        type=_path,
+        help="a model of which to give the recovery rate, scored on the same items",
+    )
     sub.add_argument("--limit", metavar="N", type=_count, help="use only the first items of each task")
     sub.add_argument(
-        "--data", metavar="FOLDER", type=_path, help="folder of TASK.jsonl, the rows of each dataset; else they come from the hub"
+        "--data",
+        metavar="FOLDER",
+        type=_path,
+        help="folder of TASK.jsonl, the rows of each dataset; else they come from the hub",
     )
     sub.add_argument("--batch-size", metavar="B", type=_count, default=8, help="options scored at once")
-    sub.add_argument("--text", metavar="FILE", type=_path, help="UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart")
+    sub.add_argument(
+        "--text",
+        metavar="FILE",
+        type=_path,
+        help="UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart",
+    )
     sub.add_argument("--max-tokens", metavar="T", type=_count, help="use only the first tokens of the text")
 
     sub = command("generate", run_generate, "Continue a prompt, greedily.")
     sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
     sub.add_argument("prompt", type=_text, help="text; the user's turn, if the model has a chat template")
     sub.add_argument("--max-new-tokens", type=int, default=64, help="stop after this many")
-    sub.add_argument("--compile", action="store_true", help="compile the decoding step first, which takes about a minute")
+    sub.add_argument(
+        "--compile", action="store_true", help="compile the decoding step first, which takes about a minute"
+    )
 
     sub = command("explain", run_explain, "Say which kernel runs a layer, and why each other does not.")
     add_format(sub)
@@ -167,7 +203,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--n", type=int, default=4096, help="out_features")
     sub.add_argument("--k", type=int, default=4096, help="in_features")
 
-    sub = command("tune", run_tune, "Measure how the GPU's kernels are best launched, for a model or sizes of weights, and remember it.")
+    sub = command(
+        "tune",
+        run_tune,
+        "Measure how the GPU's kernels are best launched, for a model or sizes of weights, and remember it.",
+    )
     sub.add_argument(
         "--model",
         metavar="FOLDER",
@@ -176,21 +216,33 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="folder of a float model: all its linear layers; may repeat",
     )
-    sub.add_argument("--size", metavar="NxK", type=_size, action="append", default=[], help="out_features x in_features; may repeat")
+    sub.add_argument(
+        "--size",
+        metavar="NxK",
+        type=_size,
+        action="append",
+        default=[],
+        help="out_features x in_features; may repeat",
+    )
     add_format(sub)
-    sub.add_argument("--tokens", metavar="M", type=_count, nargs="+", default=TOKENS, help="rows of activations")
+    sub.add_argument(
+        "--tokens", metavar="M", type=_count, nargs="+", default=TOKENS, help="rows of activations"
+    )
     sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the activations")
     sub.add_argument("--device", default="cuda", help="GPU to measure on")
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0; 1 after a one-line error; 130 or 143, as in a shell, after Ctrl-C or SIGTERM. argparse
-    exits with 2."""
+    """Runs one command; returns the exit status: 0; 1 after a one-line error; 130 or 143, as in a shell,
+    after Ctrl-C or SIGTERM. argparse exits with 2."""
     if sys.stdout is None:
-        return _fail("stdout is closed, so that nothing can be printed; redirect it to a file or to /dev/null")
+        return _fail(
+            "stdout is closed, so that nothing can be printed; redirect it to a file or to /dev/null"
+        )
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a text may have letters that the locale's encoding does not
+        # A text may have letters that the locale's encoding does not.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _signals():
             return _run(argv)
@@ -202,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Meanwhile whatever asks the process to end does so as Ctrl-C does, so that what is half done is undone."""
+    """Meanwhile whatever asks the process to end does so as Ctrl-C does, so that what is half done is
+    undone."""
     last = -math.inf
 
     def stop(number: int, frame: Any) -> None:
@@ -216,7 +269,10 @@ def _signals() -> Iterator[None]:
         return
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: was for number, was in before.items() if was in (signal.SIG_DFL, signal.default_int_handler)}  # nohup's is kept
+    # nohup's is kept.
+    before = {
+        number: was for number, was in before.items() if was in (signal.SIG_DFL, signal.default_int_handler)
+    }
     try:
         for number in before:
             signal.signal(number, stop)
@@ -237,12 +293,15 @@ def _run(argv: list[str] | None) -> int:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore")
             warnings.filterwarnings("default", module="rtn_tensor")
-            warnings.showwarning = lambda message, *_, **__: say(f"rtn-tensor: warning: {' '.join(str(message).split())}")
+            warnings.showwarning = lambda message, *_, **__: say(
+                f"rtn-tensor: warning: {' '.join(str(message).split())}"
+            )
             if args.run not in (run_explain, run_tune):
                 _silence_transformers()
             data, text = args.run(args)
     except ImportError as error:
-        return _fail(f"{error}; pip install 'rtn-tensor[{'evaluate' if args.run is run_evaluate else 'cli'}]' brings it")
+        extra = "evaluate" if args.run is run_evaluate else "cli"
+        return _fail(f"{error}; pip install 'rtn-tensor[{extra}]' brings it")
     except Exception as error:
         if sys.flags.dev_mode:
             raise
@@ -280,7 +339,9 @@ def _why(error: Exception) -> str:
     """One line."""
     text = named(error)
     if isinstance(error, OSError) and error.errno and error.strerror and error.filename is not None:
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}" + (f"; {ADVICE[error.errno]}" if error.errno in ADVICE else "")
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}" + (
+            f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+        )
     if not isinstance(error, FORESEEN):
         text += f"; `{sys.executable} -X dev -m rtn_tensor` and the same words show where"
     return " ".join(text.split())

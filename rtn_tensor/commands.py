@@ -23,7 +23,15 @@ from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import rtn
 from rtn_tensor.evaluation.generation import generate
 from rtn_tensor.evaluation.perplexity import check_causal, perplexity, token_losses
-from rtn_tensor.evaluation.tasks import Score, average_recovery, check_tasks, rows, run_tasks, show, text_score
+from rtn_tensor.evaluation.tasks import (
+    Score,
+    average_recovery,
+    check_tasks,
+    rows,
+    run_tasks,
+    show,
+    text_score,
+)
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
@@ -42,7 +50,11 @@ def say(text: str) -> None:
     if sys.stderr is None:
         return
     try:
-        print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr, flush=True)
+        print(
+            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text),
+            file=sys.stderr,
+            flush=True,
+        )
     except OSError:  # whoever read it is gone, which is no reason to stop
         discard(sys.stderr)
 
@@ -69,9 +81,13 @@ def _tokenizer(path: str) -> Any:
     except Exception as error:  # the kinds of tokenizers fail in as many ways, of no common class
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{path}: its tokenizer needs code of its own (auto_map), which is never run here; call generate from Python"
+                f"{path}: its tokenizer needs code of its own (auto_map), which is never run here; call "
+                "generate from Python"
             ) from error
-        raise ValueError(f"{path} has no tokenizer that can be read; copy the model's tokenizer files there ({named(error)})") from error
+        raise ValueError(
+            f"{path} has no tokenizer that can be read; copy the model's tokenizer files there "
+            f"({named(error)})"
+        ) from error
 
 
 def _ids(tokenizer: Any, text: str, most: int | None) -> torch.Tensor:
@@ -93,15 +109,20 @@ def _selects(model: Any, embedding: bool) -> Any:
 
 
 def _rules(args: argparse.Namespace) -> Any:
-    """What the options say, as rules: layers that are skipped, single rules, the file's, and the format of the rest."""
+    """What the options say, as rules: layers that are skipped, single rules, the file's, and the format of
+    the rest."""
     rest = rtn(args.bits, args.group_size, args.scale_method)
-    rules: list[Any] = [(pattern, None) for pattern in args.skip] + [parse_rule(text, rest) for text in args.rule]
+    rules: list[Any] = [(pattern, None) for pattern in args.skip] + [
+        parse_rule(text, rest) for text in args.rule
+    ]
     if args.rules:
         text = _read(args.rules, "--rules takes a JSON file")
         try:
             given = parse_json(text)
         except ValueError as error:
-            raise ValueError(f"{args.rules} is no JSON ({error}); --rules takes a list of [pattern, format]") from None
+            raise ValueError(
+                f"{args.rules} is no JSON ({error}); --rules takes a list of [pattern, format]"
+            ) from None
         try:
             rules += rules_from_json(given, rest)
         except ValueError as error:
@@ -122,7 +143,8 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
         unused, read = without_place(source, model)
         say(f"Loading {source}")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*has no place for", UserWarning)  # it is said below, of all that is left out
+            # It is said below, of all that is left out.
+            warnings.filterwarnings("ignore", ".*has no place for", UserWarning)
             load(source, rules, model, filter_fn=_selects(model, args.embedding))
         say(f"Writing {destination}")
         write(model, folder)
@@ -133,7 +155,10 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, to)
     for name, count in Counter(map(_any_layer, unused)).items():
-        say(f"Left out {name}{f' ({count} such)' if count > 1 else ''}: {type(model).__name__} has no place for it")
+        say(
+            f"Left out {name}{f' ({count} such)' if count > 1 else ''}: {type(model).__name__} has no place "
+            "for it"
+        )
     for entry, why in left_out.items():
         if entry not in read and not entry.name.endswith(".index.json"):
             say(f"Left out {entry.name}{'/' if entry.is_dir() else ''}: {why}")
@@ -154,7 +179,12 @@ def run_perplexity(args: argparse.Namespace) -> tuple[Any, str]:
     model = _load(args.path)
     ids = _ids(tokenizer, text, args.max_tokens)
     value = perplexity(model, ids, args.window, args.stride, progress=progress("window"))
-    return {"perplexity": value, "tokens": ids.numel(), "window": args.window, "stride": args.stride}, f"{value:.3f}"
+    return {
+        "perplexity": value,
+        "tokens": ids.numel(),
+        "window": args.window,
+        "stride": args.stride,
+    }, f"{value:.3f}"
 
 
 def run_evaluate(args: argparse.Namespace) -> tuple[Any, str]:
@@ -176,13 +206,18 @@ def run_evaluate(args: argparse.Namespace) -> tuple[Any, str]:
     tokenizers = [_tokenizer(path) for path in paths]
     ids = [_ids(tokenizer, text, args.max_tokens) for tokenizer in tokenizers] if args.text else []
     if args.text and args.against and not torch.equal(*ids):
-        raise ValueError(f"{args.path} and {args.against} make other tokens of the text, so that their perplexities cannot be compared")
+        raise ValueError(
+            f"{args.path} and {args.against} make other tokens of the text, so that their "
+            "perplexities cannot be compared"
+        )
 
     def scores(i: int) -> list[Score]:
         model, done = _load(paths[i]), []
         if args.text:
             done.append(text_score("perplexity", token_losses(model, ids[i], progress=progress("window"))))
-        return done + (run_tasks(model, tokenizers[i], others, args.limit, args.data, args.batch_size) if others else [])
+        return done + (
+            run_tasks(model, tokenizers[i], others, args.limit, args.data, args.batch_size) if others else []
+        )
 
     found = scores(0)
     references = scores(1) if args.against else None
@@ -216,10 +251,22 @@ def run_tune(args: argparse.Namespace) -> tuple[Any, str]:
     sizes = list(args.size)
     for path in args.model:
         selects = _selects(model := empty_model(path), False)
-        sizes += [tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear) and selects(m, name)]
+        sizes += [
+            tuple(m.weight.shape)
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Linear) and selects(m, name)
+        ]
     if not sizes:
         raise ValueError("nothing to tune for; name a model's folder with --model, or sizes with --size")
-    rows = tune(dict.fromkeys(sizes), args.bits, args.group_size, DTYPES[args.dtype], args.tokens, args.device, progress=progress("shape"))
+    rows = tune(
+        dict.fromkeys(sizes),
+        args.bits,
+        args.group_size,
+        DTYPES[args.dtype],
+        args.tokens,
+        args.device,
+        progress=progress("shape"),
+    )
     cells = [
         [
             f"[{row['shape']['N']}, {row['shape']['K']}]",
@@ -240,4 +287,8 @@ def discard(stream: Any) -> None:
 def named(error: Exception) -> str:
     """The error's own words; with its class, where those are not for a user."""
     text = str(error)
-    return text if text and isinstance(error, FORESEEN) else f"{type(error).__name__}{f': {text}' if text else ''}"
+    return (
+        text
+        if text and isinstance(error, FORESEEN)
+        else f"{type(error).__name__}{f': {text}' if text else ''}"
+    )

@@ -15,20 +15,22 @@ _torchao.allow_configs_of(__name__)
 class RTNConfig(AOBaseConfig):
     """Calibration-free round-to-nearest weight-only quantization.
 
-    Works wherever torchao takes a config: `rtn_tensor.quantize_`, `torchao.quantization.quantize_`, values of `FqnToConfig`,
-    `config_to_dict` and `config_from_dict`. `RTNConfig(...)` gives an `RTNInt4WeightConfig` or an `RTNInt8WeightConfig`, whichever has its
-    bits: transformers reads off the name of the class how large weights are. A subclass of your own stays what it is.
+    Works wherever torchao takes a config: `rtn_tensor.quantize_`, `torchao.quantization.quantize_`, values of
+    `FqnToConfig`, `config_to_dict` and `config_from_dict`. `RTNConfig(...)` gives an `RTNInt4WeightConfig` or
+    an `RTNInt8WeightConfig`, whichever has its bits: transformers reads off the name of the class how large
+    weights are. A subclass of your own stays what it is.
 
     Args:
         bits: 4 or 8.
-        group_size: consecutive elements along in_features that share one scale: a multiple of 32, or -1 for one group a row.
-            The last group of a row may be shorter.
+        group_size: consecutive elements along in_features that share one scale: a multiple of 32, or -1 for
+            one group a row. The last group of a row may be shorter.
         scale_method: how a group's scale S is found from its weights w (b = bits).
             "absmax": S = 2 max|w| / (2^b - 1), the formula of arXiv 2505.15909.
-            "signed": S = w_ext / -2^(b-1), w_ext the weight of largest magnitude with its sign, which is then exact;
-            same storage, smaller error (about 7 % less RMS at 4 bits on Gaussian weights).
-            "search": of 0.8, 0.85, ..., 1.05 times that S, the one with the least sum of |w| (w - w')^2 over the group: what large
-            weights lose counts for more, as clipping them costs most. Same storage; it takes some ten times as long.
+            "signed": S = w_ext / -2^(b-1), w_ext the weight of largest magnitude with its sign, which is then
+            exact; same storage, smaller error (about 7 % less RMS at 4 bits on Gaussian weights).
+            "search": of 0.8, 0.85, ..., 1.05 times that S, the one with the least sum of |w| (w - w')^2 over
+            the group: what large weights lose counts for more, as clipping them costs most. Same storage; it
+            takes some ten times as long.
         version: version of this config's meaning; leave it alone.
 
     Raises:
@@ -49,7 +51,8 @@ class RTNConfig(AOBaseConfig):
         check_format(self.bits, self.group_size, self.scale_method)
         if self.only_bits not in (None, self.bits):
             raise ValueError(
-                f"bits={self.bits}, and {type(self).__name__} is for {self.only_bits}; use rtn(bits={self.bits}), or leave bits out"
+                f"bits={self.bits}, and {type(self).__name__} is for {self.only_bits}; use "
+                f"rtn(bits={self.bits}), or leave bits out"
             )
 
 

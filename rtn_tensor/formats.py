@@ -1,12 +1,13 @@
 """How integers lie in `qdata`: the one file that knows where a nibble is.
 
-A row is a run of 16-byte chunks and nothing crosses a row. A chunk is eight little-endian 16-bit words; field `i` of word `t`
-(bits `[bits * i, bits * (i + 1))`, two's complement) holds the element
+A row is a run of 16-byte chunks and nothing crosses a row. A chunk is eight little-endian 16-bit words; field
+`i` of word `t` (bits `[bits * i, bits * (i + 1))`, two's complement) holds the element
 
     k = (128 / bits) * chunk + 8 * i + t        t = 0..7,  i = 0 .. 16 / bits - 1
 
-so a chunk is one `ldmatrix` row on NVIDIA GPUs and a 4x4 transpose of 128-bit lanes on AVX-512: every device reads the same bytes.
-K is padded to the next chunk with zero fields. Adding a bit width is adding one line to `FORMATS`.
+so a chunk is one `ldmatrix` row on NVIDIA GPUs and a 4x4 transpose of 128-bit lanes on AVX-512: every device
+reads the same bytes. K is padded to the next chunk with zero fields. Adding a bit width is adding one line to
+`FORMATS`.
 """
 
 from dataclasses import dataclass
@@ -56,21 +57,32 @@ FORMATS = {bits: Format(bits) for bits in (4, 8)}
 def check_version(version: int) -> None:
     """Raises ValueError for planes of another version of the format than this library reads."""
     if type(version) is not int or version < 1:
-        raise ValueError(f"version={version!r} is no version of the format; they are the integers from 1 to {VERSION}")
+        raise ValueError(
+            f"version={version!r} is no version of the format; they are the integers from 1 to {VERSION}"
+        )
     if version > VERSION:
-        raise ValueError(f"the weight is of version {version} of the format, and this rtn-tensor reads up to {VERSION}; upgrade rtn-tensor")
+        raise ValueError(
+            f"the weight is of version {version} of the format, and this rtn-tensor reads up to "
+            f"{VERSION}; upgrade rtn-tensor"
+        )
 
 
 def check_format(bits: int, group_size: int, scale_method: str) -> None:
     """Raises ValueError unless the three name a format this library stores."""
     if type(bits) is not int or bits not in FORMATS:
         raise ValueError(f"bits={bits!r} is not supported; use {' or '.join(map(str, FORMATS))}")
-    if type(group_size) is not int or (group_size != -1 and (not 0 < group_size <= MAX_GROUP_SIZE or group_size % 32)):
+    if type(group_size) is not int or (
+        group_size != -1 and (not 0 < group_size <= MAX_GROUP_SIZE or group_size % 32)
+    ):
         raise ValueError(
-            f"group_size={group_size!r} is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row"
+            f"group_size={group_size!r} is not supported; use a multiple of 32 (32, 64 and 128 are usual), "
+            "or -1 for one group a row"
         )
     if scale_method not in SCALE_METHODS:
-        raise ValueError(f"scale_method={scale_method!r} is not supported; use one of {', '.join(map(repr, SCALE_METHODS))}")
+        raise ValueError(
+            f"scale_method={scale_method!r} is not supported; use one of "
+            f"{', '.join(map(repr, SCALE_METHODS))}"
+        )
 
 
 def groups(k: int, group_size: int) -> int:
@@ -88,23 +100,29 @@ def check_planes(
     transposed: bool = False,
     version: int = VERSION,
 ) -> None:
-    """Raises TypeError or ValueError unless the two are the planes of one weight `[..., N, k]`: `qdata [..., N, row_bytes(k)]` uint8 and
-    `scale [..., N, groups(k, group_size)]` float, on one device, and what is said of them is a format. Kernels read by it: planes from
-    outside come through here first."""
+    """Raises TypeError or ValueError unless the two are the planes of one weight `[..., N, k]`: `qdata [...,
+    N, row_bytes(k)]` uint8 and `scale [..., N, groups(k, group_size)]` float, on one device, and what is said
+    of them is a format. Kernels read by it: planes from outside come through here first."""
     check_version(version)
     check_format(bits, group_size, scale_method)
     if not isinstance(k, int | torch.SymInt) or isinstance(k, bool) or k < 0:
-        raise ValueError(f"in_features={k!r} is no number of columns; it must be an integer, and not negative")
+        raise ValueError(
+            f"in_features={k!r} is no number of columns; it must be an integer, and not negative"
+        )
     for name, plane, dtypes in (("qdata", qdata, (torch.uint8,)), ("scale", scale, FLOAT_DTYPES)):
         if not isinstance(plane, Tensor):
             raise TypeError(f"{name} is a {type(plane).__name__}; it must be a tensor")
         if plane.dtype not in dtypes or plane.layout is not torch.strided:
-            raise TypeError(f"{name} is {plane.dtype}, {plane.layout}; it must be a strided tensor of {' or '.join(map(str, dtypes))}")
+            raise TypeError(
+                f"{name} is {plane.dtype}, {plane.layout}; it must be a strided tensor of "
+                f"{' or '.join(map(str, dtypes))}"
+            )
     if qdata.device != scale.device:
         raise ValueError(f"qdata is on {qdata.device} and scale on {scale.device}; move both to one device")
     if not isinstance(transposed, bool) or (transposed and qdata.dim() < 2):
         raise ValueError(
-            f"transposed={transposed!r} of planes of {qdata.dim()} dims; it must be a bool, and False where there are no two dims"
+            f"transposed={transposed!r} of planes of {qdata.dim()} dims; it must be a bool, and False where "
+            "there are no two dims"
         )
     q_shape, s_shape = qdata.shape, scale.shape
     if not (
@@ -115,8 +133,10 @@ def check_planes(
         and s_shape[-1] == groups(k, group_size)
     ):
         raise ValueError(
-            f"qdata of shape {tuple(q_shape)} and scale of shape {tuple(s_shape)} are not the planes of a weight of {k} columns with "
-            f"bits={bits} and group_size={group_size}; they must be [..., N, {FORMATS[bits].row_bytes(k)}] and "
+            f"qdata of shape {tuple(q_shape)} and scale of shape {tuple(s_shape)} are not the planes of a "
+            f"weight of {k} columns with "
+            f"bits={bits} and group_size={group_size}; they must be [..., N, {FORMATS[bits].row_bytes(k)}] "
+            "and "
             f"[..., N, {groups(k, group_size)}], with the same leading sizes"
         )
 
@@ -141,8 +161,9 @@ def unpack(qdata: Tensor, bits: int, k: int) -> Tensor:
 
 
 def pack_gptq(q: Tensor, bits: int) -> Tensor:
-    """Packs `q [..., K]` int8, each in [qmin, qmax], into `[..., K * bits / 32]` int32, as GPTQ checkpoints do: a word holds 32 / bits
-    consecutive elements, the first in its lowest bits, each as q - qmin. K is a multiple of 32 / bits."""
+    """Packs `q [..., K]` int8, each in [qmin, qmax], into `[..., K * bits / 32]` int32, as GPTQ checkpoints
+    do: a word holds 32 / bits consecutive elements, the first in its lowest bits, each as q - qmin. K is a
+    multiple of 32 / bits."""
     fields = (q - FORMATS[bits].qmin).view(torch.uint8)  # int8 wraps around where qmin is -128
     count = FORMATS[bits].elements_per_byte
     packed = fields[..., ::count]

@@ -1,8 +1,9 @@
 """Every `torch.ops.rtn` op: schema, fake and autograd; nothing else registers ops.
 
-Each function here is the one door to its op. Where nothing traces and no gradient is asked for it calls the kernel straight away,
-which saves torch.library's Python layer (3 to 6 us a call); a linear on the CPU goes there in C++. Otherwise it goes through the
-dispatcher. K is passed where it cannot be read off an argument, because `qdata` is padded.
+Each function here is the one door to its op. Where nothing traces and no gradient is asked for it calls the
+kernel straight away, which saves torch.library's Python layer (3 to 6 us a call); a linear on the CPU goes
+there in C++. Otherwise it goes through the dispatcher. K is passed where it cannot be read off an argument,
+because `qdata` is padded.
 """
 
 import functools
@@ -30,7 +31,7 @@ from rtn_tensor.registration import (
     wants_grad,
 )
 
-# ----------------------------------------------------------------------------------------------- linear and its backward
+# ------------------------------------------------------------------ linear and its backward
 
 
 @define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
@@ -42,18 +43,31 @@ def _linear(x, qdata, scale, bias, bits, group_size):
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], qdata.shape[-2])
 
 
-# csrc/torch_op.cpp takes rtn::linear on CPU tensors; what it does not run itself it calls here. Of another namespace, as no graph has it.
+# csrc/torch_op.cpp takes rtn::linear on CPU tensors; what it does not run itself it calls here. Of another
+# namespace, as no graph has it.
 _python = torch.library.Library("rtn_python", "DEF")
-_python.define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
+_python.define(
+    "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor"
+)
 _python.impl("linear", dispatched("linear", _linear), "CompositeExplicitAutograd")
-# The same without that call: None instead. An error that Python raises below C++ comes out as a RuntimeError, Ctrl-C too.
-_python.define("linear_in_cpp(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor?")
-_cpu_linear = functools.partial(torch.ops.rtn_python.linear_in_cpp.default.redispatch, CPU_KEYS) if cpu.register() else None
+# The same without that call: None instead. An error that Python raises below C++ comes out as a RuntimeError,
+# Ctrl-C too.
+_python.define(
+    "linear_in_cpp(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor?"
+)
+_cpu_linear = (
+    functools.partial(torch.ops.rtn_python.linear_in_cpp.default.redispatch, CPU_KEYS)
+    if cpu.register()
+    else None
+)
 forget()  # what is registered runs by itself where its kernel comes first
 
 
-def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
-    """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's dtype."""
+def linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's
+    dtype."""
     given = (x,) if bias is None else (x, bias)
     # Both planes are of one kind.
     if tracing(*given) or type(qdata) is not Tensor or wants_grad(*given):
@@ -101,7 +115,9 @@ def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size):
     return linear(x, qdata, scale, None, bits, group_size) + bias.view(len(bias), *[1] * (x.dim() - 2), -1), 0
 
 
-_linear_function = differentiable("linear", _linear_forward, _linear_setup, _linear_backward, _linear_jvp, _linear_vmap)
+_linear_function = differentiable(
+    "linear", _linear_forward, _linear_setup, _linear_backward, _linear_jvp, _linear_vmap
+)
 
 
 @define("linear_dx(Tensor dy, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
@@ -154,7 +170,7 @@ _linear_dx_function = differentiable(
 )
 
 
-# ----------------------------------------------------------------------------------------------- experts
+# --------------------------------------------------------------------------------- experts
 
 
 @define("grouped(Tensor x, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size) -> Tensor")
@@ -164,8 +180,9 @@ def _grouped(x, qdata, scale, offs, bits, group_size):
 
 
 def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
-    """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, `qdata [E, N, B]`, `scale [E, N, G]`, `offs [E]` int32
-    cumulative ends, as for torch's grouped_mm -> `[M, N]` in x's dtype; rows past the last end come out zero."""
+    """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, `qdata [E, N, B]`, `scale [E,
+    N, G]`, `offs [E]` int32 cumulative ends, as for torch's grouped_mm -> `[M, N]` in x's dtype; rows past
+    the last end come out zero."""
     if tracing(x, qdata, scale, offs) or wants_grad(x):
         run = _grouped_function if transformed() else rtn_ops.grouped.default
         return run(x, qdata, scale, offs, bits, group_size)
@@ -209,18 +226,29 @@ def _sorted_vmap(name: str, run) -> Any:
 
 
 _grouped_function = differentiable(
-    "grouped", _grouped_forward, _grouped_setup, _grouped_backward, _grouped_jvp, _sorted_vmap("grouped", grouped)
+    "grouped",
+    _grouped_forward,
+    _grouped_setup,
+    _grouped_backward,
+    _grouped_jvp,
+    _sorted_vmap("grouped", grouped),
 )
 
 
-@define("grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k) -> Tensor")
+@define(
+    "grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k) "
+    "-> Tensor"
+)
 def _grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
     kernel = choose(make_problem("grouped_dx", dy.dtype, dy.shape[0], k, qdata, scale, bits, group_size))
     return kernel.grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
 
 
-def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
-    """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]` in dy's dtype; the rest as for `grouped`."""
+def grouped_dx(
+    dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int
+) -> Tensor:
+    """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]` in dy's dtype; the rest as for
+    `grouped`."""
     if tracing(dy, qdata, scale, offs) or wants_grad(dy):
         run = _grouped_dx_function if transformed() else rtn_ops.grouped_dx.default
         return run(dy, qdata, scale, offs, bits, group_size, k)
@@ -252,18 +280,27 @@ def _grouped_dx_jvp(ctx, ddy, *_):
 
 
 _grouped_dx_function = differentiable(
-    "grouped_dx", _grouped_dx_forward, _grouped_dx_setup, _grouped_dx_backward, _grouped_dx_jvp, _sorted_vmap("grouped_dx", grouped_dx)
+    "grouped_dx",
+    _grouped_dx_forward,
+    _grouped_dx_setup,
+    _grouped_dx_backward,
+    _grouped_dx_jvp,
+    _sorted_vmap("grouped_dx", grouped_dx),
 )
 
 
 @define(
-    "routed(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor experts, Tensor? pairs, Tensor? offs, Tensor? router, int top_k, "
+    "routed(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor experts, Tensor? pairs, Tensor? offs, "
+    "Tensor? router, int top_k, "
     "str activation, int bits, int group_size) -> Tensor"
 )
 def _routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
-    rows = x.shape[0] * top_k if offs is not None else qdata.shape[0]  # unsorted, each pair is a program of its own
+    # Unsorted, each pair is a program of its own.
+    rows = x.shape[0] * top_k if offs is not None else qdata.shape[0]
     kernel = choose(make_problem("routed", x.dtype, rows, x.shape[1], qdata, scale, bits, group_size))
-    return kernel.routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
+    return kernel.routed(
+        x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size
+    )
 
 
 def routed(
@@ -280,10 +317,12 @@ def routed(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """`grouped` of tokens that are routed to experts, gathering, bias, activation and router weights in the same launch; see
-    `reference.routed`. It has no backward."""
+    """`grouped` of tokens that are routed to experts, gathering, bias, activation and router weights in the
+    same launch; see `reference.routed`. It has no backward."""
     if tracing(x, qdata, scale):
-        return rtn_ops.routed.default(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
+        return rtn_ops.routed.default(
+            x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size
+        )
     return _routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
 
 
@@ -292,17 +331,20 @@ def _routed_fake(x, qdata, scale, bias, experts, pairs, offs, router, top_k, act
     return x.new_empty(x.shape[0] * top_k, qdata.shape[-2] // 2 if activation else qdata.shape[-2])
 
 
-# ----------------------------------------------------------------------------------------------- embedding, quantize, dequantize
+# --------------------------------------------------------- embedding, quantize, dequantize
 
 
 @define("embedding(Tensor indices, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
 def _embedding(indices, qdata, scale, bits, group_size, k):
-    kernel = choose(make_problem("embedding", scale.dtype, indices.numel(), k, qdata, scale, bits, group_size))
+    kernel = choose(
+        make_problem("embedding", scale.dtype, indices.numel(), k, qdata, scale, bits, group_size)
+    )
     return kernel.embedding(indices, qdata, scale, bits, group_size, k)
 
 
 def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
-    """Dequantized rows: `indices [...]` int32 or int64, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in the scale's dtype."""
+    """Dequantized rows: `indices [...]` int32 or int64, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in the
+    scale's dtype."""
     if tracing(indices, qdata, scale):
         return rtn_ops.embedding.default(indices, qdata, scale, bits, group_size, k)
     return _embedding(indices, qdata, scale, bits, group_size, k)
@@ -321,15 +363,23 @@ def _embedding_vmap(info, in_dims, indices, qdata, scale, bits, group_size, k):
 torch.library.register_vmap("rtn::embedding", _embedding_vmap, lib=LIBRARY)
 
 
-@define("quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)")
+@define(
+    "quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> (Tensor "
+    "qdata, Tensor scale)"
+)
 def _quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     rows, k = w.shape[:-1].numel(), w.shape[-1]
-    problem = make_problem("quantize", w.dtype, rows, k, w, w, bits, group_size)._replace(scale_dtype=scale_dtype)
+    problem = make_problem("quantize", w.dtype, rows, k, w, w, bits, group_size)._replace(
+        scale_dtype=scale_dtype
+    )
     return choose(problem).quantize(w, bits, group_size, scale_method, scale_dtype, out)
 
 
-def quantize(w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rounds `w [..., N, K]` to `qdata [..., N, B]` uint8 and `scale [..., N, G]` in `scale_dtype`; see `reference.quantize`."""
+def quantize(
+    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rounds `w [..., N, K]` to `qdata [..., N, B]` uint8 and `scale [..., N, G]` in `scale_dtype`; see
+    `reference.quantize`."""
     w = w.detach()
     if tracing(w):
         return rtn_ops.quantize.default(w, bits, group_size, scale_method, scale_dtype)
@@ -346,7 +396,8 @@ def quantize_(w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: in
         return
     _quantize(w, bits, group_size, scale_method, scale.dtype, (qdata, scale))
     if not qdata.is_inference():
-        torch.autograd.graph.increment_version((qdata, scale))  # a backward that saved them is to see the change
+        # A backward that saved them is to see the change.
+        torch.autograd.graph.increment_version((qdata, scale))
 
 
 @fake("quantize")
@@ -356,15 +407,20 @@ def _quantize_fake(w, bits, group_size, scale_method, scale_dtype):
     return qdata, w.new_empty(*rows, groups(k, group_size), dtype=scale_dtype)
 
 
-@define("dequantize(Tensor qdata, Tensor scale, int bits, int group_size, SymInt k, ScalarType dtype) -> Tensor")
+@define(
+    "dequantize(Tensor qdata, Tensor scale, int bits, int group_size, SymInt k, ScalarType dtype) -> Tensor"
+)
 def _dequantize(qdata, scale, bits, group_size, k, dtype):
     rows = qdata.shape[:-1].numel()
     kernel = choose(make_problem("dequantize", dtype, rows, k, qdata, scale, bits, group_size))
     return kernel.dequantize(qdata, scale, bits, group_size, k, dtype)
 
 
-def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
-    """w' = q * S in fp32, rounded once to `dtype`: `qdata [..., N, B]`, `scale [..., N, G]` -> `[..., N, K]`."""
+def dequantize(
+    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    """w' = q * S in fp32, rounded once to `dtype`: `qdata [..., N, B]`, `scale [..., N, G]` -> `[..., N,
+    K]`."""
     if tracing(qdata, scale):
         return rtn_ops.dequantize.default(qdata, scale, bits, group_size, k, dtype)
     return _dequantize(qdata, scale, bits, group_size, k, dtype)
@@ -383,7 +439,7 @@ def _dequantize_vmap(info, in_dims, qdata, scale, bits, group_size, k, dtype):
 torch.library.register_vmap("rtn::dequantize", _dequantize_vmap, lib=LIBRARY)
 
 
-# ----------------------------------------------------------------------------------------------- what FlopCounterMode counts
+# ------------------------------------------------------------- what FlopCounterMode counts
 
 
 def _elements(*shape) -> int:

@@ -1,6 +1,7 @@
 """The specification: every operation in plain fp32 torch, against which kernels are tested.
 
-Names: `w [..., N, K]` float weight, `qdata [..., N, B]` uint8, `scale [..., N, G]`, G = groups(K, group_size); b = bits.
+Names: `w [..., N, K]` float weight, `qdata [..., N, B]` uint8, `scale [..., N, G]`, G = groups(K,
+    group_size); b = bits.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from rtn_tensor.formats import FORMATS, groups, pack, unpack
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds an fp32 `scale` to `dtype` so that no group is lost: to nearest, but away from zero where the result is subnormal
-    (never to 0), and to the largest finite value where it would overflow. NaN stays NaN; 0 stays 0."""
+    """Rounds an fp32 `scale` to `dtype` so that no group is lost: to nearest, but away from zero where the
+    result is subnormal (never to 0), and to the largest finite value where it would overflow. NaN stays NaN;
+    0 stays 0."""
     limits = torch.finfo(dtype)
     rounded = scale.to(dtype)
     rounded = torch.where(rounded.isinf() & scale.isfinite(), scale.sign().to(dtype) * limits.max, rounded)
@@ -24,29 +26,37 @@ def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(short, (rounded.float() + scale.sign() * ulp).to(dtype), rounded)
 
 
-# What "search" tries, in twentieths of S as "signed" has it; of equals, the first. More, finer steps have less loss, and more perplexity.
+# What "search" tries, in twentieths of S as "signed" has it; of equals, the first. More, finer steps have
+# less loss, and more perplexity.
 SEARCHED = (20, 19, 18, 17, 16, 21)
 
 
 def _loss(share: Tensor, levels: Tensor, q: Tensor, twentieths: int) -> Tensor:
-    """The sum over each group of |w| (w - q S)^2, but for a factor of the group: of integers, so that it depends on no order."""
+    """The sum over each group of |w| (w - q S)^2, but for a factor of the group: of integers, so that it
+    depends on no order."""
     error = levels - q
     parts = (error * error * share * 65536).clamp(max=2.0**24).nan_to_num()
     return parts.long().sum(-1) * twentieths**2
 
 
 def quantize(
-    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None
+    w: Tensor,
+    bits: int,
+    group_size: int,
+    scale_method: str,
+    scale_dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rounds `w [..., N, K]` to (qdata, scale), in fp32 whatever its dtype, so bit-exact on every device.
 
         absmax: S = 2 max|w| / (2^b - 1)        (arXiv 2505.15909)
-        signed: S = w_ext / -2^(b-1), w_ext the element of largest magnitude with its sign (of a tie, the negative one)
-        search: S = c w_ext / -2^(b-1), c of 0.8, 0.85, ..., 1.05 where sum |w| (w - q S)^2 over the group is least
-        q = clamp(rint(w / S), -2^(b-1), 2^(b-1) - 1), with the S that `scale_dtype` holds
+        signed: S = w_ext / -2^(b-1), w_ext the element of largest magnitude with its sign (of a tie, the
+            negative one)
+        search: S = c w_ext / -2^(b-1), c of 0.8, 0.85, ..., 1.05 where sum |w| (w - q S)^2 over the group is
+        least q = clamp(rint(w / S), -2^(b-1), 2^(b-1) - 1), with the S that `scale_dtype` holds
 
-    An all-zero group gets S = 1; one that holds a NaN or inf gets S = NaN and q = 0. `out`: planes, contiguous, that are filled and given
-    back in the place of new ones.
+    An all-zero group gets S = 1; one that holds a NaN or inf gets S = NaN and q = 0. `out`: planes,
+    contiguous, that are filled and given back in the place of new ones.
     """
     fmt = FORMATS[bits]
     k = w.shape[-1]
@@ -85,7 +95,9 @@ def quantize(
     return (qdata, scale.contiguous()) if out is None else (out[0].copy_(qdata), out[1].copy_(scale))
 
 
-def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+) -> Tensor:
     """w' = q * S in fp32, rounded once to `dtype`: `[..., N, K]`."""
     q = unpack(qdata, bits, k).float()
     if group_size == -1:
@@ -94,7 +106,9 @@ def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int,
     return (padded * scale.float().unsqueeze(-1)).flatten(-2)[..., :k].to(dtype).contiguous()
 
 
-def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+def linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     """y = x @ w'^T + bias: `x [M, K]` -> `[M, N]` in x's dtype, the bias added before the one rounding."""
     w = dequantize(qdata, scale, bits, group_size, x.shape[-1], torch.float32)
     y = x.float() @ w.mT
@@ -107,7 +121,8 @@ def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: i
 
 
 def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
-    """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, weights `[E, N, K]` -> `[M, N]`.
+    """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, weights `[E, N, K]` -> `[M,
+    N]`.
 
     `offs [E]` int32 holds cumulative ends, as for torch's grouped_mm; rows past the last end come out zero.
     """
@@ -119,7 +134,9 @@ def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, gr
     return y
 
 
-def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def grouped_dx(
+    dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int
+) -> Tensor:
     """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]`."""
     dx = dy.new_zeros(dy.shape[0], k)
     start = 0
@@ -131,8 +148,8 @@ def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int
 
 @dataclass(frozen=True)
 class SwiGLU:
-    """What experts do between their two products, `[..., 2 I]` -> `[..., I]`, in fp32: gate * sigmoid(alpha * gate) * (up + beta), of gate
-    clamped to at most `limit`, and up to -limit .. limit.
+    """What experts do between their two products, `[..., 2 I]` -> `[..., I]`, in fp32: gate * sigmoid(alpha *
+    gate) * (up + beta), of gate clamped to at most `limit`, and up to -limit .. limit.
 
     `interleaved` says whether the columns are those of gate and up in turn, and not gate's and then up's.
     """
@@ -152,7 +169,10 @@ class SwiGLU:
 
 
 # Those that kernels compute between the products: the usual one, and GPT-OSS's.
-ACTIVATIONS: dict[str, SwiGLU] = {"silu": SwiGLU(), "gpt_oss": SwiGLU(alpha=1.702, beta=1.0, limit=7.0, interleaved=True)}
+ACTIVATIONS: dict[str, SwiGLU] = {
+    "silu": SwiGLU(),
+    "gpt_oss": SwiGLU(alpha=1.702, beta=1.0, limit=7.0, interleaved=True),
+}
 
 
 def routed(
@@ -170,16 +190,18 @@ def routed(
     group_size: int,
     grouped: Callable[..., Tensor] = grouped,
 ) -> Tensor:
-    """`grouped` of tokens that are routed to experts, with what comes before and after: gathered rows, bias, activation, router weights.
+    """`grouped` of tokens that are routed to experts, with what comes before and after: gathered rows, bias,
+    activation, router weights.
 
-    A pair is a token and one of its top_k experts: pair p is row p // top_k of `x [T, K]`, and row p of the result `[T * top_k, N]`, or
-    `[T * top_k, N / 2]` with one of `ACTIVATIONS`.
+    A pair is a token and one of its top_k experts: pair p is row p // top_k of `x [T, K]`, and row p of the
+    result `[T * top_k, N]`, or `[T * top_k, N / 2]` with one of `ACTIVATIONS`.
 
     Args:
         bias: `[E, N]`.
-        experts: `[T * top_k]`, each pair's expert; E or more, or less than 0: none of these, and its row comes out zero.
-        pairs, offs: the pairs sorted by expert, `[T * top_k]` int32, and the cumulative ends of the experts' pairs, `[E]` int32; where they
-            are None, they are found here.
+        experts: `[T * top_k]`, each pair's expert; E or more, or less than 0: none of these, and its row
+            comes out zero.
+        pairs, offs: the pairs sorted by expert, `[T * top_k]` int32, and the cumulative ends of the experts'
+            pairs, `[E]` int32; where they are None, they are found here.
         router: `[T * top_k]`, what each row of the result is multiplied by.
     """
     e = qdata.shape[0]
@@ -199,15 +221,19 @@ def routed(
 
 
 def sorted_pairs(experts: Tensor, e: int) -> tuple[Tensor, Tensor]:
-    """Pairs in the order of their `experts [P]`, and the cumulative ends of those of experts 0 .. e - 1, `[E]`; both int32."""
+    """Pairs in the order of their `experts [P]`, and the cumulative ends of those of experts 0 .. e - 1,
+    `[E]`; both int32."""
     experts = torch.where(experts < 0, e, experts)
     in_order, pairs = experts.sort(stable=True)
-    offs = torch.searchsorted(in_order, torch.arange(e, dtype=in_order.dtype, device=experts.device), right=True)
+    offs = torch.searchsorted(
+        in_order, torch.arange(e, dtype=in_order.dtype, device=experts.device), right=True
+    )
     return pairs.to(torch.int32), offs.to(torch.int32)
 
 
 def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
     """Rows of w' `[N, K]` in the scale's dtype: `indices [...]` -> `[..., K]`."""
-    rows = indices.reshape(-1)  # index_select refuses the negative indices that plain indexing takes from the end
+    # index_select refuses the negative indices that plain indexing takes from the end.
+    rows = indices.reshape(-1)
     w = dequantize(qdata.index_select(0, rows), scale.index_select(0, rows), bits, group_size, k, scale.dtype)
     return w.view(*indices.shape, k)

@@ -14,7 +14,8 @@ rtn_ops = torch.ops.rtn
 
 
 def define(schema: str):
-    """Registers the decorated function, after a check of its arguments, as the implementation of an op on every backend."""
+    """Registers the decorated function, after a check of its arguments, as the implementation of an op on
+    every backend."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
     check = getattr(arguments, name)
@@ -56,18 +57,25 @@ def dispatched(name: str, run):
     def call(*args):
         for i, t in enumerate(args):
             if isinstance(t, Tensor) and (why := unfit(t)):
-                raise TypeError(f"rtn::{name}: {getattr(rtn_ops, name).default._schema.arguments[i].name} is {why}")
+                raise TypeError(
+                    f"rtn::{name}: {getattr(rtn_ops, name).default._schema.arguments[i].name} is {why}"
+                )
         y = run(*args)
-        # Autograd refuses an in-place change of an op's output that is a view, as that of a linear over a 3-D x is.
+        # Autograd refuses an in-place change of an op's output that is a view, as that of a linear over a 3-D
+        # x is.
         return torch.ops.aten._unsafe_view(y, y.shape) if isinstance(y, Tensor) and y._is_view() else y
 
     return call
 
 
 def unfit(t: Tensor) -> str | None:
-    """None where the numbers of `t` lie in dense memory, which is all that the ops read; else what it is, and what to do."""
+    """None where the numbers of `t` lie in dense memory, which is all that the ops read; else what it is, and
+    what to do."""
     if t.is_nested:
-        return "a nested tensor, where a dense one is needed; use the values() of a jagged one, or call it for each of unbind()"
+        return (
+            "a nested tensor, where a dense one is needed; use the values() of a jagged one, or "
+            "call it for each of unbind()"
+        )
     if t.is_quantized:
         return f"of torch's own {t.dtype}, where plain numbers are needed; use .dequantize()"
     if t.layout is not torch.strided:
@@ -80,12 +88,17 @@ def wants_grad(*tensors: Tensor) -> bool:
 
 
 def differentiable(name: str, forward, setup, backward, jvp, vmap) -> Any:
-    """Registers the autograd of `rtn::name`, and gives the same, with `jvp` and `vmap`, as a function for torch.func and forward-mode AD:
-    those refuse what register_autograd makes, or take it for a constant. `forward` calls the op, with the op's own parameters: Dynamo,
-    where it gives up the frame around a product, traces it by itself and cannot take `*args`."""
+    """Registers the autograd of `rtn::name`, and gives the same, with `jvp` and `vmap`, as a function for
+    torch.func and forward-mode AD: those refuse what register_autograd makes, or take it for a constant.
+    `forward` calls the op, with the op's own parameters: Dynamo, where it gives up the frame around a
+    product, traces it by itself and cannot take `*args`."""
     torch.library.register_autograd(f"rtn::{name}", backward, setup_context=setup, lib=LIBRARY)
     members = {"forward": forward, "setup_context": setup, "backward": backward, "jvp": jvp, "vmap": vmap}
-    return type(f"_{name}", (torch.autograd.Function,), {name: staticmethod(member) for name, member in members.items()}).apply
+    return type(
+        f"_{name}",
+        (torch.autograd.Function,),
+        {name: staticmethod(member) for name, member in members.items()},
+    ).apply
 
 
 def save_planes(ctx, *planes: Tensor) -> None:
@@ -101,4 +114,6 @@ def batch_first(info, dim: int | None, t: Tensor) -> Tensor:
 
 def refuse_vmapped_planes(op: str, dims) -> None:
     if any(dim is not None for dim in dims):
-        raise NotImplementedError(f"rtn::{op} cannot vmap over its weight; vmap over x, or use torch.bmm with one weight [E, N, K]")
+        raise NotImplementedError(
+            f"rtn::{op} cannot vmap over its weight; vmap over x, or use torch.bmm with one weight [E, N, K]"
+        )

@@ -2,7 +2,8 @@
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Lines of `header`, a rule and `rows`, in columns: numbers to the right, text and the first column to the left."""
+    """Lines of `header`, a rule and `rows`, in columns: numbers to the right, text and the first column to
+    the left."""
     lines = [list(header), [""] * len(header), *map(list, rows)]
     for i, column in enumerate(zip(*lines, strict=True)):
         width = max(map(len, column))

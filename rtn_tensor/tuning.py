@@ -1,4 +1,5 @@
-"""Measures launch configurations of the Triton kernels on this GPU and writes the table that `kernels/triton/config.py` reads."""
+"""Measures launch configurations of the Triton kernels on this GPU and writes the table that
+`kernels/triton/config.py` reads."""
 
 import json
 import os
@@ -25,9 +26,20 @@ DENSE_FROM = 256  # rows; with fewer, dequantizing first is not worth measuring
 
 
 def candidates(shape: Shape, gpu: Gpu) -> list[Config]:
-    """Configurations worth measuring: tiles around those of the rule, all that the kernels take and the GPU has the shared memory for."""
+    """Configurations worth measuring: tiles around those of the rule, all that the kernels take and the GPU
+    has the shared memory for."""
     m = shape.M
-    blocks_m = (16,) if m <= 16 else (16, 32) if m <= 32 else (32, 64) if m <= 64 else (64, 128) if m <= 128 else (128, 256)
+    blocks_m = (
+        (16,)
+        if m <= 16
+        else (16, 32)
+        if m <= 32
+        else (32, 64)
+        if m <= 64
+        else (64, 128)
+        if m <= 128
+        else (128, 256)
+    )
     found: dict[Config, None] = {}
     for block_m, block_n, block_k, scale_after in product(blocks_m, (64, 128), (64, 128, 256), (True, False)):
         if not configs.takes(block_k, shape.group_size, scale_after) or (
@@ -53,9 +65,13 @@ def graph_seconds(run: Run) -> float:
 
 
 def fastest(
-    measure: Callable[[Run], float], run: Callable[[Config | None], None], configs: list[Config | None], found: tuple[Config | None, float]
+    measure: Callable[[Run], float],
+    run: Callable[[Config | None], None],
+    configs: list[Config | None],
+    found: tuple[Config | None, float],
 ) -> tuple[Config | None, float]:
-    """The fastest of `configs` and `found`, with its seconds. A configuration that Triton refuses is passed over."""
+    """The fastest of `configs` and `found`, with its seconds. A configuration that Triton refuses is passed
+    over."""
     for config in configs:
         try:
             seconds = measure(partial(run, config))
@@ -74,14 +90,19 @@ def random_planes(
     """Any integers do for a measurement, but zeros would let the GPU run at a higher clock."""
     shape = n, FORMATS[bits].row_bytes(k)
     planes = [torch.randint(0, 256, shape, dtype=torch.uint8, device=device) for _ in range(copies)]
-    return [(qdata, (torch.rand(n, groups(k, group_size), device=device) + 0.5).to(dtype)) for qdata in planes]
+    return [
+        (qdata, (torch.rand(n, groups(k, group_size), device=device) + 0.5).to(dtype)) for qdata in planes
+    ]
 
 
 def _check_writable(folder: Path) -> None:
     """Raises OSError where what is measured could not be written to `folder`, which need not be there yet."""
     there = next(place for place in (folder, *folder.resolve().parents) if place.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise OSError(f"{there} is {'no folder' if not there.is_dir() else 'read-only'}; set RTN_TUNED to a folder that can be written")
+        raise OSError(
+            f"{there} is {'no folder' if not there.is_dir() else 'read-only'}; set RTN_TUNED to a "
+            "folder that can be written"
+        )
 
 
 def tune(
@@ -94,13 +115,15 @@ def tune(
     measure: Callable[[Run], float] = graph_seconds,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> list[dict[str, Any]]:
-    """Measures linear layers of `sizes` (N, K) for numbers of `tokens`, and writes what is fastest to `tuned_folder()`.
+    """Measures linear layers of `sizes` (N, K) for numbers of `tokens`, and writes what is fastest to
+    `tuned_folder()`.
 
-    Tokens count as the power of two that they round up to. Each measurement goes through as many copies of the weight as exceed the cache.
-    What was in the table for other shapes stays.
+    Tokens count as the power of two that they round up to. Each measurement goes through as many copies of
+    the weight as exceed the cache. What was in the table for other shapes stays.
 
     Returns:
-        The rows written: the shape, its configuration (None: dequantize and multiply densely), its microseconds, and those of the rule.
+        The rows written: the shape, its configuration (None: dequantize and multiply densely), its
+            microseconds, and those of the rule.
 
     Raises:
         ValueError: there is no GPU for Triton, or the format is none.
@@ -110,7 +133,9 @@ def tune(
         raise ValueError(f"device={str(device)!r}: tuning measures kernels on a CUDA GPU, and there is none")
     device = device_of(device)
     tokens, sizes = list(tokens), list(sizes)
-    if wrong := [m for m in (*tokens, *(side for size in sizes for side in size)) if type(m) is not int or m < 1]:
+    if wrong := [
+        m for m in (*tokens, *(side for size in sizes for side in size)) if type(m) is not int or m < 1
+    ]:
         raise ValueError(f"{wrong[0]!r} among the sizes and tokens; both are whole numbers of 1 or more")
     _check_writable(tuned_folder())
     from rtn_tensor.kernels.triton import launch
@@ -125,7 +150,12 @@ def tune(
         weights = random_planes(n, k, bits, group_size, dtype, device, copies)
         x, y = torch.randn(m, k, device=device).to(dtype), torch.empty(m, n, dtype=dtype, device=device)
 
-        def run(config: Config | None, x: Tensor = x, y: Tensor = y, weights: list[tuple[Tensor, Tensor]] = weights) -> None:
+        def run(
+            config: Config | None,
+            x: Tensor = x,
+            y: Tensor = y,
+            weights: list[tuple[Tensor, Tensor]] = weights,
+        ) -> None:
             for qdata, scale in weights:
                 if config is None:
                     F.linear(x, launch.dequantize(qdata, scale, bits, group_size, x.shape[1], x.dtype))
@@ -135,7 +165,9 @@ def tune(
         rule = configs.by_rule(shape, gpu)
         before = measure(partial(run, rule))
         others: list[Config | None] = [*candidates(shape, gpu), *([None] if m >= DENSE_FROM else [])]
-        config, seconds = fastest(measure, run, [config for config in others if config != rule], (rule, before))
+        config, seconds = fastest(
+            measure, run, [config for config in others if config != rule], (rule, before)
+        )
         rows.append(
             {
                 "shape": shape._asdict(),
@@ -159,7 +191,9 @@ def write(gpu: Gpu, rows: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in [row for row in kept if row["shape"] not in new] + rows)
     partial = file.with_suffix(".partial")
-    partial.write_text(f'{{"gpu": {json.dumps(gpu.name)}, "triton": {json.dumps(gpu.triton)}, "rows": [\n{lines}\n]}}\n')
+    partial.write_text(
+        f'{{"gpu": {json.dumps(gpu.name)}, "triton": {json.dumps(gpu.triton)}, "rows": [\n{lines}\n]}}\n'
+    )
     partial.replace(file)
     configs.table.cache_clear()
     configs.configure.cache_clear()

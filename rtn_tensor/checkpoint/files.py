@@ -1,4 +1,5 @@
-"""What lies on disk as a checkpoint, looked at before it is believed: which files, JSON, and the headers of safetensors."""
+"""What lies on disk as a checkpoint, looked at before it is believed: which files, JSON, and the headers of
+safetensors."""
 
 import json
 import math
@@ -11,11 +12,32 @@ from typing import Any
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 # Bits of an element, by safetensors' names for dtypes.
 DTYPE_BITS = {
-    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
-    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32},
+    **{
+        "F4": 4,
+        "F6_E2M3": 6,
+        "F6_E3M2": 6,
+        "BOOL": 8,
+        "U8": 8,
+        "I8": 8,
+        "F8_E4M3": 8,
+        "F8_E5M2": 8,
+        "F8_E8M0": 8,
+    },
+    **{
+        "F8_E4M3FNUZ": 8,
+        "F8_E5M2FNUZ": 8,
+        "I16": 16,
+        "U16": 16,
+        "F16": 16,
+        "BF16": 16,
+        "I32": 32,
+        "U32": 32,
+        "F32": 32,
+    },
     **{"I64": 64, "U64": 64, "F64": 64, "C64": 64},
 }
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # of a transformers folder, or with .index.json; the first that is there counts
+# Of a transformers folder, or with .index.json; the first that is there counts.
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def check_regular(file: Path) -> None:
@@ -32,7 +54,9 @@ def check_regular(file: Path) -> None:
         raise FileNotFoundError(f"{file} {why}; copy or download it again") from None
     kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{file} is a {kinds.get(stat.S_IFMT(mode), 'device')} and no regular file; remove or replace it")
+        raise ValueError(
+            f"{file} is a {kinds.get(stat.S_IFMT(mode), 'device')} and no regular file; remove or replace it"
+        )
 
 
 def corrupt(file: Path, why: str) -> ValueError:
@@ -74,11 +98,13 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}); copy or download it again") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a JSON {type(found).__name__}, and not an object; copy or download it again")
+        raise ValueError(
+            f"{file} holds a JSON {type(found).__name__}, and not an object; copy or download it again"
+        )
     return found
 
 
-# ------------------------------------------------------------------------------------------- which files
+# ----------------------------------------------------------------------------- which files
 
 
 def _there(file: Path) -> bool:
@@ -89,7 +115,8 @@ def is_plain(name: Any) -> bool:
     """Whether `name` names a file in a folder, without a way out of it."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
         return False
-    return name.isprintable() and len(name.encode()) <= 255  # a lone surrogate, which has no bytes, is not printable
+    # A lone surrogate, which has no bytes, is not printable.
+    return name.isprintable() and len(name.encode()) <= 255
 
 
 def _shards(index: Path) -> list[Path]:
@@ -99,15 +126,22 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(f"{index} has no weight_map of names to files; copy or download it again")
     for tensor, name in names.items():
         if not is_plain(name):
-            raise ValueError(f"{index}: weight_map gives {name!r} for {tensor}; it must be the name of a file beside it, without a folder")
+            raise ValueError(
+                f"{index}: weight_map gives {name!r} for {tensor}; it must be the name of a "
+                "file beside it, without a folder"
+            )
     files = [index.parent / name for name in sorted(set(names.values()))]
     if missing := [file.name for file in files if not _there(file)]:
-        raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; download the checkpoint again")
+        raise FileNotFoundError(
+            f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; "
+            "download the checkpoint again"
+        )
     return files
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of a checkpoint: `path` itself, or those that transformers would read of a folder, or else all of one kind in it.
+    """The files of a checkpoint: `path` itself, or those that transformers would read of a folder, or else
+    all of one kind in it.
 
     Raises:
         FileNotFoundError: there is none, or one that an index names is not there.
@@ -118,7 +152,8 @@ def weight_files(path: Path) -> list[Path]:
             check_regular(path)
             return [path]
         raise FileNotFoundError(
-            f"{path} is not there, and so holds no checkpoint; give a folder with *.safetensors or *.bin, or one such file"
+            f"{path} is not there, and so holds no checkpoint; give a folder with *.safetensors or *.bin, or "
+            "one such file"
         )
     if named := _named_by_config(path):
         return named
@@ -129,27 +164,44 @@ def weight_files(path: Path) -> list[Path]:
             return _shards(index)
     for end in ("*.safetensors", "pytorch_model*.bin"):
         indices, files = (
-            [file for file in sorted(path.glob(pattern)) if not file.name.startswith((".", "adapter_"))]  # as macOS's ._model.safetensors
+            # As macOS's ._model.safetensors.
+            [file for file in sorted(path.glob(pattern)) if not file.name.startswith((".", "adapter_"))]
             for pattern in (f"{end}.index.json", end)
         )
         if len(indices) > 1:
-            raise ValueError(f"{path} holds several checkpoints ({', '.join(index.name for index in indices)}); leave one of them there")
+            raise ValueError(
+                f"{path} holds several checkpoints "
+                f"({', '.join(index.name for index in indices)}); leave one of them there"
+            )
         if indices or files:
             return _shards(indices[0]) if indices else files
-    alone = "; it holds an adapter alone: give the model that it belongs to" if _there(path / "adapter_config.json") else ""
-    raise FileNotFoundError(f"{path} holds no checkpoint; give a folder with *.safetensors or pytorch_model*.bin, or one such file{alone}")
+    alone = (
+        "; it holds an adapter alone: give the model that it belongs to"
+        if _there(path / "adapter_config.json")
+        else ""
+    )
+    raise FileNotFoundError(
+        f"{path} holds no checkpoint; give a folder with *.safetensors or "
+        f"pytorch_model*.bin, or one such file{alone}"
+    )
 
 
 def _named_by_config(path: Path) -> list[Path] | None:
     """The files that config.json names in the place of transformers' usual ones."""
-    if not (path / "config.json").is_file() or (name := read_json(path / "config.json").get("transformers_weights")) is None:
+    if (
+        not (path / "config.json").is_file()
+        or (name := read_json(path / "config.json").get("transformers_weights")) is None
+    ):
         return None
     if not is_plain(name) or not name.endswith((".safetensors", ".safetensors.index.json")):
-        raise ValueError(f"{path / 'config.json'}: transformers_weights is {name!r}; it must be the name of a safetensors file beside it")
+        raise ValueError(
+            f"{path / 'config.json'}: transformers_weights is {name!r}; it must be the name of "
+            "a safetensors file beside it"
+        )
     return _shards(path / name) if name.endswith(".json") else [path / name]
 
 
-# ------------------------------------------------------------------------------------------- safetensors
+# ----------------------------------------------------------------------------- safetensors
 
 
 @dataclass(frozen=True)
@@ -163,18 +215,24 @@ class Entry:
 
 
 def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
-    """The tensors of a safetensors file in the order in which they lie there, and its metadata. Each lies whole inside the file, and no two
-    overlap.
+    """The tensors of a safetensors file in the order in which they lie there, and its metadata. Each lies
+    whole inside the file, and no two overlap.
 
     Raises:
-        FileNotFoundError, ValueError: as `check_regular`; or the header is not one of safetensors, or not one of this file.
+        FileNotFoundError, ValueError: as `check_regular`; or the header is not one of safetensors, or not one
+            of this file.
     """
     check_regular(file)
     size = file.stat().st_size
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise corrupt(file, f"its {size} bytes cannot begin with a header of {length}" if size >= 8 else f"it has {size} bytes")
+            raise corrupt(
+                file,
+                f"its {size} bytes cannot begin with a header of {length}"
+                if size >= 8
+                else f"it has {size} bytes",
+            )
         text = opened.read(length)
     try:
         header = parse_json(text, _once)

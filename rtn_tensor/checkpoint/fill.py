@@ -1,4 +1,5 @@
-"""Streaming: which part of a model each tensor of a checkpoint fills, and the filling, a few megabytes at a time."""
+"""Streaming: which part of a model each tensor of a checkpoint fills, and the filling, a few megabytes at a
+time."""
 
 import itertools
 import math
@@ -19,17 +20,19 @@ from rtn_tensor.kernels import cpu
 from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor, user_attributes
 
-# Bytes of a tensor that are quantized at once, and fewer where quantizing copies them first: a transposed weight's are laid row by row, and
-# plain torch takes ten times as much meanwhile, in fp32. Copies of 16 MiB left the heap of glibc in pieces: 75 MB beside a GPT-OSS, not 16.
+# Bytes of a tensor that are quantized at once, and fewer where quantizing copies them first: a transposed
+# weight's are laid row by row, and plain torch takes ten times as much meanwhile, in fp32. Copies of 16 MiB
+# left the heap of glibc in pieces: 75 MB beside a GPT-OSS, not 16.
 CHUNK, SMALL_CHUNK = 16 << 20, 2 << 20
 
 
-# ------------------------------------------------------------------------------------------- what goes where
+# ------------------------------------------------------------------------- what goes where
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A source, or a `part` of it, and the part of a parameter or buffer that it fills: all of it, an expert, some rows."""
+    """A source, or a `part` of it, and the part of a parameter or buffer that it fills: all of it, an expert,
+    some rows."""
 
     source: Source
     target: str
@@ -54,7 +57,9 @@ def _renamed(name: str, rename: Mapping[str, str]) -> str:
     return name
 
 
-def pieces_by_name(found: Mapping[str, Source], rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]) -> list[Piece]:
+def pieces_by_name(
+    found: Mapping[str, Source], rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]
+) -> list[Piece]:
     """Where `rename` and `fuse` say that each source goes."""
     pieces = []
     named: dict[str, Source] = {}
@@ -71,7 +76,9 @@ def pieces_by_name(found: Mapping[str, Source], rename: Mapping[str, str], fuse:
         whole, parts = part_of[path[here]]
         siblings = [".".join([*path[:here], part, *path[here + 1 :]]) for part in parts]
         if missing := [sibling for sibling in siblings if sibling not in named]:
-            raise source.error(f"is to be fused with {', '.join(missing)}, which the checkpoint lacks; mend the fuse map")
+            raise source.error(
+                f"is to be fused with {', '.join(missing)}, which the checkpoint lacks; mend the fuse map"
+            )
         start = sum(named[sibling].shape[0] for sibling in siblings[: siblings.index(name)])
         target = ".".join([*path[:here], whole, *path[here + 1 :]])
         pieces.append(Piece(source, target, (slice(start, start + source.shape[0]),)))
@@ -88,7 +95,9 @@ def same(one: list[Piece], other: list[Piece], dtype: torch.dtype) -> bool:
     if len(one) != len(other):
         return False
     by_index = [sorted(pieces, key=lambda piece: str(piece.index)) for pieces in (one, other)]
-    return all(a.index == b.index and _equal(a.source, b.source, dtype) for a, b in zip(*by_index, strict=True))
+    return all(
+        a.index == b.index and _equal(a.source, b.source, dtype) for a, b in zip(*by_index, strict=True)
+    )
 
 
 def _equal(one: Source, other: Source, dtype: torch.dtype) -> bool:
@@ -98,7 +107,8 @@ def _equal(one: Source, other: Source, dtype: torch.dtype) -> bool:
     if isinstance(a, RTNQuantizedTensor) and isinstance(b, RTNQuantizedTensor):
         alike = all(getattr(a, name) == getattr(b, name) for name in a.tensor_attribute_names)
         return alike and torch.equal(a.qdata, b.qdata) and torch.equal(a.scale, b.scale)
-    if a.dtype == b.dtype and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():  # a file of torch.save has it once
+    # A file of torch.save has it once.
+    if a.dtype == b.dtype and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
     return torch.equal(a.to(dtype), b.to(dtype))
 
@@ -107,9 +117,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[str], strict: bool = True) -> tuple[list[Piece], list[str]]:
-    """The pieces that have a place, once each; and the names of the tensors that have none, and match none of `ignored`, which are none
-    where `strict`. Every place must be filled.
+def check(
+    pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[str], strict: bool = True
+) -> tuple[list[Piece], list[str]]:
+    """The pieces that have a place, once each; and the names of the tensors that have none, and match none of
+    `ignored`, which are none where `strict`. Every place must be filled.
 
     Raises:
         ValueError: it lists what does not fit.
@@ -131,8 +143,13 @@ def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[st
         except (IndexError, ValueError):
             shape = None
         if shape != source.shape:
-            got, allowed = list(source.shape), list(to.shape) if not piece.index else f"a part of {list(to.shape)}"
-            problems.append(f"{source.file.name}: {source.name} has shape {got}, the model's {piece.target} {allowed}")
+            got, allowed = (
+                list(source.shape),
+                list(to.shape) if not piece.index else f"a part of {list(to.shape)}",
+            )
+            problems.append(
+                f"{source.file.name}: {source.name} has shape {got}, the model's {piece.target} {allowed}"
+            )
             misshapen.add(id(to))
             continue
         place = id(to), str(piece.index)
@@ -143,19 +160,27 @@ def check(pieces: list[Piece], state: Mapping[str, Tensor], ignored: Sequence[st
     lacking = {name: t for name, t in state.items() if filled[id(t)] < t.numel() and id(t) not in misshapen}
     problems += [f"the checkpoint lacks {name} {list(t.shape)}" for name, t in sorted(lacking.items())]
     if problems or (strict and left_out) or not kept:
-        problems = [f"{source.file.name}: {source.name} has no place in the model" for source in left_out] + problems
+        problems = [
+            f"{source.file.name}: {source.name} has no place in the model" for source in left_out
+        ] + problems
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError("the checkpoint does not fit the model, and nothing was loaded:\n  " + "\n  ".join(problems[:10]) + more)
+        raise ValueError(
+            "the checkpoint does not fit the model, and nothing was loaded:\n  "
+            + "\n  ".join(problems[:10])
+            + more
+        )
     return kept, [source.name for source in left_out]
 
 
 def on_rank(piece: Piece, shape: Sequence[int], held: Sequence[slice]) -> Piece | None:
-    """What a rank that holds the part `held` of the target, of `shape` in all, reads of `piece`, and where in that part it goes; None where
-    it reads nothing."""
+    """What a rank that holds the part `held` of the target, of `shape` in all, reads of `piece`, and where in
+    that part it goes; None where it reads nothing."""
     index: list[int | slice] = []
     part: list[slice] = []
     for at, size, here in itertools.zip_longest(piece.index, shape, held):
-        start, stop = (0, size) if at is None else (at, at + 1) if isinstance(at, int) else (at.start, at.stop)
+        start, stop = (
+            (0, size) if at is None else (at, at + 1) if isinstance(at, int) else (at.start, at.stop)
+        )
         first, last = max(start, here.start), min(stop, here.stop)
         if first >= last:
             return None
@@ -167,7 +192,7 @@ def on_rank(piece: Piece, shape: Sequence[int], held: Sequence[slice]) -> Piece 
     return replace(piece, index=tuple(index), part=tuple(part))
 
 
-# ------------------------------------------------------------------------------------------- streaming
+# ------------------------------------------------------------------------------- streaming
 
 
 def _chunks(source: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,7 +231,9 @@ def _copy(piece: Piece, source: Tensor, to: Tensor) -> None:
 
 
 @torch.no_grad()
-def stream(pieces: list[Piece], destinations: Mapping[str, list[Tensor]], meter: Callable[[int], Any]) -> None:
+def stream(
+    pieces: list[Piece], destinations: Mapping[str, list[Tensor]], meter: Callable[[int], Any]
+) -> None:
     """Fills `destinations`, by target, from the files."""
     # One after the other: what transformers computes from a file takes memory from here on.
     work = (
@@ -219,7 +246,8 @@ def stream(pieces: list[Piece], destinations: Mapping[str, list[Tensor]], meter:
     while now is not None:
         piece, rows, place = now
         now = next(work, None)
-        # The disk reads on while this chunk is quantized. A thread of ours that read would take a core from the quantizing.
+        # The disk reads on while this chunk is quantized. A thread of ours that read would take a core from
+        # the quantizing.
         if now is not None:
             now[0].source.read_soon(now[1])
         _copy(piece, rows, place)
@@ -233,8 +261,8 @@ def put(
     fqns: Mapping[int, list[str]],
     apart: Mapping[str, list[str]],
 ) -> None:
-    """Puts what `_read` gives in the places of the old tensors; `fqns`, by their ids: where each lies, and `apart`, where those are that it
-    shared with before: to tell what was untied."""
+    """Puts what `_read` gives in the places of the old tensors; `fqns`, by their ids: where each lies, and
+    `apart`, where those are that it shared with before: to tell what was untied."""
     parameters: dict[int, Tensor] = {}
     for fqn, module, name, old in places:
         t = new[id(old)][configs.get(fqn)]
@@ -242,13 +270,16 @@ def put(
             module._buffers[name] = as_part(t, old)
         else:
             if id(t) not in parameters:
-                floats = [other for other in fqns.get(id(old), []) if other not in configs] + list(apart.get(fqn, []))
+                floats = [other for other in fqns.get(id(old), []) if other not in configs] + list(
+                    apart.get(fqn, [])
+                )
                 parameters[id(t)] = _parameter(as_part(t, old), old, fqn, floats)
             module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
 
 
 def _parameter(t: Tensor, old: Tensor, fqn: str, floats: list[str]) -> nn.Parameter:
-    """`t` as a parameter in the place of `old`, with what was hung on that; `floats`: where it stays float."""
+    """`t` as a parameter in the place of `old`, with what was hung on that; `floats`: where it stays
+    float."""
     quantized = isinstance(held(t), RTNQuantizedTensor)
     new: Any = nn.Parameter(t, requires_grad=old.requires_grad and not quantized)
     vars(new).update(user_attributes(old))

@@ -22,7 +22,8 @@ OWN_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.js
 
 @contextmanager
 def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None = None) -> Iterator[Path]:
-    """Gives a folder beside `path` to write into, which becomes `path` at the end; after an error or a signal there is none.
+    """Gives a folder beside `path` to write into, which becomes `path` at the end; after an error or a signal
+    there is none.
 
     Args:
         path: the folder to make.
@@ -30,7 +31,8 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
         source: a folder that is read for it, of which nothing may be replaced.
 
     Raises:
-        FileExistsError: there is something at `path`, at first or at the end, and not `force`, or something other than a model folder.
+        FileExistsError: there is something at `path`, at first or at the end, and not `force`, or something
+            other than a model folder.
         ValueError: `path` and `source` are one, or one lies in the other.
         OSError: nothing can be written there.
     """
@@ -44,8 +46,12 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise NotADirectoryError(f"{path.parent} is no folder; choose another place for {path.name}") from None
-    partial, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "replaced"))
+        raise NotADirectoryError(
+            f"{path.parent} is no folder; choose another place for {path.name}"
+        ) from None
+    partial, replaced = (
+        path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "replaced")
+    )
     lock = None
     try:
         try:
@@ -55,7 +61,8 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
         lock = _locked(partial)
         with _signals_raise():
             yield partial
-        readable = partial.stat().st_mode & 0o666  # by the umask; safetensors' own files are their owner's only
+        # By the umask; safetensors' own files are their owner's only.
+        readable = partial.stat().st_mode & 0o666
         for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(readable)
@@ -76,7 +83,8 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that locks `folder` as long as this process lives or keeps it open; None where another has it, or there are no locks."""
+    """A descriptor that locks `folder` as long as this process lives or keeps it open; None where another has
+    it, or there are no locks."""
     if os.name != "posix":
         return None
     import fcntl
@@ -91,9 +99,13 @@ def _locked(folder: Path) -> int | None:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes what processes that were killed have left of writing `path`; the folder that one was about to replace goes back where none
-    is."""
-    left = [file for file in path.parent.glob(".*") if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.(partial|replaced)", file.name)]
+    """Removes what processes that were killed have left of writing `path`; the folder that one was about to
+    replace goes back where none is."""
+    left = [
+        file
+        for file in path.parent.glob(".*")
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.(partial|replaced)", file.name)
+    ]
     for folder in sorted(left):  # of one process, the partial one first
         if not folder.is_dir() or folder.is_symlink():
             continue
@@ -115,7 +127,8 @@ def _is_free(folder: Path) -> bool:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Where they would end the process at once, SIGTERM and SIGHUP raise SystemExit, so that what was begun is removed."""
+    """Where they would end the process at once, SIGTERM and SIGHUP raise SystemExit, so that what was begun
+    is removed."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
@@ -140,7 +153,9 @@ def _take(path: Path, partial: Path) -> None:
         if os.name == "posix":  # where a rename replaces an empty folder, and so that has to be our own
             path.mkdir()
     except FileExistsError:
-        raise FileExistsError(f"{path} appeared while it was being written, and is left as it is; choose another name") from None
+        raise FileExistsError(
+            f"{path} appeared while it was being written, and is left as it is; choose another name"
+        ) from None
     try:
         partial.rename(path)
     except BaseException:
@@ -155,17 +170,21 @@ def _check_replaceable(path: Path, force: bool) -> None:
     if not force:
         raise FileExistsError(f"{path} exists; choose another name, or pass force=True to replace it")
     if why := _no_model_folder(path):
-        raise FileExistsError(f"{path} {why}, and only a model's folder is replaced; choose another name, or remove it yourself")
+        raise FileExistsError(
+            f"{path} {why}, and only a model's folder is replaced; choose another name, or remove it yourself"
+        )
 
 
 def _no_model_folder(path: Path) -> str | None:
-    """Why a folder looks like neither one that `save` wrote nor one of transformers', or holds more than such a one."""
+    """Why a folder looks like neither one that `save` wrote nor one of transformers', or holds more than such
+    a one."""
     if path.is_symlink():
         return "is a symbolic link"
     if not path.is_dir():
         return "is no folder"
     entries = sorted(path.iterdir())
-    if all(file.is_file() and re.fullmatch(OWN_FILES, file.name) for file in entries):  # of a module that is not transformers'
+    # Of a module that is not transformers'.
+    if all(file.is_file() and re.fullmatch(OWN_FILES, file.name) for file in entries):
         return None
     try:
         about = read_json(path / "config.json")
@@ -180,12 +199,16 @@ def _no_model_folder(path: Path) -> str | None:
 
 def _check_apart(path: Path, source: Path) -> None:
     if path.exists() and source.exists() and path.samefile(source):
-        raise ValueError(f"{path} is the model that is read; choose another name, as its other files are copied from there")
+        raise ValueError(
+            f"{path} is the model that is read; choose another name, as its other files are copied from there"
+        )
     if _holds(source, path):
         raise ValueError(f"{path} lies in {source}, the model that is read; choose a folder outside of it")
     links = [link for link in source.rglob("*") if link.is_symlink()] if path.exists() else []
     if inside := [part for part in (source, *links) if _holds(path, part)]:
-        raise ValueError(f"{path} holds {inside[0]}, of the model that is read; choose a folder outside of it")
+        raise ValueError(
+            f"{path} holds {inside[0]}, of the model that is read; choose a folder outside of it"
+        )
 
 
 def _holds(outer: Path, inner: Path) -> bool:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# What other libraries call the ways in which they quantize (quant_method), and how the names of their tensors end.
+# What other libraries call the ways in which they quantize (quant_method), and how the names of their tensors
+# end.
 FOREIGN = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -31,18 +32,24 @@ FOREIGN_NAMES = {
 }
 
 
-FOREIGN_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "NVIDIA's ModelOpt"}
+FOREIGN_FILES = {
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "hf_quant_config.json": "NVIDIA's ModelOpt",
+}
 
 
 def not_read(kind: str, where: str) -> str:
     return (
-        f"{where}: the weights are quantized by {kind}, which load does not read; give the float model, or read this one by transformers' "
+        f"{where}: the weights are quantized by {kind}, which load does not read; give the float model, or "
+        "read this one by transformers' "
         "from_pretrained"
     )
 
 
 def foreign(path: Path, names: Iterable[str]) -> str | None:
-    """Of a checkpoint with tensors of such `names`: which other library quantized it, and what to do; None where it looks like none did."""
+    """Of a checkpoint with tensors of such `names`: which other library quantized it, and what to do; None
+    where it looks like none did."""
     for name in names:
         for pattern, kind in FOREIGN_NAMES.items():
             if re.search(pattern, name):

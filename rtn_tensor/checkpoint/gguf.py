@@ -11,13 +11,22 @@ from rtn_tensor.quantize.api import quantize_
 from rtn_tensor.quantize.selection import FilterFn, Rules
 
 
-def load_gguf(path: Path, config: AOBaseConfig | Rules | None, device: Any, dtype: torch.dtype | None, filter_fn: FilterFn | None) -> Any:
+def load_gguf(
+    path: Path,
+    config: AOBaseConfig | Rules | None,
+    device: Any,
+    dtype: torch.dtype | None,
+    filter_fn: FilterFn | None,
+) -> Any:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file")
     model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype or torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        path.parent,
+        gguf_file=path.name,
+        dtype=dtype or torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
     ).eval()
     if config is not None:
         quantize_(model, config, default_filter(model, config, filter_fn), device)

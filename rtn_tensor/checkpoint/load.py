@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 
-from rtn_tensor.checkpoint.fill import Piece, check, check_finite, on_rank, pieces_by_name, put, same, some, stream
+from rtn_tensor.checkpoint.fill import (
+    Piece,
+    check,
+    check_finite,
+    on_rank,
+    pieces_by_name,
+    put,
+    same,
+    some,
+    stream,
+)
 from rtn_tensor.checkpoint.foreign import foreign
 from rtn_tensor.checkpoint.gguf import load_gguf
 from rtn_tensor.checkpoint.sources import sources
@@ -50,41 +60,50 @@ def load(
     fuse: Mapping[str, Sequence[str]] | None = None,
     progress: bool | None = None,
 ) -> Any:
-    """A model with its weights from a checkpoint, quantized as they are read: the float model is never in memory.
+    """A model with its weights from a checkpoint, quantized as they are read: the float model is never in
+    memory.
 
-    Above the finished model it takes at most 64 MiB, and what transformers computes of some tensors, where it does. Nothing of `model`
-    changes before all has been read and checked. Without a config, tensors that have their dtype already are not copied on a CPU, but stay
-    maps of the files: then only the scales of a quantized weight are read and looked at, and of a float one nothing, so that a NaN in it is
-    not seen.
+    Above the finished model it takes at most 64 MiB, and what transformers computes of some tensors, where it
+    does. Nothing of `model` changes before all has been read and checked. Without a config, tensors that have
+    their dtype already are not copied on a CPU, but stay maps of the files: then only the scales of a
+    quantized weight are read and looked at, and of a float one nothing, so that a NaN in it is not seen.
 
     Args:
-        path: a transformers folder; or a folder or file of safetensors, of `pytorch_model*.bin`, or of what torch.save wrote. A GGUF file
-            is read by transformers, which holds the float model meanwhile.
+        path: a transformers folder; or a folder or file of safetensors, of `pytorch_model*.bin`, or of what
+            torch.save wrote. A GGUF file is read by transformers, which holds the float model meanwhile.
         config: as for `quantize_`; None for a checkpoint that is quantized already, or to stay float.
-        model: the module to fill, best on the meta device, or a function that makes one (its parameters are then made on meta, its buffers
-            are not). By default it is built from the folder's config.json by transformers, and comes in eval mode. Where it is sharded
-            already (`fully_shard`, `parallelize_module`), each rank reads its own part of the files.
+        model: the module to fill, best on the meta device, or a function that makes one (its parameters are
+            then made on meta, its buffers are not). By default it is built from the folder's config.json by
+            transformers, and comes in eval mode. Where it is sharded already (`fully_shard`,
+            `parallelize_module`), each rank reads its own part of the files.
         device: where the weights go; by default where the model's are, or the CPU.
         dtype: of a model built from config.json; by default as that says. A given model has its own.
-        filter_fn: as for `quantize_`. By default every nn.Linear but a transformers model's output layer, as in transformers, and
-            experts.
-        rename: regular expressions and what to put in their place in the checkpoint's names, in this order (`re.sub`).
-        fuse: modules that stand for several of the checkpoint's, by the last part of their names: their rows follow one another, as in
-            {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}.
+        filter_fn: as for `quantize_`. By default every nn.Linear but a transformers model's output layer, as
+            in transformers, and experts.
+        rename: regular expressions and what to put in their place in the checkpoint's names, in this order
+            (`re.sub`).
+        fuse: modules that stand for several of the checkpoint's, by the last part of their names: their rows
+            follow one another, as in {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj":
+            ["gate_proj", "up_proj"]}.
         progress: whether to show a bar and a summary; by default where stderr is a terminal.
 
     Raises:
         FileNotFoundError: no checkpoint at `path`, or a part of it is missing.
-        ValueError: a file is truncated or corrupt; a tensor is missing, has no place, another shape, an unknown dtype, a NaN or inf; a
-            weight cannot be quantized as `config` says; another library quantized it; `model` has run under fully_shard. The message names
-            the file and the tensor. What a transformers model has no place for is left out instead, with a warning, as by transformers.
+        ValueError: a file is truncated or corrupt; a tensor is missing, has no place, another shape, an
+            unknown dtype, a NaN or inf; a weight cannot be quantized as `config` says; another library
+            quantized it; `model` has run under fully_shard. The message names the file and the tensor. What a
+            transformers model has no place for is left out instead, with a warning, as by transformers.
         RuntimeError: another rank failed.
     """
     path = Path(path)
     if not isinstance(dtype, torch.dtype | None):
-        raise TypeError(f"dtype is {dtype!r}; give a torch.dtype, as torch.bfloat16, or none for that of the checkpoint")
+        raise TypeError(
+            f"dtype is {dtype!r}; give a torch.dtype, as torch.bfloat16, or none for that of the checkpoint"
+        )
     if not (model is None or callable(model)):
-        raise TypeError(f"model is {model!r}; give a module, or a function that makes one; a device is given as device=")
+        raise TypeError(
+            f"model is {model!r}; give a module, or a function that makes one; a device is given as device="
+        )
     if path.suffix == ".gguf":
         return load_gguf(path, config, device, dtype, filter_fn)
     if model is None:
@@ -97,7 +116,9 @@ def load(
         read_config(path)
     check_idle(model)
     pieces = _pieces(path, model, rename or {}, fuse or {})
-    places, apart = _untied(list(tensors_of(model, buffers=True)), pieces, all_ties(model) if is_pretrained(model) else {})
+    places, apart = _untied(
+        list(tensors_of(model, buffers=True)), pieces, all_ties(model) if is_pretrained(model) else {}
+    )
     state = {fqn: t for fqn, _, _, t in places}
     try:
         pieces, left_out = check(pieces, state, ignored(model), strict=not is_pretrained(model))
@@ -106,25 +127,40 @@ def load(
             raise ValueError(why) from error
         raise
     if left_out:
-        warnings.warn(f"{path}: {type(model).__name__} has no place for, and load left out, {some(left_out)}", stacklevel=2)
-    quantized = {p.target for p in pieces if p.source.quantized}  # one of them alone, say, which is meant
-    if float_ones := [p.target for p in pieces if p.target in apart and quantized.isdisjoint([p.target, *apart[p.target]])]:
         warnings.warn(
-            f"{path}: {some(float_ones)} are one weight in the model, and the files hold different values for them, so they are not tied, "
+            f"{path}: {type(model).__name__} has no place for, and load left out, {some(left_out)}",
+            stacklevel=2,
+        )
+    quantized = {p.target for p in pieces if p.source.quantized}  # one of them alone, say, which is meant
+    if float_ones := [
+        p.target for p in pieces if p.target in apart and quantized.isdisjoint([p.target, *apart[p.target]])
+    ]:
+        warnings.warn(
+            f"{path}: {some(float_ones)} are one weight in the model, and the files hold different values "
+            "for them, so they are not tied, "
             "as in transformers; if that is meant, set tie_word_embeddings to false in config.json",
             stacklevel=2,
         )
     if left := [fqn for fqn, t in model.named_buffers() if t.is_meta and fqn not in state]:
-        raise ValueError(f"{left[0]} was made on meta and is not in the checkpoint; give, as model, a function that makes it")
+        raise ValueError(
+            f"{left[0]} was made on meta and is not in the checkpoint; give, as model, a "
+            "function that makes it"
+        )
     if config is not None and any(p.source.quantized for p in pieces):
-        raise ValueError(f"{path} is quantized already; load it without a config, or give the float checkpoint")
-    targets = targets_of(model, config, default_filter(model, config, filter_fn)) if config is not None else []
+        raise ValueError(
+            f"{path} is quantized already; load it without a config, or give the float checkpoint"
+        )
+    targets = (
+        targets_of(model, config, default_filter(model, config, filter_fn)) if config is not None else []
+    )
     configs = {t.fqn: t.config for t in targets}
     fqns: dict[int, list[str]] = defaultdict(list)
     for fqn, t in state.items():
         fqns[id(t)].append(fqn)
     with together(next((ranks_of(t) for t in state.values() if held(t) is not t), None)):
-        new = _read(pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress))
+        new = _read(
+            pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress)
+        )
     put(places, new, configs, fqns if config is not None else {}, apart)
     if is_pretrained(model):
         ties: Any = model.all_tied_weights_keys
@@ -140,8 +176,9 @@ def load(
 def _untied(
     places: list[tuple[str, nn.Module, str, Tensor]], pieces: list[Piece], ties: Mapping[str, str]
 ) -> tuple[list[tuple[str, nn.Module, str, Tensor]], dict[str, list[str]]]:
-    """`places`, with tensors of their own where the checkpoint has different ones for names that share one; and, of each name there, those
-    that it shares with no more. A name that the checkpoint lacks goes with that which `ties` ties it to, or with the first."""
+    """`places`, with tensors of their own where the checkpoint has different ones for names that share one;
+    and, of each name there, those that it shares with no more. A name that the checkpoint lacks goes with
+    that which `ties` ties it to, or with the first."""
     held_by: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:
         held_by[piece.target].append(piece)
@@ -156,7 +193,9 @@ def _untied(
             continue
         kinds: list[list[str]] = []
         for name in (name for name in names if name in held_by):
-            if kind := next((kind for kind in kinds if same(held_by[kind[0]], held_by[name], old[name].dtype)), None):
+            if kind := next(
+                (kind for kind in kinds if same(held_by[kind[0]], held_by[name], old[name].dtype)), None
+            ):
                 kind.append(name)
             else:
                 kinds.append([name])
@@ -168,11 +207,15 @@ def _untied(
             vars(own).update(user_attributes(t))
             new |= dict.fromkeys(kind, own)
         if len(kinds) > 1:
-            apart |= {name: [other for other in names if other not in kind] for kind in kinds for name in kind}
+            apart |= {
+                name: [other for other in names if other not in kind] for kind in kinds for name in kind
+            }
     return [(fqn, module, name, new.get(fqn, t)) for fqn, module, name, t in places], apart
 
 
-def _pieces(path: Path, model: nn.Module, rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]) -> list[Piece]:
+def _pieces(
+    path: Path, model: nn.Module, rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]
+) -> list[Piece]:
     """The tensors of a checkpoint, and where in `model` each would go."""
     found = sources(path, renaming(model)) if is_pretrained(model) else sources(path)
     if rename or fuse or not is_pretrained(model):
@@ -181,10 +224,13 @@ def _pieces(path: Path, model: nn.Module, rename: Mapping[str, str], fuse: Mappi
 
 
 def without_place(path: Path, model: nn.Module) -> tuple[list[str], set[Path]]:
-    """The names of the tensors in a folder that its `model` has no place for, and so leaves out; and the files of all that `load` reads."""
+    """The names of the tensors in a folder that its `model` has no place for, and so leaves out; and the
+    files of all that `load` reads."""
     state = dict.fromkeys(fqn for fqn, *_ in tensors_of(model, buffers=True))
     pieces = _pieces(path, model, {}, {})
-    return [piece.source.name for piece in pieces if piece.target not in state], {piece.source.file for piece in pieces}
+    return [piece.source.name for piece in pieces if piece.target not in state], {
+        piece.source.file for piece in pieces
+    }
 
 
 def _read(
@@ -196,8 +242,8 @@ def _read(
     device: torch.device | str | None,
     bar: Callable[[int], Any],
 ) -> dict[int, dict[RTNConfig | None, Tensor]]:
-    """What this rank holds of each tensor of the model, filled, by the old one's id and by what it is to be: one that is shared, and
-    quantized at some of its places only, becomes two."""
+    """What this rank holds of each tensor of the model, filled, by the old one's id and by what it is to be:
+    one that is shared, and quantized at some of its places only, becomes two."""
     configs = {t.fqn: t.config for t in targets}
     transposed = {t.fqn for t in targets if t.transposed}
     new: dict[int, dict[RTNConfig | None, Tensor]] = defaultdict(dict)
@@ -229,8 +275,13 @@ def _bar(what: str, total: int, show: bool | None) -> Iterator[Callable[[int], A
     from tqdm import tqdm
 
     started = time.perf_counter()
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if show is None else not show) as bar:
+    with tqdm(
+        total=total, desc=what, unit="B", unit_scale=True, disable=None if show is None else not show
+    ) as bar:
         yield bar.update
     if not bar.disable:
         seconds = time.perf_counter() - started
-        tqdm.write(f"{what}: {total / 1e6:,.0f} MB in {seconds:.1f} s, {total / 1e6 / seconds:,.0f} MB/s", file=sys.stderr)
+        tqdm.write(
+            f"{what}: {total / 1e6:,.0f} MB in {seconds:.1f} s, {total / 1e6 / seconds:,.0f} MB/s",
+            file=sys.stderr,
+        )

@@ -1,7 +1,8 @@
 """`save` writes a model as a folder of safetensors.
 
-On disk a quantized weight `a.b.weight` is its two planes, `a.b._weight_qdata` and `a.b._weight_scale`, and a line of JSON in the file's
-metadata, as torchao flattens a tensor subclass; so transformers and torchao read what `save` writes.
+On disk a quantized weight `a.b.weight` is its two planes, `a.b._weight_qdata` and `a.b._weight_scale`, and a
+line of JSON in the file's metadata, as torchao flattens a tensor subclass; so transformers and torchao read
+what `save` writes.
 """
 
 import json
@@ -19,10 +20,12 @@ from rtn_tensor.quantize.selection import tensors_of
 
 
 def _to_write(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a state_dict, those that are shared once; but each of those that are not shared any more with some that they were
-    shared with, as who reads them cannot know with which."""
+    """The tensors of a state_dict, those that are shared once; but each of those that are not shared any more
+    with some that they were shared with, as who reads them cannot know with which."""
     places = list(tensors_of(model, buffers=True))
-    untied: dict[str, list[str]] = {fqn: vars(t)["untied_from"] for fqn, _, _, t in places if "untied_from" in vars(t)}
+    untied: dict[str, list[str]] = {
+        fqn: vars(t)["untied_from"] for fqn, _, _, t in places if "untied_from" in vars(t)
+    }
     apart = {*untied, *(name for names in untied.values() for name in names)}
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -49,11 +52,11 @@ def _write(model: nn.Module, folder: Path, max_shard_size: str | int) -> None:
 
 
 def save(model: Any, path: str | os.PathLike, max_shard_size: str | int = "5GB", force: bool = False) -> None:
-    """Writes `model`, quantized or not, as a folder of safetensors that `load` reads back bit for bit; a transformers model with its
-    config, so that transformers reads it, too.
+    """Writes `model`, quantized or not, as a folder of safetensors that `load` reads back bit for bit; a
+    transformers model with its config, so that transformers reads it, too.
 
-    It is written under a temporary name beside `path` and renamed at the end, so a folder named `path` is always whole. What an earlier
-    process was killed over is removed, or put back where it was the only one.
+    It is written under a temporary name beside `path` and renamed at the end, so a folder named `path` is
+    always whole. What an earlier process was killed over is removed, or put back where it was the only one.
 
     Args:
         model: any module.
@@ -62,12 +65,16 @@ def save(model: Any, path: str | os.PathLike, max_shard_size: str | int = "5GB",
         force: replace the model folder that is at `path`, once the new one is whole.
 
     Raises:
-        FileExistsError: there is something at `path`, and not `force`, or something other than a model folder.
+        FileExistsError: there is something at `path`, and not `force`, or something other than a model
+            folder.
         OSError: it could not be written (a full disk, say); nothing stays behind.
         ValueError: `path` is named as a file is.
     """
     if Path(path).suffix.lower() in FILE_ENDS:
-        raise ValueError(f"save makes a folder, and {path} is named as a file is; leave out {Path(path).suffix}, or use torch.save")
+        raise ValueError(
+            f"save makes a folder, and {path} is named as a file is; leave out "
+            f"{Path(path).suffix}, or use torch.save"
+        )
     with new_folder(path, force) as folder:
         write(model, folder, max_shard_size)
 

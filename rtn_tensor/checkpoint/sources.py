@@ -21,20 +21,40 @@ from rtn_tensor.formats import VERSION, check_version
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "BOOL": torch.bool,
+    },
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8, "I8": torch.int8},
-    **{"F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64},
-    **{"I16": torch.int16, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64},
+    **{
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+        "C64": torch.complex64,
+    },
+    **{
+        "I16": torch.int16,
+        "U16": torch.uint16,
+        "I32": torch.int32,
+        "U32": torch.uint32,
+        "I64": torch.int64,
+        "U64": torch.uint64,
+    },
 }  # as safetensors calls them
-READ_AHEAD = 128 << 10  # bytes; of one request Linux drops what is beyond the device's own read-ahead, at least this
+# bytes; of one request Linux drops what is beyond the device's own read-ahead, at least this.
+READ_AHEAD = 128 << 10
 
 
 @dataclass(frozen=True)
 class Source:
     """A tensor of a checkpoint, which stays on disk.
 
-    `view` gives it to be read only, and so of no weight where a process's own memory is limited; `map` as a private copy, of which only the
-    pages that are written to take memory. `read_soon` has the system bring a part of `view` into its cache meanwhile.
+    `view` gives it to be read only, and so of no weight where a process's own memory is limited; `map` as a
+    private copy, of which only the pages that are written to take memory. `read_soon` has the system bring a
+    part of `view` into its cache meanwhile.
     """
 
     file: Path
@@ -87,8 +107,13 @@ def flattened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     for name, t in tensors.items():
         if isinstance(t, RTNQuantizedTensor):
             about = {attribute: getattr(t, attribute) for attribute in t.tensor_attribute_names}
-            metadata[name] = json.dumps({"_type": type(t).__name__, "_data": about, "_tensor_data_names": t.tensor_data_names})
-            flat |= {plane: getattr(t, data).contiguous() for plane, data in zip(plane_names(name), t.tensor_data_names, strict=True)}
+            metadata[name] = json.dumps(
+                {"_type": type(t).__name__, "_data": about, "_tensor_data_names": t.tensor_data_names}
+            )
+            flat |= {
+                plane: getattr(t, data).contiguous()
+                for plane, data in zip(plane_names(name), t.tensor_data_names, strict=True)
+            }
         else:
             metadata[name] = json.dumps({"_type": "Tensor"})
             flat[name] = t.detach().contiguous()
@@ -97,7 +122,8 @@ def flattened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def check_attributes(attributes: Any) -> None:
-    """Raises ValueError unless a file's attributes of a quantized weight are those that it must have; `check_planes` looks at each."""
+    """Raises ValueError unless a file's attributes of a quantized weight are those that it must have;
+    `check_planes` looks at each."""
     if not isinstance(attributes, dict):
         raise ValueError(f"its attributes are {str(attributes)[:100]}; they must be a JSON object")
     check_version(attributes.get("version", VERSION))  # of a later one, others are to be expected
@@ -109,7 +135,8 @@ def check_attributes(attributes: Any) -> None:
 
 
 def _attributes(name: str, text: str) -> dict[str, Any] | None:
-    """The attributes of the quantized weight `name`, of which a file's metadata says `text`; None where that is about something else.
+    """The attributes of the quantized weight `name`, of which a file's metadata says `text`; None where that
+    is about something else.
 
     Raises:
         ValueError: it is a quantized weight of another library, or of a format that this one does not read.
@@ -118,13 +145,18 @@ def _attributes(name: str, text: str) -> dict[str, Any] | None:
         return None
     try:
         about = parse_json(text)
-    except ValueError:  # of a tensor that is not quantized it says nothing that is needed; the planes of one that is will be missed
+    # Of a tensor that is not quantized it says nothing that is needed; the planes of one that is will be
+    # missed.
+    except ValueError:
         return None
     kind = about.get("_type", "Tensor")
     if kind == "Tensor":
         return None
     if kind != RTNQuantizedTensor.__name__:
-        raise ValueError(f"{name} is a {str(kind)[:100]}, of another library; load it with that, or give a float checkpoint")
+        raise ValueError(
+            f"{name} is a {str(kind)[:100]}, of another library; load it with that, or give a "
+            "float checkpoint"
+        )
     attributes = about.get("_data")
     try:
         check_attributes(attributes)
@@ -145,7 +177,10 @@ def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
                 formats[name] = attributes
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-    private, read_only = functools.cache(lambda: safe_open(file, "pt")), functools.cache(lambda: _ReadOnly(file))
+    private, read_only = (
+        functools.cache(lambda: safe_open(file, "pt")),
+        functools.cache(lambda: _ReadOnly(file)),
+    )
     tensors = []
     for entry in entries:
         if (dtype := DTYPES.get(entry.dtype)) is None:
@@ -154,12 +189,16 @@ def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
         def view(entry: Entry = entry, dtype: torch.dtype = dtype) -> Tensor:
             return read_only().tensor(dtype, entry.shape, entry.start)
 
-        def map(entry: Entry = entry, dtype: torch.dtype = dtype, view: Callable[[], Tensor] = view) -> Tensor:
+        def map(
+            entry: Entry = entry, dtype: torch.dtype = dtype, view: Callable[[], Tensor] = view
+        ) -> Tensor:
             # torch maps no tensor that begins inside an element, and kernels read planes in words of 8 bytes.
             aligned = entry.start % (8 if dtype == torch.uint8 else dtype.itemsize) == 0
             return private().get_tensor(entry.name) if aligned else view().clone()
 
-        tensors.append(Source(file, entry.name, entry.shape, dtype, map, view, lambda part: read_only().read_soon(part)))
+        tensors.append(
+            Source(file, entry.name, entry.shape, dtype, map, view, lambda part: read_only().read_soon(part))
+        )
     return tensors, formats
 
 
@@ -187,13 +226,16 @@ def _torch_file(file: Path) -> list[Source]:
         if names := sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error)))):
             # torch advises to read it all the same, which runs whatever it holds.
             raise ValueError(
-                f"{file} holds more than tensors ({', '.join(names)}), and to read that could run any code; save the state_dict alone: "
+                f"{file} holds more than tensors ({', '.join(names)}), and to read that could run any code; "
+                "save the state_dict alone: "
                 "torch.save(model.state_dict(), file), or better as safetensors"
             ) from None
         why = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()[0]
         raise ValueError(f"{file} cannot be read ({why}); give a state_dict that torch.save wrote") from None
     except Exception as error:  # torch raises many kinds, and names no file
-        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}); give a state_dict that torch.save wrote") from error
+        raise ValueError(
+            f"{file} cannot be read ({str(error).splitlines()[0]}); give a state_dict that torch.save wrote"
+        ) from error
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
     if not isinstance(state, Mapping):
@@ -202,26 +244,42 @@ def _torch_file(file: Path) -> list[Source]:
         if isinstance(t, Tensor):
             if not isinstance(name, str):
                 raise ValueError(
-                    f"{file} has a tensor under {str(name)[:100]!r}, which is no name; give a state_dict that torch.save wrote"
+                    f"{file} has a tensor under {str(name)[:100]!r}, which is no name; give a state_dict "
+                    "that torch.save wrote"
                 )
-            kind = type(t).__name__ if type(t) not in (Tensor, nn.Parameter, RTNQuantizedTensor) else str(t.layout)
+            kind = (
+                type(t).__name__
+                if type(t) not in (Tensor, nn.Parameter, RTNQuantizedTensor)
+                else str(t.layout)
+            )
             if kind != str(torch.strided) or t.is_quantized or t.is_meta:
                 kind = "on meta, without values" if t.is_meta else f"a {t.dtype if t.is_quantized else kind}"
-                raise ValueError(f"{file}: {name} is {kind}; load takes plain tensors, and those that rtn-tensor quantized")
+                raise ValueError(
+                    f"{file}: {name} is {kind}; load takes plain tensors, and those that rtn-tensor quantized"
+                )
     return state_sources(state, file)
 
 
 def state_sources(state: Mapping[str, Any], file: Path) -> list[Source]:
     """The tensors of a state dict; `file` is what errors say it is."""
     return [
-        Source(file, name, tuple(t.shape), t.dtype, t.detach, t.detach, quantized=isinstance(t, RTNQuantizedTensor))
+        Source(
+            file,
+            name,
+            tuple(t.shape),
+            t.dtype,
+            t.detach,
+            t.detach,
+            quantized=isinstance(t, RTNQuantizedTensor),
+        )
         for name, t in state.items()
         if isinstance(t, Tensor)
     ]
 
 
 def _read(path: Path) -> tuple[dict[str, Source], dict[str, dict]]:
-    """The tensors as they lie in the files of a checkpoint, and the attributes of each quantized weight, by name."""
+    """The tensors as they lie in the files of a checkpoint, and the attributes of each quantized weight, by
+    name."""
     found: dict[str, Source] = {}
     formats: dict[str, dict] = {}
     for file in weight_files(path):
@@ -239,23 +297,31 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
 
     Raises:
         FileNotFoundError: there is none at `path`.
-        ValueError: a file of it is truncated or corrupt, is no regular file, names a tensor that another has, or says of a quantized weight
-            what its planes are not.
+        ValueError: a file of it is truncated or corrupt, is no regular file, names a tensor that another has,
+            or says of a quantized weight what its planes are not.
     """
     found, formats = _read(Path(path))
-    # transformers writes a tensor under the name that its model once had for it, and in the metadata as it has now.
+    # transformers writes a tensor under the name that its model once had for it, and in the metadata as it
+    # has now.
     names = {new(name): name for name in found} if formats else {}
     for fqn, attributes in formats.items():
         qdata, scale = (found.pop(names.get(plane, ""), None) for plane in plane_names(fqn))
         if qdata and scale:
             if fqn in found:
-                raise found[fqn].error(f"is there twice, quantized as {qdata.name}, too; remove one of the two")
+                raise found[fqn].error(
+                    f"is there twice, quantized as {qdata.name}, too; remove one of the two"
+                )
             found[fqn] = _quantized(qdata, scale, fqn, attributes)
         elif source := qdata or scale:
-            raise source.error(f"is one of the two planes of {fqn}, and the other is missing; download the checkpoint again")
+            raise source.error(
+                f"is one of the two planes of {fqn}, and the other is missing; download the checkpoint again"
+            )
     for name, source in found.items():
         if re.fullmatch(r"(.*\.)?_.+_qdata", name) and name.removesuffix("qdata") + "scale" in found:
-            raise source.error("is a plane of a quantized weight, of which the metadata says nothing that can be read; download it again")
+            raise source.error(
+                "is a plane of a quantized weight, of which the metadata says nothing that "
+                "can be read; download it again"
+            )
     return found
 
 
@@ -268,9 +334,11 @@ def tensor_names(path: str | os.PathLike) -> set[str]:
     return set(_read(Path(path))[0])
 
 
-def saved_attributes(path: str | os.PathLike, renaming: Callable[[], Callable[[str], str]]) -> dict[str, dict]:
-    """The attributes of each quantized weight of a checkpoint, by the name that its files give it; `renaming()` maps names there to the
-    metadata's, and is asked for where they differ.
+def saved_attributes(
+    path: str | os.PathLike, renaming: Callable[[], Callable[[str], str]]
+) -> dict[str, dict]:
+    """The attributes of each quantized weight of a checkpoint, by the name that its files give it;
+    `renaming()` maps names there to the metadata's, and is asked for where they differ.
 
     Raises:
         FileNotFoundError, ValueError: as `sources`.

@@ -27,7 +27,9 @@ def positions(model: Any) -> int | None:
     for rope in [ropes] if "rope_type" in ropes else ropes.values():  # one, or one for each kind of layer
         if isinstance(rope, dict) and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
             # Whether max_position_embeddings is before or after the stretching, no rule says.
-            most = max(most, int((rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1)))
+            most = max(
+                most, int((rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1))
+            )
     return most
 
 
@@ -42,8 +44,14 @@ class _Step(nn.Module):
         from transformers.cache_utils import StaticLayer
 
         name = type(model).__name__
-        if not is_pretrained(model) or getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
-            raise TypeError(f"{name} is no causal language model of transformers; give one, as of a class ...ForCausalLM")
+        if (
+            not is_pretrained(model)
+            or getattr(model.config, "is_encoder_decoder", False)
+            or not model.can_generate()
+        ):
+            raise TypeError(
+                f"{name} is no causal language model of transformers; give one, as of a class ...ForCausalLM"
+            )
         other = TypeError(f"{name} keeps other states than keys and values; decode by model.generate")
 
         super().__init__()
@@ -51,9 +59,13 @@ class _Step(nn.Module):
         self.cache = StaticCache(config=model.config, max_cache_len=room)
         if not all(isinstance(layer, StaticLayer) for layer in self.cache.layers):
             raise other
-        # Of one size all, as transformers exports them: a sliding layer branches on how full it is, and the mask leaves out the same.
+        # Of one size all, as transformers exports them: a sliding layer branches on how full it is, and the
+        # mask leaves out the same.
         self.cache.layers = [StaticLayer(room) for _ in self.cache.layers]
-        self(torch.zeros(1, 1, dtype=torch.long, device=model.device), torch.zeros(1, dtype=torch.long, device=model.device))
+        self(
+            torch.zeros(1, 1, dtype=torch.long, device=model.device),
+            torch.zeros(1, dtype=torch.long, device=model.device),
+        )
         if not any(layer.is_initialized for layer in self.cache.layers):
             raise other
         for i, layer in enumerate(self.cache.layers):
@@ -61,12 +73,16 @@ class _Step(nn.Module):
             self.register_buffer(f"values{i}", layer.values, persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The most likely token [1, 1] after `tokens [1, T]`, which stand at `positions [T]`; their keys and values go into the cache."""
+        """The most likely token [1, 1] after `tokens [1, T]`, which stand at `positions [T]`; their keys and
+        values go into the cache."""
         for i, layer in enumerate(self.cache.layers):
             if layer.is_initialized:
-                layer.keys, layer.values = getattr(self, f"keys{i}"), getattr(self, f"values{i}")  # an exporter swaps the buffers
+                # An exporter swaps the buffers.
+                layer.keys, layer.values = getattr(self, f"keys{i}"), getattr(self, f"values{i}")
             layer.cumulative_length = positions[0].clone()
-        out = self.model(tokens, position_ids=positions[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(
+            tokens, position_ids=positions[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
 
@@ -76,9 +92,11 @@ class Decoder:
     transformers' own `generate` does more, and on a CPU spends more time on it than on the model.
 
     Args:
-        model: a transformers causal language model. Its weights may change in place afterwards; where one is replaced, make a new Decoder.
+        model: a transformers causal language model. Its weights may change in place afterwards; where one is
+            replaced, make a new Decoder.
         room: tokens that fit, those of the prompt included.
-        compile: compile the step from token to token. It takes about a minute; where the model is on a CPU a C++ compiler must be there.
+        compile: compile the step from token to token. It takes about a minute; where the model is on a CPU a
+            C++ compiler must be there.
 
     Raises:
         TypeError: `room` is no whole number, or the model keeps other states than keys and values.
@@ -90,21 +108,28 @@ class Decoder:
             raise TypeError(f"room={room!r}; it must be a whole number of tokens")
         most = positions(model)
         if room < 2 or (most is not None and room > most):
-            raise ValueError(f"room={room}; it must be at least 2 tokens" + (f", and at most the model's {most} positions" if most else ""))
+            raise ValueError(
+                f"room={room}; it must be at least 2 "
+                "tokens" + (f", and at most the model's {most} positions" if most else "")
+            )
         self.room = room
         with torch.inference_mode(False), torch.no_grad():
             self._prefill = _Step(model, room)
             self._step = _compiled(self._prefill) if compile else self._prefill
 
     def __call__(self, input_ids: Tensor) -> Generator[Tensor]:
-        """Tokens int64 [1, 1] that follow `input_ids` int64 [1, T], until the room is used up. What ends a text it does not know.
+        """Tokens int64 [1, 1] that follow `input_ids` int64 [1, T], until the room is used up. What ends a
+        text it does not know.
 
         Raises:
             ValueError: a prompt of another shape, or with no room for a token after it.
         """
         length = input_ids.shape[-1]
         if input_ids.shape != (1, length) or not 0 < length < self.room:
-            raise ValueError(f"input_ids has shape {list(input_ids.shape)}; pass [1, T] with 1 <= T < {self.room}, the decoder's room")
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}; pass [1, T] with 1 <= T < "
+                f"{self.room}, the decoder's room"
+            )
         return self._decode(input_ids)
 
     def _decode(self, input_ids: Tensor) -> Generator[Tensor]:
@@ -123,10 +148,14 @@ def _compiled(step: _Step) -> Callable[[Tensor, Tensor], Tensor]:
     device = step.model.device
     if device.type != "cpu":
         return torch.compile(step, fullgraph=True)
-    # A step is hundreds of small calls. Of a token's 11.6 ms (SmolLM2-135M in int4) torch.compile took 4 around every call, for its guards
-    # and to unwrap 211 quantized weights; ahead of time the whole step is one call of C++: 6.5 ms.
+    # A step is hundreds of small calls. Of a token's 11.6 ms (SmolLM2-135M in int4) torch.compile took 4
+    # around every call, for its guards and to unwrap 211 quantized weights; ahead of time the whole step is
+    # one call of C++: 6.5 ms.
     model, attention = step.model, step.model.config._attn_implementation
-    token, position = torch.zeros(1, 1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    token, position = (
+        torch.zeros(1, 1, dtype=torch.long, device=device),
+        torch.zeros(1, dtype=torch.long, device=device),
+    )
     # `eager`: plain products fuse; the CPU's fused attention takes 0.2 ms a layer for one bf16 query.
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, at what it does itself

@@ -27,20 +27,22 @@ class Generation:
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompt: str, max_new_tokens: int, compile: bool = False) -> Generation:
-    """Greedy continuation of `prompt`, asked as the user's turn of a chat where the tokenizer has a chat template.
+    """Greedy continuation of `prompt`, asked as the user's turn of a chat where the tokenizer has a chat
+    template.
 
     Args:
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         prompt: text; not empty.
         max_new_tokens: at most this many, at least 1; the model may stop earlier.
-        compile: decode by a compiled `Decoder` in the place of transformers' own loop; the time to compile is not counted in `seconds`.
+        compile: decode by a compiled `Decoder` in the place of transformers' own loop; the time to compile is
+            not counted in `seconds`.
 
     Raises:
         TypeError: the prompt is no text, or max_new_tokens no whole number.
-        ValueError: an empty prompt, max_new_tokens below 1, or more tokens than the model has positions; a model that is not causal; a
-            chat template that fails; a tokenizer of another vocabulary; `compile` for a model whose generation_config asks for more than
-            greedy decoding.
+        ValueError: an empty prompt, max_new_tokens below 1, or more tokens than the model has positions; a
+            model that is not causal; a chat template that fails; a tokenizer of another vocabulary; `compile`
+            for a model whose generation_config asks for more than greedy decoding.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt is a {type(prompt).__name__}; pass some text")
@@ -57,13 +59,19 @@ def generate(model, tokenizer, prompt: str, max_new_tokens: int, compile: bool =
     check_tokens(model, ids)
     most, length = positions(model), ids.shape[1]
     if most is not None and length + max_new_tokens > most:
-        fits = f"use max_new_tokens={most - length} or less" if length < most else f"shorten it to less than {most} tokens"
+        fits = (
+            f"use max_new_tokens={most - length} or less"
+            if length < most
+            else f"shorten it to less than {most} tokens"
+        )
         raise ValueError(
-            f"the prompt has {length} tokens and max_new_tokens={max_new_tokens}, and {type(model).__name__} has {most} positions "
+            f"the prompt has {length} tokens and max_new_tokens={max_new_tokens}, and {type(model).__name__} "
+            f"has {most} positions "
             f"(max_position_embeddings); {fits}"
         )
     ids = ids.to(next(model.parameters()).device)
-    if is_pretrained(model) and getattr(model.config, "is_decoder", None) is False:  # XLNet has none, and writes by masks of its own
+    # XLNet has none, and writes by masks of its own.
+    if is_pretrained(model) and getattr(model.config, "is_decoder", None) is False:
         check_ahead(model, ids[0])
     if compile:
         return _generate_compiled(model, tokenizer, ids, max_new_tokens)
@@ -93,7 +101,8 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template is a program, which may fail in any way
             raise ValueError(
-                f"the tokenizer's chat template fails ({type(error).__name__}: {error}); mend chat_template.jinja, or the chat_template of "
+                f"the tokenizer's chat template fails ({type(error).__name__}: {error}); mend "
+                "chat_template.jinja, or the chat_template of "
                 "tokenizer_config.json, or remove it to continue the prompt as it is"
             ) from error
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -117,13 +126,31 @@ APPLIED = {
 }
 
 
-OF_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "renormalize_logits"}
+OF_SAMPLING = {
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "renormalize_logits",
+}
 
 
 OF_BEAMS = {"early_stopping", "length_penalty", "diversity_penalty"}
 
 
-OF_SPEED = {"use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile", "low_memory"} | {
+OF_SPEED = {
+    "use_cache",
+    "cache_implementation",
+    "cache_config",
+    "max_cache_len",
+    "compile_config",
+    "disable_compile",
+    "low_memory",
+} | {
     *(
         "prefill_chunk_size",
         "continuous_batching_config",
@@ -132,30 +159,54 @@ OF_SPEED = {"use_cache", "cache_implementation", "cache_config", "max_cache_len"
         "num_assistant_tokens",
         "num_assistant_tokens_schedule",
     ),
-    *("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
+    *(
+        "assistant_confidence_threshold",
+        "assistant_early_exit",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "assistant_ensemble_weight",
+    ),
     *("prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type"),
 }
 
 
-OF_THE_RESULT = {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
+OF_THE_RESULT = {
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "return_dict_in_generate",
+}
 
 
 OF_THE_FILE = {"transformers_version", "_from_model_config"}
 
 
-NEUTRAL = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "guidance_scale": 1, "num_return_sequences": 1, "num_beam_groups": 1}
+NEUTRAL = {
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "guidance_scale": 1,
+    "num_return_sequences": 1,
+    "num_beam_groups": 1,
+}
 
 
 def check_greedy(model: Any) -> None:
-    """Raises ValueError where the model's generation_config asks for more than the most likely token each time."""
+    """Raises ValueError where the model's generation_config asks for more than the most likely token each
+    time."""
     from transformers import GenerationConfig
 
     harmless = APPLIED | OF_SAMPLING | OF_BEAMS | OF_SPEED | OF_THE_RESULT | OF_THE_FILE
     given = vars(model.generation_config)
-    asked = [name for name in vars(GenerationConfig()) if name not in harmless and given.get(name) and given[name] != NEUTRAL.get(name)]
+    asked = [
+        name
+        for name in vars(GenerationConfig())
+        if name not in harmless and given.get(name) and given[name] != NEUTRAL.get(name)
+    ]
     if asked:
         raise ValueError(
-            f"the model's generation_config has {' and '.join(asked)}, which compiled decoding does not apply; generate without "
+            f"the model's generation_config has {' and '.join(asked)}, which compiled decoding does not "
+            "apply; generate without "
             "compiling, or remove it there"
         )
 

@@ -1,11 +1,13 @@
 """Zero-shot tasks, scored by lm-evaluation-harness, and what a model keeps of another's score.
 
-Each option of an item is scored by its log-likelihood given the context, with no example before it and no chat template:
+Each option of an item is scored by its log-likelihood given the context, with no example before it and no
+chat template:
 
-    acc         the option of the greatest log-likelihood is the right one
-    acc_norm    the same after dividing each option's log-likelihood by its length in characters, without the space before it
-    acc         of a task with one continuation, as LAMBADA's last word: each of its tokens is the most likely one (greedy match)
-    perplexity  exp(-mean log-likelihood), over the continuations of such a task, or over the tokens of a text
+    acc         the option of the greatest log-likelihood is the right one acc_norm    the same after dividing
+    each option's log-likelihood by its length in characters, without the space before it acc         of a
+    task with one continuation, as LAMBADA's last word: each of its tokens is the most likely one (greedy
+    match) perplexity  exp(-mean log-likelihood), over the continuations of such a task, or over the tokens of
+    a text
 
 https://github.com/EleutherAI/lm-evaluation-harness
 """
@@ -31,7 +33,8 @@ METRICS = ("acc_norm", "acc", "perplexity")  # the first that a task has goes in
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of a task, with the items it is made of, so that two models' can be compared item by item."""
+    """One metric of a task, with the items it is made of, so that two models' can be compared item by
+    item."""
 
     task: str
     metric: str  # one of METRICS
@@ -44,23 +47,30 @@ class Score:
 
     @property
     def stderr(self) -> float:
-        """Standard error of `value` over a draw of the items; of a perplexity to first order. NaN of one item, or of an infinite one."""
+        """Standard error of `value` over a draw of the items; of a perplexity to first order. NaN of one
+        item, or of an infinite one."""
         error = _stderr(self.items)
         return self.value * error if self.metric == "perplexity" else error
 
     def recovery(self, reference: "Score") -> tuple[float, float]:
         """What is kept of the reference's score: `(ratio, its standard error)`, where 1 is all of it.
 
-        The ratio is accuracy over accuracy, or the reference's perplexity over this one. Both models scored the same items, so the error
-        is of their paired differences, to first order: it is far smaller than the two errors together. Both are NaN where the reference's
-        accuracy is 0.
+        The ratio is accuracy over accuracy, or the reference's perplexity over this one. Both models scored
+        the same items, so the error is of their paired differences, to first order: it is far smaller than
+        the two errors together. Both are NaN where the reference's accuracy is 0.
 
         Raises:
             ValueError: the scores are not of the same metric of as many items of the same task.
         """
-        mine, other = (self.task, self.metric, len(self.items)), (reference.task, reference.metric, len(reference.items))
+        mine, other = (
+            (self.task, self.metric, len(self.items)),
+            (reference.task, reference.metric, len(reference.items)),
+        )
         if mine != other:
-            raise ValueError(f"{mine[0]} {mine[1]} over {mine[2]} items cannot be compared with {other[0]} {other[1]} over {other[2]}")
+            raise ValueError(
+                f"{mine[0]} {mine[1]} over {mine[2]} items cannot be compared with {other[0]} "
+                f"{other[1]} over {other[2]}"
+            )
         pairs = list(zip(self.items, reference.items, strict=True))
         if self.metric == "perplexity":
             ratio = reference.value / self.value
@@ -72,31 +82,43 @@ class Score:
 
 
 def _stderr(items: Sequence[float]) -> float:
-    return stdev(items) / math.sqrt(len(items)) if len(items) > 1 and all(map(math.isfinite, items)) else math.nan
+    return (
+        stdev(items) / math.sqrt(len(items))
+        if len(items) > 1 and all(map(math.isfinite, items))
+        else math.nan
+    )
 
 
 def text_score(name: str, losses: torch.Tensor) -> Score:
-    """The perplexity of a text, from `evaluate.token_losses` [S]. Its standard error takes the tokens for independent."""
+    """The perplexity of a text, from `evaluate.token_losses` [S]. Its standard error takes the tokens for
+    independent."""
     return Score(name, "perplexity", tuple((-losses).tolist()))
 
 
 def run_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None = None, data: str | Path | None = None, batch_size: int = 8
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    data: str | Path | None = None,
+    batch_size: int = 8,
 ) -> list[Score]:
-    """Scores of a model in tasks of lm-evaluation-harness, all its metrics that are among METRICS; progress goes to stderr.
+    """Scores of a model in tasks of lm-evaluation-harness, all its metrics that are among METRICS; progress
+    goes to stderr.
 
     Args:
         model: a transformers causal language model, quantized or not; put into eval mode.
         tokenizer: its tokenizer.
-        tasks: names of the harness, as hellaswag, arc_easy, arc_challenge, piqa, winogrande; `lambada` is its lambada_openai.
+        tasks: names of the harness, as hellaswag, arc_easy, arc_challenge, piqa, winogrande; `lambada` is its
+            lambada_openai.
         limit: score only the first so many items of each task.
-        data: a folder with a file TASK.jsonl for each task, whose lines are rows as those of the dataset that the harness would fetch from
-            the hub. None: it does fetch them.
+        data: a folder with a file TASK.jsonl for each task, whose lines are rows as those of the dataset that
+            the harness would fetch from the hub. None: it does fetch them.
         batch_size: options scored at once. The longest go first, so that memory runs out at once or never.
 
     Raises:
-        ValueError: no task, or no such, one without any of METRICS, a limit or a batch_size below 1; a model that is not causal, or has not
-            all tokens of the tokenizer.
+        ValueError: no task, or no such, one without any of METRICS, a limit or a batch_size below 1; a model
+            that is not causal, or has not all tokens of the tokenizer.
         FileNotFoundError: `data` lacks a task's file.
         ImportError: the harness is not installed.
     """
@@ -112,10 +134,15 @@ def run_tasks(
     for task, name in names.items():
         listed = [entry["metric"] for entry in loaded["tasks"][name].config.metric_list or ()]
         if not set(METRICS) & set(listed):
-            raise ValueError(f"{task} is scored by {', '.join(listed)}; only tasks with {', '.join(METRICS)} are understood here")
+            raise ValueError(
+                f"{task} is scored by {', '.join(listed)}; only tasks with {', '.join(METRICS)} "
+                "are understood here"
+            )
     wrapped: Any = HFLM  # its decorator hides its parameters
     # The model's own dtype would round log-likelihoods to two or three digits.
-    scorer = wrapped(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+    scorer = wrapped(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32
+    )
     try:
         found: Any = evaluate(scorer, {"tasks": loaded["tasks"]}, limit=limit, bootstrap_iters=0)
     except IndexError:
@@ -124,19 +151,25 @@ def run_tasks(
     except (UndefinedError, KeyError) as error:
         if data is None:
             raise
-        raise ValueError(f"{data}: rows lack what their task needs ({error}); write them as the hub's dataset has them") from error
+        raise ValueError(
+            f"{data}: rows lack what their task needs ({error}); write them as the hub's dataset has them"
+        ) from error
     samples = found["samples"]
     scores = []
     for task, name in names.items():
         metrics = [metric for metric in METRICS if metric in samples[name][0]]
-        scores += [Score(task, metric, tuple(float(sample[metric]) for sample in samples[name])) for metric in metrics]
+        scores += [
+            Score(task, metric, tuple(float(sample[metric]) for sample in samples[name]))
+            for metric in metrics
+        ]
     return scores
 
 
 def check_tasks(
     tasks: Sequence[str], limit: int | None = None, data: str | Path | None = None, batch_size: int = 8
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """The harness's names of `tasks`, and what it is to be told of each; `run_tasks` takes and raises the same, but needs a model."""
+    """The harness's names of `tasks`, and what it is to be told of each; `run_tasks` takes and raises the
+    same, but needs a model."""
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks={tasks!r}; give a list of names, one or more, as ['hellaswag', 'piqa']")
     if limit is not None and (type(limit) is not int or limit < 1):
@@ -150,8 +183,14 @@ def check_tasks(
     for task, name in names.items():
         if name not in manager.all_subtasks:
             near = difflib.get_close_matches(task, [*NAMES, *manager.all_subtasks])
-            raise ValueError(f"lm-evaluation-harness has no task {task!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    return names, [{"task": name, "num_fewshot": 0, **(_local(Path(data), task) if data else {})} for task, name in names.items()]
+            raise ValueError(
+                "lm-evaluation-harness has no task "
+                f"{task!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
+    return names, [
+        {"task": name, "num_fewshot": 0, **(_local(Path(data), task) if data else {})}
+        for task, name in names.items()
+    ]
 
 
 @functools.cache
@@ -165,10 +204,18 @@ def _manager() -> Any:
 def _local(data: Path, task: str) -> dict[str, Any]:
     file = data / f"{task}.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; write the task's rows there, or leave the folder out to fetch them from the hub")
+        raise FileNotFoundError(
+            f"{file} does not exist; write the task's rows there, or leave the folder "
+            "out to fetch them from the hub"
+        )
     _check_rows(file)
     splits = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": "test"}
-    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(file)}}, **splits}
+    return {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        **splits,
+    }
 
 
 def _check_rows(file: Path) -> None:
@@ -181,7 +228,9 @@ def _check_rows(file: Path) -> None:
                 if not isinstance(parse_json(line), dict):
                     raise ValueError("it is no JSON object")
     except ValueError as error:
-        raise ValueError(f"{file}, line {count or 1}: {error}; each line is a row of the dataset, as JSON") from None
+        raise ValueError(
+            f"{file}, line {count or 1}: {error}; each line is a row of the dataset, as JSON"
+        ) from None
     if not count:
         raise ValueError(f"{file} is empty; each line is a row of the dataset, as JSON")
 
@@ -196,8 +245,8 @@ def main_scores(scores: Sequence[Score]) -> list[Score]:
 
 
 def average_recovery(scores: Sequence[Score], references: Sequence[Score]) -> tuple[float, float]:
-    """The mean recovery over the tasks' main accuracies, and its standard error; a task in which the reference has 0 is left out. NaN where
-    none is left."""
+    """The mean recovery over the tasks' main accuracies, and its standard error; a task in which the
+    reference has 0 is left out. NaN where none is left."""
     kept = _recoveries(scores, references)
     if not kept:
         return math.nan, math.nan
@@ -205,18 +254,29 @@ def average_recovery(scores: Sequence[Score], references: Sequence[Score]) -> tu
 
 
 def _recoveries(scores: Sequence[Score], references: Sequence[Score]) -> list[tuple[float, float]]:
-    return [a.recovery(b) for a, b in zip(main_scores(scores), main_scores(references), strict=True) if b.value]
+    return [
+        a.recovery(b) for a, b in zip(main_scores(scores), main_scores(references), strict=True) if b.value
+    ]
 
 
 def rows(scores: Sequence[Score], references: Sequence[Score] | None = None) -> list[dict]:
-    """What `show` prints, for JSON: a row a score, with the reference's and the recovery where there is a reference. NaN is None."""
+    """What `show` prints, for JSON: a row a score, with the reference's and the recovery where there is a
+    reference. NaN is None."""
     result = []
     for i, score in enumerate(scores):
-        row = {"task": score.task, "metric": score.metric, "n": len(score.items), "value": score.value, "stderr": score.stderr}
+        row = {
+            "task": score.task,
+            "metric": score.metric,
+            "n": len(score.items),
+            "value": score.value,
+            "stderr": score.stderr,
+        }
         if references:
             ratio, error = score.recovery(references[i])
             row |= {"reference": references[i].value, "recovery": ratio, "recovery_stderr": error}
-        result.append({key: None if isinstance(cell, float) and math.isnan(cell) else cell for key, cell in row.items()})
+        result.append(
+            {key: None if isinstance(cell, float) and math.isnan(cell) else cell for key, cell in row.items()}
+        )
     return result
 
 
@@ -228,10 +288,18 @@ def show(scores: Sequence[Score], references: Sequence[Score] | None = None) -> 
         numbers = [row[key], row[error]] if error else [row[key]]
         return " +- ".join("?" if number is None else f"{percent * number:.2f}" for number in numbers)
 
-    columns = [("value", "stderr")] + ([("reference", None), ("recovery", "recovery_stderr")] if references else [])
-    lines = [[r["task"], r["metric"], str(r["n"]), *(cell(r, *column) for column in columns)] for r in rows(scores, references)]
+    columns = [("value", "stderr")] + (
+        [("reference", None), ("recovery", "recovery_stderr")] if references else []
+    )
+    lines = [
+        [r["task"], r["metric"], str(r["n"]), *(cell(r, *column) for column in columns)]
+        for r in rows(scores, references)
+    ]
     text = table(["task", "metric", "n", *(key for key, _ in columns)], lines)
     if references and (kept := _recoveries(scores, references)):
         ratio, error = average_recovery(scores, references)
-        text += f"\nrecovery, mean over {len(kept)} tasks (acc_norm, else acc): {100 * ratio:.2f} +- {100 * error:.2f} %"
+        text += (
+            f"\nrecovery, mean over {len(kept)} tasks (acc_norm, else acc): {100 * ratio:.2f} +- "
+            f"{100 * error:.2f} %"
+        )
     return text

@@ -1,4 +1,5 @@
-"""Other libraries that this one works with, a module or package each. The core imports none; it tells them by `on_quantized`."""
+"""Other libraries that this one works with, a module or package each. The core imports none; it tells them by
+`on_quantized`."""
 
 from collections.abc import Callable
 

@@ -18,15 +18,23 @@ from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import FORMATS
 from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.integrations.transformers.names import renaming
-from rtn_tensor.quantize.selection import FORMAT_KEYS, Rules, config_from_json, matches, reaches, rules_from_json
+from rtn_tensor.quantize.selection import (
+    FORMAT_KEYS,
+    Rules,
+    config_from_json,
+    matches,
+    reaches,
+    rules_from_json,
+)
 from rtn_tensor.reference import SwiGLU
 
 KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what engines call the linears that choose among experts
-SMALLEST = 32  # of a layer with fewer inputs or outputs nothing is saved: it has less than a group, or a handful of rows
+# Of a layer with fewer inputs or outputs nothing is saved: it has less than a group, or a handful of rows.
+SMALLEST = 32
 
 
-# ------------------------------------------------------------------------------------------- what is asked for
+# ----------------------------------------------------------------------- what is asked for
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -54,8 +62,8 @@ class Options:
 
     Attributes:
         default: the format of what no rule names; None for a folder that is quantized already.
-        rules: (pattern, format or None for float), of which the first that matches a layer's name counts; as in `quantize_`, wildcards
-            that ask for bits reach only what is quantized by default.
+        rules: (pattern, format or None for float), of which the first that matches a layer's name counts; as
+            in `quantize_`, wildcards that ask for bits reach only what is quantized by default.
         saved: of a folder that is quantized already, the format of each weight by its name.
     """
 
@@ -69,7 +77,8 @@ class Options:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], own: Sequence[str] = ()) -> "Options":
-        """From the quantization_config that a user gives; what it leaves out is RTN_NUM_BITS (8), RTN_GROUP_SIZE (128), "absmax".
+        """From the quantization_config that a user gives; what it leaves out is RTN_NUM_BITS (8),
+        RTN_GROUP_SIZE (128), "absmax".
 
         Args:
             config: what is given.
@@ -80,17 +89,22 @@ class Options:
         """
         keys = (*KEYS, *own)
         if unknown := set(config) - set(keys):
-            raise ValueError(f"quantization_config has {', '.join(map(repr, sorted(unknown)))}; it takes {', '.join(map(repr, keys))}")
+            raise ValueError(
+                f"quantization_config has {', '.join(map(repr, sorted(unknown)))}; it takes "
+                f"{', '.join(map(repr, keys))}"
+            )
         base = _default_format()
         given = {key: config[key] for key in FORMAT_KEYS if key in config}
         default = config_from_json(base | given, rtn(), "quantization_config")
         ignore = config.get("ignore") or []
         if not isinstance(ignore, Sequence) or isinstance(ignore, str):
             raise ValueError(f"quantization_config: ignore is {ignore!r}; it takes a list")
-        rules = rules_from_json([[pattern, None] for pattern in ignore]) + rules_from_json(config.get("rules") or [], default)
+        rules = rules_from_json([[pattern, None] for pattern in ignore]) + rules_from_json(
+            config.get("rules") or [], default
+        )
         return cls(default, rules)
 
-    # --------------------------------------------------------------------------------------- what becomes of a layer
+    # -------------------------------------------------------------- what becomes of a layer
 
     def of(self, name: str, parts: Sequence[str] = (), by_default: bool = True) -> RTNConfig | None:
         """The format of the layer `name`, or None where it stays float.
@@ -105,25 +119,45 @@ class Options:
         """
         found = {part: self._of_part(part, name, by_default) for part in parts or (name,)}
         if len(set(found.values())) > 1:
-            each = ", ".join(f"{part.rpartition('.')[2]} {describe(config)}" for part, config in found.items())
-            how = "quantize the folder again with one format" if self.default is None else "give all of them one"
-            raise ValueError(f"{name} is one layer here, and its parts would be of different formats ({each}); {how}")
+            each = ", ".join(
+                f"{part.rpartition('.')[2]} {describe(config)}" for part, config in found.items()
+            )
+            how = (
+                "quantize the folder again with one format"
+                if self.default is None
+                else "give all of them one"
+            )
+            raise ValueError(
+                f"{name} is one layer here, and its parts would be of different formats ({each}); {how}"
+            )
         return next(iter(found.values()))
 
     def of_linear(
-        self, name: str, fused: Mapping[str, Sequence[str]], in_features: int, out_features: int, itemsize: int
+        self,
+        name: str,
+        fused: Mapping[str, Sequence[str]],
+        in_features: int,
+        out_features: int,
+        itemsize: int,
     ) -> RTNConfig | None:
-        """`of` a linear layer; `fused` has the parts of fused layers by the last part of their names. One that stays float is noted."""
+        """`of` a linear layer; `fused` has the parts of fused layers by the last part of their names. One
+        that stays float is noted."""
         head, dot, last = name.rpartition(".")
         parts = [f"{head}{dot}{part}" for part in fused.get(last, [last])]
         by_default = worth_it(name, in_features, out_features)
         config = self.of(name, parts, by_default)
-        if config is None and not by_default and self.default is not None and not self.rule(*parts, name, by_default=False)[0]:
+        if (
+            config is None
+            and not by_default
+            and self.default is not None
+            and not self.rule(*parts, name, by_default=False)[0]
+        ):
             self.note(name, None, in_features * out_features, out_features, itemsize)
         return config
 
     def of_experts(self, name: str) -> tuple[RTNConfig, RTNConfig] | None:
-        """`of` the experts of a layer: of gate and up, which may be named as `name`.gate_up_proj, and of down, `name`.down_proj.
+        """`of` the experts of a layer: of gate and up, which may be named as `name`.gate_up_proj, and of
+        down, `name`.down_proj.
 
         Raises:
             ValueError: only one of the two would be quantized.
@@ -133,7 +167,9 @@ class Options:
             return None
         if up is None or down is None:
             kept = "gate_up_proj" if up is None else "down_proj"
-            raise ValueError(f"{name}: {kept} would stay float, and the other not; give both a format, or neither")
+            raise ValueError(
+                f"{name}: {kept} would stay float, and the other not; give both a format, or neither"
+            )
         return up, down
 
     def _of_part(self, part: str, name: str, by_default: bool) -> RTNConfig | None:
@@ -145,9 +181,14 @@ class Options:
         return config if named else self.default if by_default else None
 
     def rule(self, *names: str, by_default: bool) -> tuple[bool, RTNConfig | None]:
-        """Whether a rule reaches one of `names`, which all mean one layer, or the name of its weight, and what the first that does says."""
+        """Whether a rule reaches one of `names`, which all mean one layer, or the name of its weight, and
+        what the first that does says."""
         names = (*names, *(f"{name}.weight" for name in names))  # as a plan has them
-        hits = [(pattern, config) for pattern, config in self.rules if reaches(pattern, config, by_default) and matches(pattern, *names)]
+        hits = [
+            (pattern, config)
+            for pattern, config in self.rules
+            if reaches(pattern, config, by_default) and matches(pattern, *names)
+        ]
         self._matched.update(pattern for pattern, _ in hits)
         return (True, hits[0][1]) if hits else (False, None)
 
@@ -159,18 +200,21 @@ class Options:
         """
         if unknown := [pattern for pattern, _ in self.rules if pattern not in self._matched]:
             raise ValueError(
-                f"quantization_config: no layer matches {', '.join(map(repr, unknown))}, or only such as stay float unless named in full; "
+                f"quantization_config: no layer matches {', '.join(map(repr, unknown))}, or only such as "
+                "stay float unless named in full; "
                 "names are as in 'model.layers.0.mlp.down_proj', and * matches any text"
             )
         if lost := [name for name in self.saved if name not in self._matched]:
             raise ValueError(
-                f"{lost[0]} (of {len(lost)} such) is quantized in the folder, and no layer here can take it; serve the float folder"
+                f"{lost[0]} (of {len(lost)} such) is quantized in the folder, and no layer here can take it; "
+                "serve the float folder"
             )
 
-    # --------------------------------------------------------------------------------------- what is said of it
+    # ------------------------------------------------------------------- what is said of it
 
     def note(self, name: str, config: RTNConfig | None, weights: int, rows: int, itemsize: int) -> None:
-        """Remembers, for `summary`, a layer of `weights` elements in `rows` rows that becomes `config`, or stays float by default."""
+        """Remembers, for `summary`, a layer of `weights` elements in `rows` rows that becomes `config`, or
+        stays float by default."""
         before = after = weights * itemsize
         if config is None:
             self._kept[re.sub(r"\.\d+(?=\.)", ".*", name)] += 1
@@ -185,10 +229,16 @@ class Options:
     def summary(self) -> str:
         """One line: what was quantized, what it saves, and what stayed float because of what it is."""
         before, after = self._bytes
-        quantized = ", ".join(f"{count} {what}" for what, count in sorted(self._formats.items())) or "no layer"
-        kept = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in sorted(self._kept.items()))
+        quantized = (
+            ", ".join(f"{count} {what}" for what, count in sorted(self._formats.items())) or "no layer"
+        )
+        kept = ", ".join(
+            f"{name} ({count})" if count > 1 else name for name, count in sorted(self._kept.items())
+        )
         return f"rtn: {quantized}; {before / 1e6:,.1f} MB of weights are {after / 1e6:,.1f} MB" + (
-            f"; float, as routers and layers of fewer than {SMALLEST} rows or columns are by default: {kept}" if kept else ""
+            f"; float, as routers and layers of fewer than {SMALLEST} rows or columns are by default: {kept}"
+            if kept
+            else ""
         )
 
 
@@ -196,30 +246,46 @@ def describe(config: RTNConfig | None) -> str:
     """As in "int4 g128"."""
     if config is None:
         return "float"
-    return f"int{config.bits} g{config.group_size}" + (f" {config.scale_method}" if config.scale_method != "absmax" else "")
+    return f"int{config.bits} g{config.group_size}" + (
+        f" {config.scale_method}" if config.scale_method != "absmax" else ""
+    )
 
 
 def worth_it(name: str, in_features: int, out_features: int) -> bool:
-    """Whether a linear layer is quantized where no rule names it: all but routers, whose errors send tokens elsewhere, and the smallest."""
+    """Whether a linear layer is quantized where no rule names it: all but routers, whose errors send tokens
+    elsewhere, and the smallest."""
     return name.rpartition(".")[2] not in ROUTERS and min(in_features, out_features) >= SMALLEST
 
 
 def check_cut(name: str, config: RTNConfig, in_features: int, of_rank: int) -> None:
-    """Raises ValueError where tensor parallelism, which gives each rank `of_rank` of a layer's columns, would cut inside a group."""
+    """Raises ValueError where tensor parallelism, which gives each rank `of_rank` of a layer's columns, would
+    cut inside a group."""
     unit = FORMATS[config.bits].chunk if config.group_size == -1 else config.group_size
     if of_rank != in_features and of_rank % unit:
         fits = [size for size in (128, 64, 32) if of_rank % size == 0]
-        how = f"use group_size {' or '.join(map(str, fits))}" if fits else "keep the layer float, or use fewer ranks"
+        how = (
+            f"use group_size {' or '.join(map(str, fits))}"
+            if fits
+            else "keep the layer float, or use fewer ranks"
+        )
         raise ValueError(
-            f"{name}: tensor parallelism gives each rank {of_rank} of its {in_features} columns, a cut inside a group of {unit}; {how}"
+            f"{name}: tensor parallelism gives each rank {of_rank} of its {in_features} columns, a cut "
+            f"inside a group of {unit}; {how}"
         )
 
 
-# What engines call the activations of experts. The last has no limit of its own, and every model gives it one.
-ACTIVATIONS = {"silu": SwiGLU(), "swigluoai": reference.ACTIVATIONS["gpt_oss"], "swigluoai_uninterleave": SwiGLU(limit=math.nan)}
+# What engines call the activations of experts. The last has no limit of its own, and every model gives it
+# one.
+ACTIVATIONS = {
+    "silu": SwiGLU(),
+    "swigluoai": reference.ACTIVATIONS["gpt_oss"],
+    "swigluoai_uninterleave": SwiGLU(limit=math.nan),
+}
 
 
-def activation_of(name: str, kind: str, limit: float | None, alpha: float | None, beta: float | None) -> str | SwiGLU:
+def activation_of(
+    name: str, kind: str, limit: float | None, alpha: float | None, beta: float | None
+) -> str | SwiGLU:
     """What the experts `name` compute between their products, as `moe.run` takes it.
 
     Args:
@@ -231,33 +297,42 @@ def activation_of(name: str, kind: str, limit: float | None, alpha: float | None
     """
     how = f"name {name!r} in ignore to keep them float"
     if kind not in ACTIVATIONS:
-        raise ValueError(f"{name}: experts with the activation {kind!r} are not supported, only {', '.join(ACTIVATIONS)}; {how}")
-    given = {key: value for key, value in (("limit", limit), ("alpha", alpha), ("beta", beta)) if value is not None}
+        raise ValueError(
+            f"{name}: experts with the activation {kind!r} are not supported, only "
+            f"{', '.join(ACTIVATIONS)}; {how}"
+        )
+    given = {
+        key: value for key, value in (("limit", limit), ("alpha", alpha), ("beta", beta)) if value is not None
+    }
     wanted = replace(ACTIVATIONS[kind], **given)
     plain = kind == "silu" and (wanted.alpha, wanted.beta) != (1, 0)  # engines differ in what they make of it
     if plain or (wanted.limit is not None and not wanted.limit > 0):
         settings = ", ".join(f"swiglu_{key}={value}" for key, value in given.items()) or "no swiglu_limit"
         raise ValueError(
-            f"{name}: experts with the activation {kind!r} and {settings} are not supported: 'silu' takes a limit alone, the others alpha, "
+            f"{name}: experts with the activation {kind!r} and {settings} are not supported: 'silu' takes a "
+            "limit alone, the others alpha, "
             f"beta and a limit above 0; {how}"
         )
     return next((known for known, each in reference.ACTIVATIONS.items() if each == wanted), wanted)
 
 
 def check_router(name: str, on_input: bool, top_k: int) -> None:
-    """Raises ValueError where router weights are for the inputs of several experts a token: one product has one input."""
+    """Raises ValueError where router weights are for the inputs of several experts a token: one product has
+    one input."""
     if on_input and top_k != 1:
         raise ValueError(
-            f"{name}: apply_router_weight_on_input with {top_k} experts per token is not supported, only with 1; name {name!r} in ignore "
+            f"{name}: apply_router_weight_on_input with {top_k} experts per token is not supported, only "
+            f"with 1; name {name!r} in ignore "
             "to keep them float"
         )
 
 
-# ------------------------------------------------------------------------------------------- folders that are quantized
+# -------------------------------------------------------------- folders that are quantized
 
 
 def is_saved(config: Mapping[str, Any]) -> bool:
-    """Whether a folder's quantization_config is of weights that `save`, `rtn-tensor quantize` or transformers wrote quantized."""
+    """Whether a folder's quantization_config is of weights that `save`, `rtn-tensor quantize` or transformers
+    wrote quantized."""
     ours = re.search("RTN(Int[48]Weight)?Config", str(config.get("quant_type", "")))
     return config.get("quant_method") == "torchao" and ours is not None
 
@@ -270,15 +345,21 @@ def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
         ValueError: weights of an order that engines do not have.
     """
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"{path} is no folder on this machine; download the quantized model first, and give its folder")
+        raise FileNotFoundError(
+            f"{path} is no folder on this machine; download the quantized model first, and give its folder"
+        )
     formats = {}
     for name, about in saved_attributes(path, lambda: renaming(empty_model(path))).items():
         if about["transposed"]:
-            raise ValueError(f"{name} is saved as [in_features, out_features]; serve the float folder instead, with quantization='rtn'")
+            raise ValueError(
+                f"{name} is saved as [in_features, out_features]; serve the float folder "
+                "instead, with quantization='rtn'"
+            )
         formats[name] = RTNConfig(about["bits"], about["group_size"], about["scale_method"])
     return formats
 
 
 def has_own_output(path: str | os.PathLike) -> bool:
-    """Whether a folder holds an output layer, which one whose output layer is its embedding does not, whatever its config says."""
+    """Whether a folder holds an output layer, which one whose output layer is its embedding does not,
+    whatever its config says."""
     return any(re.search(r"(^|\.)lm_head\._?weight", name) for name in tensor_names(path))

@@ -1,9 +1,11 @@
 # pyright: reportMissingImports=false
-"""SGLang's `--quantization rtn`: weights quantized as they are copied into the model, and run by this library's kernels.
+"""SGLang's `--quantization rtn`: weights quantized as they are copied into the model, and run by this
+library's kernels.
 
-SGLang loads this module, and calls `register`, in every process of its own (entry point `sglang.srt.plugins`); nothing here imports it.
-It has no layerwise loading: the parameters are `RTNQuantizedTensor`s from the start, and what its loaders copy into parts of them is
-quantized on the way, so that beside the model only the tensor being read is float.
+SGLang loads this module, and calls `register`, in every process of its own (entry point
+`sglang.srt.plugins`); nothing here imports it. It has no layerwise loading: the parameters are
+`RTNQuantizedTensor`s from the start, and what its loaders copy into parts of them is quantized on the way, so
+that beside the model only the tensor being read is float.
 """
 
 import logging
@@ -15,7 +17,12 @@ from sglang.srt.layers import quantization
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
-from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase, LinearMethodBase, QuantizationConfig, QuantizeMethodBase
+from sglang.srt.layers.quantization.base_config import (
+    FusedMoEMethodBase,
+    LinearMethodBase,
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.server_args import add_quantization_method_choices
 from sglang.srt.utils import set_weight_attrs
@@ -86,8 +93,18 @@ class RTNQuantizationConfig(QuantizationConfig):
             logger.info(self.options.summary())
 
 
-def _add(layer: nn.Module, name: str, shape: tuple[int, ...], config: RTNConfig, dtype: torch.dtype, fqn: str, attributes: dict) -> None:
-    w = RTNQuantizedTensor.empty(*shape, bits=config.bits, group_size=config.group_size, scale_method=config.scale_method, dtype=dtype)
+def _add(
+    layer: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    config: RTNConfig,
+    dtype: torch.dtype,
+    fqn: str,
+    attributes: dict,
+) -> None:
+    w = RTNQuantizedTensor.empty(
+        *shape, bits=config.bits, group_size=config.group_size, scale_method=config.scale_method, dtype=dtype
+    )
     w.scale.fill_(torch.nan)  # a row that is never loaded is not silently garbage
     parameter: Any = nn.Parameter(w, requires_grad=False)
     parameter.fqn = fqn  # for errors
@@ -98,7 +115,10 @@ def _add(layer: nn.Module, name: str, shape: tuple[int, ...], config: RTNConfig,
 def _check_loaded(w: Tensor, fqn: str) -> None:
     assert isinstance(w, RTNQuantizedTensor)
     if not is_finite(w.scale):
-        raise ValueError(f"{fqn} holds NaN or inf, or not all of it was loaded; repair the checkpoint, or name the layer in ignore")
+        raise ValueError(
+            f"{fqn} holds NaN or inf, or not all of it was loaded; repair the checkpoint, or "
+            "name the layer in ignore"
+        )
 
 
 class RTNLinearMethod(LinearMethodBase):
@@ -160,7 +180,8 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         }
         if found := [what for what, has in unsupported.items() if has]:
             raise ValueError(
-                f"{self.name}: experts with {', '.join(found)} are not supported; name {self.name!r} in ignore to keep them float"
+                f"{self.name}: experts with {', '.join(found)} are not supported; name {self.name!r} in "
+                "ignore to keep them float"
             )
         check_router(self.name, about.apply_router_weight_on_input, about.top_k)
         if alpha is None or about.activation != "silu":
@@ -169,10 +190,23 @@ class RTNExpertsMethod(FusedMoEMethodBase):
             kind = "swigluoai" if about.gate_up_interleaved else "swigluoai_uninterleave"
             self.activation = activation_of(self.name, kind, limit, alpha, 1.0 if beta is None else beta)
         check_cut(f"{self.name}.down_proj", self.configs["w2"], i * layer.moe_tp_size, i)
-        for w, shape in {"w13": (num_experts, 2 * i, hidden_size), "w2": (num_experts, hidden_size, i)}.items():
+        for w, shape in {
+            "w13": (num_experts, 2 * i, hidden_size),
+            "w2": (num_experts, hidden_size, i),
+        }.items():
             config = self.configs[w]
-            self.parent.options.note(self.name, config, shape[0] * shape[1] * shape[2], shape[0] * shape[1], params_dtype.itemsize)
-            _add(layer, f"{w}_weight", shape, config, params_dtype, f"{self.name}.{w}_weight", extra_weight_attrs)
+            self.parent.options.note(
+                self.name, config, shape[0] * shape[1] * shape[2], shape[0] * shape[1], params_dtype.itemsize
+            )
+            _add(
+                layer,
+                f"{w}_weight",
+                shape,
+                config,
+                params_dtype,
+                f"{self.name}.{w}_weight",
+                extra_weight_attrs,
+            )
 
     def create_moe_runner(self, layer: nn.Module, moe_runner_config: Any) -> None:
         self.about = moe_runner_config
@@ -188,6 +222,16 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         router: Tensor | None = topk.topk_weights.reshape(-1)
         if self.about.apply_router_weight_on_input:
             x, router = x * topk.topk_weights.to(x.dtype), None  # of one expert a token
-        y = run(x, layer.w13_weight, layer.w2_weight, None, None, topk.topk_ids.reshape(-1).long(), router, top_k, self.activation)
+        y = run(
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            None,
+            None,
+            topk.topk_ids.reshape(-1).long(),
+            router,
+            top_k,
+            self.activation,
+        )
         y = y.view(tokens, top_k, y.shape[-1]).sum(1)
         return StandardCombineInput(hidden_states=y * (self.about.routed_scaling_factor or 1.0))

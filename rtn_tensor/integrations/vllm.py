@@ -1,7 +1,9 @@
 # pyright: reportMissingImports=false
-"""vLLM's `--quantization rtn`: weights quantized while they load, or as a quantized folder has them, and run by this library's kernels.
+"""vLLM's `--quantization rtn`: weights quantized while they load, or as a quantized folder has them, and run
+by this library's kernels.
 
-vLLM loads this module, and calls `register`, in every process of its own (entry point `vllm.general_plugins`); nothing here imports it.
+vLLM loads this module, and calls `register`, in every process of its own (entry point
+`vllm.general_plugins`); nothing here imports it.
 """
 
 from typing import Any
@@ -22,7 +24,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
 from vllm.model_executor.models.utils import WeightsMapper
-from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter, PackedvLLMParameter
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.scalar_type import scalar_types
 
@@ -46,7 +53,8 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows no others
 
 KERNELS = {
     "rtn": "this library's",
-    "vllm": "vLLM's for mixed precision: Machete or Marlin on CUDA, its own int4 on a CPU; --linear-backend names one",
+    "vllm": "vLLM's for mixed precision: Machete or Marlin on CUDA, its own int4 on a CPU; --linear-backend "
+    "names one",
 }
 TYPES = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}  # q - qmin, without a sign
 
@@ -57,7 +65,8 @@ def register() -> None:
 
 
 class RTNQuantizationConfig(QuantizationConfig):
-    """What vLLM asks, layer by layer, how to quantize, and whose kernels run. See `integrations.options.Options`, and `KERNELS`."""
+    """What vLLM asks, layer by layer, how to quantize, and whose kernels run. See
+    `integrations.options.Options`, and `KERNELS`."""
 
     def __init__(self, options: Options | None = None, kernel: str = "rtn"):
         super().__init__()
@@ -68,7 +77,8 @@ class RTNQuantizationConfig(QuantizationConfig):
         self.kernel = kernel
         self.tied = False
         self.embedding: RTNConfig | None = None
-        self.experts_names = ("gate_up_proj", "down_proj")  # what the model calls its experts' weights where they are fused
+        # What the model calls its experts' weights where they are fused.
+        self.experts_names = ("gate_up_proj", "down_proj")
         self.told = False
 
     def get_name(self) -> str:
@@ -92,13 +102,18 @@ class RTNQuantizationConfig(QuantizationConfig):
         return cls(Options.read(config, own=("kernel",)), config.get("kernel", "rtn"))
 
     @classmethod
-    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None) -> str | None:
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
         return "rtn" if is_saved(hf_quant_cfg) else None
 
-    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
         if self.options.default is None:
             self.options.saved = saved_formats(model_name)
-            if hf_config is not None and has_own_output(model_name):  # else vLLM takes the embedding in its stead
+            # Else vLLM takes the embedding in its stead.
+            if hf_config is not None and has_own_output(model_name):
                 hf_config.get_text_config().tie_word_embeddings = False
         self.tied = hf_config is not None and bool(hf_config.get_text_config().tie_word_embeddings)
 
@@ -106,7 +121,8 @@ class RTNQuantizationConfig(QuantizationConfig):
         self.options.saved = hf_to_vllm_mapper.apply_dict(self.options.saved)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """Experts' planes are named as vLLM's own loader names fused experts, and then what our parameters are called beyond that."""
+        """Experts' planes are named as vLLM's own loader names fused experts, and then what our parameters
+        are called beyond that."""
         import regex  # vLLM's own
 
         self.tell()  # all layers are made, and loading begins
@@ -134,10 +150,16 @@ class RTNQuantizationConfig(QuantizationConfig):
             self.embedding = config
         elif self.tied and config != self.embedding:
             if config is not None and self.options.default is not None:
-                raise ValueError(f"{prefix} is the embedding, too, in this model; name the embedding in a rule like this one, or neither")
+                raise ValueError(
+                    f"{prefix} is the embedding, too, in this model; name the embedding in a "
+                    "rule like this one, or neither"
+                )
             config = self.embedding
         if config is not None and self.kernel == "vllm" and not isinstance(layer, ParallelLMHead):
-            raise ValueError(f"{prefix}: vLLM has no kernel for a quantized embedding; leave it float, or drop kernel='vllm'")
+            raise ValueError(
+                f"{prefix}: vLLM has no kernel for a quantized embedding; leave it float, or "
+                "drop kernel='vllm'"
+            )
         return None if config is None else RTNLinearMethod(self, config, prefix)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
@@ -146,11 +168,15 @@ class RTNQuantizationConfig(QuantizationConfig):
             return UnquantizedFusedMoEMethod(layer.moe_config)
         if self.kernel == "vllm":
             raise ValueError(
-                f"{prefix}: kernel='vllm' is not supported for experts; drop it, as this library's kernels run them, or name {prefix!r} in "
+                f"{prefix}: kernel='vllm' is not supported for experts; drop it, as this library's kernels "
+                f"run them, or name {prefix!r} in "
                 "ignore to keep them float"
             )
         if self.options.default is None and layer.is_fused_checkpoint_transposed:
-            raise ValueError(f"{prefix}: quantized experts of this model cannot be loaded; serve the float folder, with quantization='rtn'")
+            raise ValueError(
+                f"{prefix}: quantized experts of this model cannot be loaded; serve the float "
+                "folder, with quantization='rtn'"
+            )
         if layer.ckpt_gate_proj_name == "w1":
             self.experts_names = ("w13", "w2")
         return RTNExpertsMethod(self, configs, layer, prefix)
@@ -168,7 +194,7 @@ class RTNQuantizationConfig(QuantizationConfig):
             logger.info(self.options.summary())
 
 
-# ------------------------------------------------------------------------------------------- parameters
+# ------------------------------------------------------------------------------ parameters
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str | None = None) -> Any:
@@ -177,11 +203,17 @@ def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str | None = 
 
 def _plane_shapes(shape: tuple[int, ...], config: RTNConfig) -> dict[str, tuple[int, ...]]:
     *rows, k = shape
-    return {"qdata": (*rows, FORMATS[config.bits].row_bytes(k)), "scale": (*rows, groups(k, config.group_size))}
+    return {
+        "qdata": (*rows, FORMATS[config.bits].row_bytes(k)),
+        "scale": (*rows, groups(k, config.group_size)),
+    }
 
 
-def _add_planes(layer: nn.Module, name: str, shape: tuple[int, ...], config: RTNConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Empty parameters for the two planes of a weight, for a quantized folder's to be loaded into: `name`_qdata and `name`_scale."""
+def _add_planes(
+    layer: nn.Module, name: str, shape: tuple[int, ...], config: RTNConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Empty parameters for the two planes of a weight, for a quantized folder's to be loaded into:
+    `name`_qdata and `name`_scale."""
     planes = {}
     for plane, plane_shape in _plane_shapes(shape, config).items():
         planes[plane] = _parameter(plane_shape, torch.uint8 if plane == "qdata" else dtype)
@@ -197,9 +229,13 @@ def _take_planes(layer: Any, name: str, k: int, config: RTNConfig, fqn: str) -> 
 
 
 def _quantized(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
-    if not get_layerwise_info(layer).load_numel and get_current_vllm_config().load_config.load_format != "dummy":
+    if (
+        not get_layerwise_info(layer).load_numel
+        and get_current_vllm_config().load_config.load_format != "dummy"
+    ):
         raise ValueError(
-            f"{fqn}: nothing was loaded, or not by its weight_loader, as this model's own code may do; name the layer in ignore"
+            f"{fqn}: nothing was loaded, or not by its weight_loader, as this model's own code may do; name "
+            "the layer in ignore"
         )
     if not is_finite(w):
         raise ValueError(f"{fqn} holds NaN or inf; repair the checkpoint, or name the layer in ignore")
@@ -207,7 +243,8 @@ def _quantized(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -> RTNQ
 
 
 def _put(layer: Any, name: str, w: RTNQuantizedTensor, fqn: str, **attributes: Any) -> None:
-    """`w` as the parameter `name`, with what vLLM's loaders ask of one: fresh float weights copied into it are quantized."""
+    """`w` as the parameter `name`, with what vLLM's loaders ask of one: fresh float weights copied into it
+    are quantized."""
     parameter: Any = nn.Parameter(w, requires_grad=False)
     parameter.fqn = fqn  # for errors
     set_weight_attrs(parameter, attributes)
@@ -216,7 +253,8 @@ def _put(layer: Any, name: str, w: RTNQuantizedTensor, fqn: str, **attributes: A
 
 
 def add_packed(layer: nn.Module, w: RTNQuantizedTensor, weight_loader: Any) -> None:
-    """`w [N, K]` as the parameters that vLLM's kernels make theirs of: `weight_packed [N, K * bits / 32]` int32, `weight_scale [N, G]`."""
+    """`w [N, K]` as the parameters that vLLM's kernels make theirs of: `weight_packed [N, K * bits / 32]`
+    int32, `weight_scale [N, G]`."""
     packed = pack_gptq(unpack(w.qdata, w.bits, w.in_features), w.bits)
     about = {"output_dim": 0, "weight_loader": weight_loader}
     weight = PackedvLLMParameter(data=packed, input_dim=1, packed_dim=1, packed_factor=32 // w.bits, **about)
@@ -227,18 +265,19 @@ def add_packed(layer: nn.Module, w: RTNQuantizedTensor, weight_loader: Any) -> N
         layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=w.scale, input_dim=1, **about))
 
 
-# ------------------------------------------------------------------------------------------- linear layers, embeddings
+# --------------------------------------------------------------- linear layers, embeddings
 
 
 class RTNLinearMethod(LinearMethodBase):
-    """A linear layer of any kind, an embedding, or an lm_head, whose `weight [N, K]` becomes an `RTNQuantizedTensor`, or, for a kernel of
-    vLLM's, what it makes of `weight_packed` and `weight_scale`."""
+    """A linear layer of any kind, an embedding, or an lm_head, whose `weight [N, K]` becomes an
+    `RTNQuantizedTensor`, or, for a kernel of vLLM's, what it makes of `weight_packed` and `weight_scale`."""
 
     def __init__(self, parent: RTNQuantizationConfig, config: RTNConfig, name: str):
         self.parent, self.config, self.name = parent, config, name
         self.kernel: MPLinearKernel | None = None  # ours
         self.saved = parent.options.default is None
-        self.uses_meta_device = not self.saved  # float weights come to be for one layer at a time, when all of its own are there
+        # Float weights come to be for one layer at a time, when all of its own are there.
+        self.uses_meta_device = not self.saved
 
     def create_weights(
         self,
@@ -258,12 +297,18 @@ class RTNLinearMethod(LinearMethodBase):
             self.kernel = self._vllm_kernel((input_size, output_size), (k, n), params_dtype)
         if not self.saved:
             data = torch.empty(shape, dtype=params_dtype, device="meta")
-            layer.register_parameter("weight", ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=self.weight_loader))
+            layer.register_parameter(
+                "weight",
+                ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=self.weight_loader),
+            )
             initialize_online_processing(layer)
             return
         for plane, parameter in _add_planes(layer, "_weight", shape, self.config, params_dtype).items():
-            shared = plane == "scale" and self.config.group_size == -1  # by all columns, so by all ranks that have some of them
-            set_weight_attrs(parameter, {"output_dim": 0, **({} if shared else {"input_dim": 1}), **extra_weight_attrs})
+            # By all columns, so by all ranks that have some of them.
+            shared = plane == "scale" and self.config.group_size == -1
+            set_weight_attrs(
+                parameter, {"output_dim": 0, **({} if shared else {"input_dim": 1}), **extra_weight_attrs}
+            )
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if getattr(layer, "_already_called_process_weights_after_loading", False):
@@ -282,7 +327,9 @@ class RTNLinearMethod(LinearMethodBase):
             self.kernel.process_weights_after_loading(layer)
         layer._already_called_process_weights_after_loading = True
 
-    def _vllm_kernel(self, full: tuple[int, int], of_rank: tuple[int, int], dtype: torch.dtype) -> MPLinearKernel:
+    def _vllm_kernel(
+        self, full: tuple[int, int], of_rank: tuple[int, int], dtype: torch.dtype
+    ) -> MPLinearKernel:
         """vLLM's kernel for a weight of `full` (in_features, out_features), of which this rank has `of_rank`.
 
         Raises:
@@ -295,39 +342,54 @@ class RTNLinearMethod(LinearMethodBase):
                 raise ValueError("they take dtype='bfloat16' and 'float16'")
             if of_rank[0] % (unit := 32 // self.config.bits if size == -1 else size):
                 raise ValueError(f"its {of_rank[0]} columns are no multiple of {unit}")
-            return choose_mp_linear_kernel(problem)(problem, "weight_packed", "weight_scale", "weight_zero_point")
+            return choose_mp_linear_kernel(problem)(
+                problem, "weight_packed", "weight_scale", "weight_zero_point"
+            )
         except ValueError as error:
             what = describe(self.config)
             raise ValueError(
-                f"{self.name}: vLLM has no kernel for this layer in {what}; name it in ignore, give it another format, or drop "
+                f"{self.name}: vLLM has no kernel for this layer in {what}; name it in ignore, give it "
+                "another format, or drop "
                 f"kernel='vllm'. {error}"
             ) from None
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, layer.weight, bias) if self.kernel is None else self.kernel.apply_weights(layer, x, bias)
+        return (
+            F.linear(x, layer.weight, bias)
+            if self.kernel is None
+            else self.kernel.apply_weights(layer, x, bias)
+        )
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         return F.embedding(input_, layer.weight)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        return embed_tokens  # which has a method like this one, and so can serve as lm_head; its weight is another once it is loaded
+        # Which has a method like this one, and so can serve as lm_head; its weight is another once it is
+        # loaded.
+        return embed_tokens
 
 
-# ------------------------------------------------------------------------------------------- experts
+# --------------------------------------------------------------------------------- experts
 
 
 class RTNExpertsMethod(FusedMoEMethodBase):
-    """The experts of a layer: `w13_weight [E, 2 I, H]` and `w2_weight [E, H, I]`, biases where the model has them.
+    """The experts of a layer: `w13_weight [E, 2 I, H]` and `w2_weight [E, H, I]`, biases where the model has
+    them.
 
-    GPT-OSS's code copies into its parameters without asking their loaders, past vLLM's layerwise loading. There they are quantized from the
-    start, and what is copied into them is on the way; such a model cannot be reloaded.
+    GPT-OSS's code copies into its parameters without asking their loaders, past vLLM's layerwise loading.
+    There they are quantized from the start, and what is copied into them is on the way; such a model cannot
+    be reloaded.
     """
 
-    def __init__(self, parent: RTNQuantizationConfig, configs: tuple[RTNConfig, RTNConfig], layer: Any, name: str):
+    def __init__(
+        self, parent: RTNQuantizationConfig, configs: tuple[RTNConfig, RTNConfig], layer: Any, name: str
+    ):
         super().__init__(layer.moe_config)
         self.parent, self.name = parent, name
         self.configs: dict[str, RTNConfig] = dict(zip(("w13", "w2"), configs, strict=True))
-        self.activation = activation_of(name, layer.activation.value, layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
+        self.activation = activation_of(
+            name, layer.activation.value, layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta
+        )
         check_router(name, layer.apply_router_weight_on_input, layer.top_k)
         self.saved = parent.options.default is None
         self.at_once = layer.activation.value == "swigluoai"
@@ -348,11 +410,22 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         self.weight_loader = extra_weight_attrs["weight_loader"]
         for w, shape in self.shapes.items():
             config = self.configs[w]
-            self.parent.options.note(self.name, config, shape[0] * shape[1] * shape[2], shape[0] * shape[1], params_dtype.itemsize)
+            self.parent.options.note(
+                self.name, config, shape[0] * shape[1] * shape[2], shape[0] * shape[1], params_dtype.itemsize
+            )
             device = "meta" if self.uses_meta_device else None
             if self.at_once:
-                format = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
-                _put(layer, f"{w}_weight", RTNQuantizedTensor.empty(*shape, **format, dtype=params_dtype), self._fqn(w))
+                format = {
+                    "bits": config.bits,
+                    "group_size": config.group_size,
+                    "scale_method": config.scale_method,
+                }
+                _put(
+                    layer,
+                    f"{w}_weight",
+                    RTNQuantizedTensor.empty(*shape, **format, dtype=params_dtype),
+                    self._fqn(w),
+                )
                 parameters = [getattr(layer, f"{w}_weight")]
             elif self.saved:
                 planes = _add_planes(layer, f"{w}_weight", shape, config, params_dtype)
@@ -381,7 +454,10 @@ class RTNExpertsMethod(FusedMoEMethodBase):
             fqn = self._fqn(w)
             if self.at_once:
                 if not is_finite(getattr(layer, f"{w}_weight").scale):
-                    raise ValueError(f"{fqn} holds NaN or inf, or nothing was loaded; repair the checkpoint, or name the layer in ignore")
+                    raise ValueError(
+                        f"{fqn} holds NaN or inf, or nothing was loaded; repair the checkpoint, "
+                        "or name the layer in ignore"
+                    )
                 continue
             if self.saved:
                 q = _take_planes(layer, f"{w}_weight", self.shapes[w][-1], config, fqn)
@@ -394,7 +470,13 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         return None  # it describes weights to vLLM's own kernels
 
     def apply(
-        self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any, shared_experts_input: Tensor | None
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Tensor | None,
     ) -> Tensor:
         tokens, top_k = topk_ids.shape
         experts = topk_ids.reshape(-1).long()
@@ -404,5 +486,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:
             x, router = x * topk_weights.to(x.dtype), None  # of one expert a token
         up_bias, down_bias = (getattr(layer, f"{w}_bias", None) for w in ("w13", "w2"))
-        y = run(x, layer.w13_weight, layer.w2_weight, up_bias, down_bias, experts, router, top_k, self.activation)
+        y = run(
+            x, layer.w13_weight, layer.w2_weight, up_bias, down_bias, experts, router, top_k, self.activation
+        )
         return y.view(tokens, top_k, y.shape[-1]).sum(1)

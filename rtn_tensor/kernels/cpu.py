@@ -1,4 +1,5 @@
-"""The C++ library of `csrc/` on CPU tensors: reads the packed planes as they lie, in whatever instruction set the processor has."""
+"""The C++ library of `csrc/` on CPU tensors: reads the packed planes as they lie, in whatever instruction set
+the processor has."""
 
 import ctypes
 import platform
@@ -19,7 +20,8 @@ from rtn_tensor.kernels.problem import Kernel, Problem
 LIBRARY = Path(__file__).with_name("librtn.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling a ctypes.Structure 4.
+# RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling
+# a ctypes.Structure 4.
 ABI = 3
 _LINEAR = struct.Struct("=29q")
 _PLANES = struct.Struct("=19q")
@@ -29,14 +31,15 @@ _FUNCTIONS = (
     *("rtn_abi", "rtn_isa", "rtn_set_isa", "rtn_has_threads"),
     *("rtn_linear", "rtn_quantize", "rtn_dequantize", "rtn_register", "rtn_direct"),
 )
-_MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine of the processors that have instruction sets of their own here
+# e_machine of the processors that have instruction sets of their own here.
+_MACHINES = {62: "x86_64", 183: "aarch64"}
 
 
 def _flaw(file: Path) -> str | None:
     """What is wrong with an ELF file, in words that follow its name, or None.
 
-    The loader of the C library looks at the first bytes only: it maps pages that a truncated file does not have, and the process then
-    dies of SIGBUS."""
+    The loader of the C library looks at the first bytes only: it maps pages that a truncated file does not
+    have, and the process then dies of SIGBUS."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         header = opened.read(64)
@@ -46,18 +49,24 @@ def _flaw(file: Path) -> str | None:
             return "was built for another processor: it is not a 64-bit little-endian library"
         (machine,) = struct.unpack_from("<H", header, 18)
         if platform.machine() in _MACHINES.values() and _MACHINES.get(machine) != platform.machine():
-            return f"was built for {_MACHINES.get(machine, f'another processor ({machine})')}, and this is {platform.machine()}"
+            return (
+                f"was built for {_MACHINES.get(machine, f'another processor ({machine})')}, and this is "
+                f"{platform.machine()}"
+            )
         segments, sections = struct.unpack_from("<QQ", header, 32)
         segment_count, section_bytes, section_count, names = struct.unpack_from("<4H", header, 56)
         end = max(segments + 56 * segment_count, sections + section_bytes * section_count)
         if size >= end:
             opened.seek(segments)
-            for kind, _, offset, _, _, in_file, _, _ in struct.iter_unpack("<IIQQQQQQ", opened.read(56 * segment_count)):
+            for kind, _, offset, _, _, in_file, _, _ in struct.iter_unpack(
+                "<IIQQQQQQ", opened.read(56 * segment_count)
+            ):
                 end = max(end, (offset + in_file) * (kind == 1))  # PT_LOAD
         if size < end:
             return f"is damaged: it ends after {size} of {end} bytes"
         opened.seek(sections + section_bytes * names + 4)
-        # SHT_STRTAB. The sections' table is the last thing in a file, and a disk that filled up or a crash leaves zeros there.
+        # SHT_STRTAB. The sections' table is the last thing in a file, and a disk that filled up or a crash
+        # leaves zeros there.
         if section_count and opened.read(4) != b"\x03\0\0\0":
             return "is damaged: its end was never written"
     return None
@@ -78,12 +87,14 @@ def _load() -> tuple[Any, str]:
         lib.rtn_abi.restype = ctypes.c_int64
         if (abi := lib.rtn_abi()) != ABI:
             return None, (
-                f"Its C++ library was built from other sources than this Python code (interface {abi}, and not {ABI}), as after a pull "
+                f"Its C++ library was built from other sources than this Python code (interface {abi}, and "
+                f"not {ABI}), as after a pull "
                 "without a rebuild; reinstall rtn-tensor (pip install -e .)."
             )
     if lacking := [name for name in _FUNCTIONS if not hasattr(lib, name)]:
         return None, (
-            f"Its C++ library {LIBRARY} has no {', '.join(lacking)}: it is another library, or was built from other sources than this "
+            f"Its C++ library {LIBRARY} has no {', '.join(lacking)}: it is another library, or was built "
+            "from other sources than this "
             "Python code; reinstall rtn-tensor (pip install -e .)."
         )
     lib.rtn_isa.restype = ctypes.c_char_p
@@ -95,12 +106,16 @@ def library() -> Any:
     """The library, or None (and one warning) where there is none that can be used."""
     lib, why_none = _load()
     if lib is None:
-        warnings.warn(f"rtn_tensor runs quantized layers in plain torch on the CPU, many times slower. {why_none}", stacklevel=2)
+        warnings.warn(
+            f"rtn_tensor runs quantized layers in plain torch on the CPU, many times slower. {why_none}",
+            stacklevel=2,
+        )
     return lib
 
 
 def register() -> bool:
-    """Gives torch's dispatcher the C++ function for `rtn::linear` on CPU tensors; whether there is a library, and a torch that takes it.
+    """Gives torch's dispatcher the C++ function for `rtn::linear` on CPU tensors; whether there is a library,
+    and a torch that takes it.
 
     The function runs what this kernel can where `direct` lets it, as long as `RTN_KERNEL` is unset."""
     lib, _ = _load()  # an import is no place to warn; a first use is
@@ -137,17 +152,29 @@ def _check(status: int, **arrays: Tensor | None) -> None:
     if status:
         if freed := [name for name, t in arrays.items() if t is not None and t.numel() and not t.data_ptr()]:
             raise ValueError(
-                f"the memory of {' and '.join(freed)} was given back (its storage has no bytes), as FSDP does between uses; use it "
+                f"the memory of {' and '.join(freed)} was given back (its storage has no bytes), as FSDP "
+                "does between uses; use it "
                 "while it is there"
             )
-        raise ValueError("the CPU kernel refused its arguments, and computed nothing: the planes, x, bias and offs do not fit one another")
+        raise ValueError(
+            "the CPU kernel refused its arguments, and computed nothing: the planes, x, bias "
+            "and offs do not fit one another"
+        )
 
 
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, offs: Tensor | None, bits: int, group_size: int) -> Tensor:
+def _linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    offs: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
     x, qdata, scale = _dense_rows(x), _dense_rows(qdata), _dense_rows(scale)
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
@@ -156,7 +183,9 @@ def _linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, offs: 
     m, k = x.shape
     n = qdata.size(-2)
     y = x.new_empty((m, n))
-    experts, qdata_expert, scale_expert = (1, 0, 0) if offs is None else (qdata.size(0), qdata.stride(0), scale.stride(0))
+    experts, qdata_expert, scale_expert = (
+        (1, 0, 0) if offs is None else (qdata.size(0), qdata.stride(0), scale.stride(0))
+    )
     arguments = _LINEAR.pack(
         x.data_ptr(),
         qdata.data_ptr(),
@@ -189,7 +218,9 @@ def _linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, offs: 
     return y
 
 
-def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+def linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     return _linear(x, qdata, scale, bias, None, bits, group_size)
 
 
@@ -202,9 +233,17 @@ def routed(*args: Any) -> Tensor:
 
 
 def _planes(
-    function: str, w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, scale_method: int, indices: Tensor | None
+    function: str,
+    w: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    scale_method: int,
+    indices: Tensor | None,
 ) -> int:
-    """`w [R, K]` against `qdata [R, B]` and `scale [R, G]`, or with `indices [R]` those rows of them; last dims are dense. The status."""
+    """`w [R, K]` against `qdata [R, B]` and `scale [R, G]`, or with `indices [R]` those rows of them; last
+    dims are dense. The status."""
     arguments = _PLANES.pack(
         w.data_ptr(),
         qdata.data_ptr(),
@@ -227,7 +266,12 @@ def _planes(
 
 
 def quantize(
-    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None
+    w: Tensor,
+    bits: int,
+    group_size: int,
+    scale_method: str,
+    scale_dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     *rows, k = w.shape
     qdata, scale = out or (
@@ -235,17 +279,27 @@ def quantize(
         torch.empty(*rows, groups(k, group_size), dtype=scale_dtype),
     )
     if qdata.numel() or scale.numel():
-        w2, q2, s2 = _dense_rows(w).reshape(-1, k), qdata.view(-1, qdata.shape[-1]), scale.view(-1, scale.shape[-1])
-        status = _planes("rtn_quantize", w2, q2, s2, bits, group_size, SCALE_METHODS.index(scale_method), None)
+        w2, q2, s2 = (
+            _dense_rows(w).reshape(-1, k),
+            qdata.view(-1, qdata.shape[-1]),
+            scale.view(-1, scale.shape[-1]),
+        )
+        status = _planes(
+            "rtn_quantize", w2, q2, s2, bits, group_size, SCALE_METHODS.index(scale_method), None
+        )
         _check(status, w=w2, qdata=q2, scale=s2)
     return qdata, scale
 
 
-def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+) -> Tensor:
     w = torch.empty(*qdata.shape[:-1], k, dtype=dtype)
     if w.numel():
         q2, s2 = qdata.reshape(-1, qdata.shape[-1]), _dense_rows(scale).reshape(-1, scale.shape[-1])
-        _check(_planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, 0, None), qdata=q2, scale=s2)
+        _check(
+            _planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, 0, None), qdata=q2, scale=s2
+        )
     return w
 
 
@@ -255,10 +309,15 @@ def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_si
         if not indices.data_ptr():
             _check(_REFUSED, indices=indices)
         flat = indices.reshape(-1).to(torch.int64).contiguous()
-        status = _planes("rtn_dequantize", w.view(-1, k), _dense_rows(qdata), _dense_rows(scale), bits, group_size, 0, flat)
+        status = _planes(
+            "rtn_dequantize", w.view(-1, k), _dense_rows(qdata), _dense_rows(scale), bits, group_size, 0, flat
+        )
         low, high = (0, 0) if status != _REFUSED else (int(i) for i in flat.aminmax())
         if low < 0 or high >= qdata.shape[0]:
-            raise IndexError(f"embedding index {low if low < 0 else high} is out of range: the weight has {qdata.shape[0]} rows")
+            raise IndexError(
+                f"embedding index {low if low < 0 else high} is out of range: the weight has "
+                f"{qdata.shape[0]} rows"
+            )
         _check(status, qdata=qdata, scale=scale)
     return w
 
@@ -267,7 +326,10 @@ def why_not(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return "It runs on the CPU only."
     if problem.dtype not in DTYPES or problem.scale_dtype not in DTYPES:
-        return f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of {problem.scale_dtype}."
+        return (
+            f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of "
+            f"{problem.scale_dtype}."
+        )
     if problem.bits not in (4, 8):
         return f"It reads 4 and 8 bits, not {problem.bits}."
     return None if library() is not None else _load()[1]

@@ -1,4 +1,5 @@
-"""Dequantize the weight, then the platform's own dense matmul: any device and shape, at the price of a float copy of the weight a call."""
+"""Dequantize the weight, then the platform's own dense matmul: any device and shape, at the price of a float
+copy of the weight a call."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ def _weight(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dt
     return reference.dequantize(qdata, scale, bits, group_size, k, dtype)
 
 
-def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+def linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     return F.linear(x, _weight(qdata, scale, bits, group_size, x.shape[-1], x.dtype), bias)
 
 
@@ -29,4 +32,6 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-KERNEL = Kernel(name="dense", why_not=why_not, rounds_weight=lambda problem: True, linear=linear, linear_dx=linear_dx)
+KERNEL = Kernel(
+    name="dense", why_not=why_not, rounds_weight=lambda problem: True, linear=linear, linear_dx=linear_dx
+)

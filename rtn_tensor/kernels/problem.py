@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """All that the choice of a kernel may depend on. A tuple, since one is made and hashed at every eager call (0.5 us, against
-    2.5 us as a frozen dataclass)."""
+    """All that the choice of a kernel may depend on. A tuple, since one is made and hashed at every eager
+    call (0.5 us, against 2.5 us as a frozen dataclass)."""
 
     op: str  # the name of one of Kernel's functions
     device: str  # a device type: "cpu", "cuda", ...
@@ -24,7 +24,8 @@ class Problem(NamedTuple):
     N: int
     K: int
     experts: int | None = None
-    alignment: int = 16  # bytes that the address of qdata (for "quantize", of the float weight) is a multiple of, at most 16
+    # Bytes that the address of qdata (for "quantize", of the float weight) is a multiple of, at most 16.
+    alignment: int = 16
 
 
 def bucket(m: int) -> int:
@@ -37,7 +38,8 @@ def device_of(device: str | torch.device) -> torch.device:
 
     Raises:
         TypeError: it is neither a name nor a torch.device.
-        ValueError: torch knows no such device, or it is a GPU that is not there: which kernel runs depends on it.
+        ValueError: torch knows no such device, or it is a GPU that is not there: which kernel runs depends on
+            it.
     """
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device={device!r}; give its name, as 'cpu' or 'cuda', or a torch.device")
@@ -48,9 +50,14 @@ def device_of(device: str | torch.device) -> torch.device:
     if found.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
-            raise ValueError(f"device={str(found)!r}: there is no CUDA device here, and which kernel runs depends on it; use device='cpu'")
+            raise ValueError(
+                f"device={str(found)!r}: there is no CUDA device here, and which kernel runs "
+                "depends on it; use device='cpu'"
+            )
         if found.index is not None and found.index >= count:
-            raise ValueError(f"device={str(found)!r}: there are {count} CUDA devices here; use cuda:0 to cuda:{count - 1}")
+            raise ValueError(
+                f"device={str(found)!r}: there are {count} CUDA devices here; use cuda:0 to cuda:{count - 1}"
+            )
     return found
 
 
@@ -59,9 +66,11 @@ def capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def make_problem(op: str, dtype: torch.dtype, m: int, k: int, qdata: Tensor, scale: Tensor, bits: int, group_size: int) -> Problem:
-    """The `Problem` of running `op` over `m` rows with the weight in these planes. M is rounded up to a power of two, so that few
-    choices are ever made."""
+def make_problem(
+    op: str, dtype: torch.dtype, m: int, k: int, qdata: Tensor, scale: Tensor, bits: int, group_size: int
+) -> Problem:
+    """The `Problem` of running `op` over `m` rows with the weight in these planes. M is rounded up to a power
+    of two, so that few choices are ever made."""
     # Called for every eager product: `size` costs a third of `shape`, `is_cpu` a third of `device`.
     dims = qdata.dim()
     address = 0 if qdata.is_meta else qdata.data_ptr()
@@ -86,13 +95,16 @@ _LACKING: Any = None
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One way to run the ops, with the signatures of `rtn_tensor.reference`; an op it does not have stays None.
+    """One way to run the ops, with the signatures of `rtn_tensor.reference`; an op it does not have stays
+    None.
 
     Attributes:
         name: unique; what `RTN_KERNEL` and `explain` call it.
-        why_not: given a `Problem`, None where the kernel can run it, else one sentence that says why it cannot.
-        rounds_weight: given a `Problem`, whether q * S is rounded to the activation dtype before the product (as a dequantized weight
-            would be); otherwise integer weights stay exact and fp32 partial sums are scaled.
+        why_not: given a `Problem`, None where the kernel can run it, else one sentence that says why it
+            cannot.
+        rounds_weight: given a `Problem`, whether q * S is rounded to the activation dtype before the product
+            (as a dequantized weight would be); otherwise integer weights stay exact and fp32 partial sums are
+            scaled.
     """
 
     name: str

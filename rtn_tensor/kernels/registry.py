@@ -1,7 +1,7 @@
 """`KERNELS` in order of preference, and the choice among them.
 
-To add a kernel: write a module with one `Kernel` and put it in `KERNELS`; the tests, the benchmark, `explain` and the C++ entry of eager
-products follow that list.
+To add a kernel: write a module with one `Kernel` and put it in `KERNELS`; the tests, the benchmark, `explain`
+and the C++ entry of eager products follow that list.
 """
 
 import functools
@@ -48,7 +48,19 @@ def _and_forget(change):
     return changed
 
 
-for _name in ("__setitem__", "__delitem__", "__iadd__", "append", "extend", "insert", "pop", "remove", "clear", "reverse", "sort"):
+for _name in (
+    "__setitem__",
+    "__delitem__",
+    "__iadd__",
+    "append",
+    "extend",
+    "insert",
+    "pop",
+    "remove",
+    "clear",
+    "reverse",
+    "sort",
+):
     setattr(_Kernels, _name, _and_forget(getattr(list, _name)))
 
 KERNELS = _Kernels([cpu.KERNEL, triton.KERNEL, dense.KERNEL, REFERENCE])
@@ -66,16 +78,23 @@ def _choose(problem: Problem, forced: str | None) -> Kernel:
     if forced:
         kernel = next((k for k in KERNELS if k.name == forced), None)
         if kernel is None:
-            raise ValueError(f"RTN_KERNEL={forced!r} names no kernel; use one of {', '.join(k.name for k in KERNELS)}, or unset it")
+            raise ValueError(
+                f"RTN_KERNEL={forced!r} names no kernel; use one of "
+                f"{', '.join(k.name for k in KERNELS)}, or unset it"
+            )
         if getattr(kernel, problem.op) is not None:
             if reason := kernel.why_not(problem):
-                raise ValueError(f"RTN_KERNEL={forced!r} cannot run {problem}: {reason} Unset RTN_KERNEL to let the library choose")
+                raise ValueError(
+                    f"RTN_KERNEL={forced!r} cannot run {problem}: {reason} Unset RTN_KERNEL to "
+                    "let the library choose"
+                )
             return kernel
     return next(kernel for kernel in KERNELS if why_not(kernel, problem) is None)
 
 
 def choose(problem: Problem) -> Kernel:
-    """The first of `KERNELS` that can run `problem`, or the one that the environment variable `RTN_KERNEL` names, for the ops it has.
+    """The first of `KERNELS` that can run `problem`, or the one that the environment variable `RTN_KERNEL`
+    names, for the ops it has.
 
     Raises:
         ValueError: `RTN_KERNEL` names no kernel, or one that cannot run `problem`.
@@ -84,15 +103,16 @@ def choose(problem: Problem) -> Kernel:
 
 
 def forget() -> None:
-    """Forgets the choices made, where what they depend on has changed; and has C++ run eager products on CPU tensors by itself only where
-    no kernel goes before its own."""
+    """Forgets the choices made, where what they depend on has changed; and has C++ run eager products on CPU
+    tensors by itself only where no kernel goes before its own."""
     _choose.cache_clear()
     cpu.direct(KERNELS[:1] == [cpu.KERNEL])
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. `kernel` is the name of the kernel that runs; `reasons` maps every other kernel to one sentence."""
+    """What `explain` found. `kernel` is the name of the kernel that runs; `reasons` maps every other kernel
+    to one sentence."""
 
     problem: Problem
     kernel: str
@@ -104,8 +124,13 @@ class Explanation:
 
     def __str__(self) -> str:
         p = self.problem
-        what = f"{p.op} on {p.device}: {p.dtype} x [{p.M}, {p.K}], int{p.bits} weight [{p.N}, {p.K}] with group_size {p.group_size}"
-        rows = [[k.name, "runs" if k.name == self.kernel else "", self.reasons.get(k.name, "")] for k in KERNELS]
+        what = (
+            f"{p.op} on {p.device}: {p.dtype} x [{p.M}, {p.K}], int{p.bits} weight [{p.N}, {p.K}] "
+            f"with group_size {p.group_size}"
+        )
+        rows = [
+            [k.name, "runs" if k.name == self.kernel else "", self.reasons.get(k.name, "")] for k in KERNELS
+        ]
         return what + "\n" + table(["kernel", "", "why not"], rows)
 
 
@@ -126,24 +151,47 @@ def explain(
 
     Args:
         weight: an `RTNQuantizedTensor`; where it is None, the plain numbers below describe one instead.
-        x: an input `[..., K]`; where it is None, `dtype` (the weight's, if one is given) and `M` describe one instead.
-        op: "linear", "linear_dx" (its backward), "grouped" and "routed" (experts), "embedding", "quantize" or "dequantize".
+        x: an input `[..., K]`; where it is None, `dtype` (the weight's, if one is given) and `M` describe one
+            instead.
+        op: "linear", "linear_dx" (its backward), "grouped" and "routed" (experts), "embedding", "quantize" or
+            "dequantize".
         device, dtype, bits, group_size, M, N, K: the problem in plain numbers; M is the number of input rows.
 
     Raises:
         TypeError: `weight` is not quantized, or an argument is of another type.
-        ValueError: there is no such op, format or device, or `RTN_KERNEL` names a kernel that cannot run this.
+        ValueError: there is no such op, format or device, or `RTN_KERNEL` names a kernel that cannot run
+            this.
     """
-    if not isinstance(op, str) or op not in Kernel.__dataclass_fields__ or op in ("name", "why_not", "rounds_weight"):
-        raise ValueError(f"op={op!r} is not an op; use linear, linear_dx, grouped, grouped_dx, routed, embedding, quantize or dequantize")
+    if (
+        not isinstance(op, str)
+        or op not in Kernel.__dataclass_fields__
+        or op in ("name", "why_not", "rounds_weight")
+    ):
+        raise ValueError(
+            f"op={op!r} is not an op; use linear, linear_dx, grouped, grouped_dx, routed, "
+            "embedding, quantize or dequantize"
+        )
     if x is not None and not (isinstance(x, Tensor) and x.dim()):
-        raise TypeError(f"x is {'a scalar' if isinstance(x, Tensor) else f'a {type(x).__name__}'}; give a tensor [..., K], or none")
+        raise TypeError(
+            f"x is {'a scalar' if isinstance(x, Tensor) else f'a {type(x).__name__}'}; give a "
+            "tensor [..., K], or none"
+        )
     m = M if x is None else x.numel() // max(x.shape[-1], 1)
     if weight is not None:
         if not hasattr(weight, "qdata"):
-            raise TypeError(f"explain needs a quantized weight, got {type(weight).__name__}; quantize it, or describe it by numbers")
+            raise TypeError(
+                f"explain needs a quantized weight, got {type(weight).__name__}; quantize it, or "
+                "describe it by numbers"
+            )
         problem = make_problem(
-            op, weight.dtype if x is None else x.dtype, m, weight.in_features, weight.qdata, weight.scale, weight.bits, weight.group_size
+            op,
+            weight.dtype if x is None else x.dtype,
+            m,
+            weight.in_features,
+            weight.qdata,
+            weight.scale,
+            weight.bits,
+            weight.group_size,
         )
     else:
         device = device_of(device)
@@ -152,8 +200,12 @@ def explain(
         check_format(bits, group_size, "absmax")
         if dtype not in FLOAT_DTYPES:
             allowed = ", ".join(map(str, FLOAT_DTYPES))
-            raise ValueError(f"dtype={dtype!r} is none that a product with a quantized weight has; use one of {allowed}")
-        if wrong := [f"{name}={size!r}" for name, size in (("M", m), ("N", N), ("K", K)) if type(size) is not int]:
+            raise ValueError(
+                f"dtype={dtype!r} is none that a product with a quantized weight has; use one of {allowed}"
+            )
+        if wrong := [
+            f"{name}={size!r}" for name, size in (("M", m), ("N", N), ("K", K)) if type(size) is not int
+        ]:
             raise TypeError(f"{', '.join(wrong)}: sizes are whole numbers")
         if min(m, N, K) < 0:
             raise ValueError(f"M={m}, N={N}, K={K}: sizes cannot be negative")

@@ -1,10 +1,11 @@
 """A format for each weight under a budget of bits, found without calibration data.
 
-To second order in the rounding errors D of the weights, the divergence between the float model's next-token distributions and the quantized
-one's is 1/2 D^T F D, with F the Fisher information: the mean of g g^T over labels *drawn from the model itself*, g the gradient of their
-log-likelihood. Rounding errors hardly correlate, so F's diagonal is enough, and one backward pass a sequence measures every format of every
-weight at once: 1/2 sum(F_ii D_ii^2). The tokens are those that the model itself writes, which tell
-nearly what text does; random ones overstate SmolLM2's first layer, its v_proj by 20 times.
+To second order in the rounding errors D of the weights, the divergence between the float model's next-token
+distributions and the quantized one's is 1/2 D^T F D, with F the Fisher information: the mean of g g^T over
+labels *drawn from the model itself*, g the gradient of their log-likelihood. Rounding errors hardly
+correlate, so F's diagonal is enough, and one backward pass a sequence measures every format of every weight
+at once: 1/2 sum(F_ii D_ii^2). The tokens are those that the model itself writes, which tell nearly what text
+does; random ones overstate SmolLM2's first layer, its v_proj by 20 times.
 """
 
 import math
@@ -29,22 +30,39 @@ OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("sign
 Fuse = Mapping[str, Sequence[str]]
 
 
-# ------------------------------------------------------------------------------------------- sensitivity
+# ----------------------------------------------------------------------------- sensitivity
 
 
 def _check_tokens(model: Any, given: Any, sequences: int, length: int) -> None:
     if given is not None:
-        if not isinstance(given, Tensor) or given.dim() != 2 or given.is_floating_point() or not given.numel():
-            what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-            raise ValueError(f"text is {what}; give int64 tokens [sequences, length], as a tokenizer's input_ids")
+        if (
+            not isinstance(given, Tensor)
+            or given.dim() != 2
+            or given.is_floating_point()
+            or not given.numel()
+        ):
+            what = (
+                f"{given.dtype} {list(given.shape)}"
+                if isinstance(given, Tensor)
+                else f"a {type(given).__name__}"
+            )
+            raise ValueError(
+                f"text is {what}; give int64 tokens [sequences, length], as a tokenizer's input_ids"
+            )
     elif not (is_pretrained(model) and model.can_generate()):
-        raise TypeError(f"{type(model).__name__} is no causal language model of transformers, which could write; give tokens as text")
+        raise TypeError(
+            f"{type(model).__name__} is no causal language model of transformers, which could "
+            "write; give tokens as text"
+        )
     elif sequences < 1 or length < 2:
-        raise ValueError(f"sequences={sequences}, length={length}; give one sequence or more, of two tokens or more")
+        raise ValueError(
+            f"sequences={sequences}, length={length}; give one sequence or more, of two tokens or more"
+        )
 
 
 def _written(model: Any, sequences: int, length: int, seed: int) -> Tensor:
-    """What the model writes, drawn from its own distribution: after its first token, or where it has none, after any."""
+    """What the model writes, drawn from its own distribution: after its first token, or where it has none,
+    after any."""
     from transformers import GenerationConfig
 
     generator = torch.Generator().manual_seed(seed)
@@ -56,9 +74,13 @@ def _written(model: Any, sequences: int, length: int, seed: int) -> Tensor:
     _logits(model, start[:1])  # or `generate` fails with no advice
     before = model.generation_config
     # What it says of beams, penalties or smallest probabilities would be merged with arguments.
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
+    )
     # The end of a text is not drawn, or sequences would be of unequal lengths.
-    model.generation_config.update(eos_token_id=before.eos_token_id, min_new_tokens=length - 1, max_new_tokens=length - 1)
+    model.generation_config.update(
+        eos_token_id=before.eos_token_id, min_new_tokens=length - 1, max_new_tokens=length - 1
+    )
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
@@ -70,7 +92,9 @@ def _written(model: Any, sequences: int, length: int, seed: int) -> Tensor:
 def _logits(model: Any, ids: Tensor) -> Tensor:
     logits = model(ids, use_cache=False).logits
     if not is_finite(logits.detach()):
-        raise ValueError(f"the model's logits hold NaN or inf in {logits.dtype}; load it in bfloat16 or float32")
+        raise ValueError(
+            f"the model's logits hold NaN or inf in {logits.dtype}; load it in bfloat16 or float32"
+        )
     return logits.float()
 
 
@@ -89,7 +113,11 @@ def _only(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def _fisher(
-    model: Any, parameters: list[nn.Parameter], ids: Tensor, seed: int, progress: Callable[[list], Iterable] | None
+    model: Any,
+    parameters: list[nn.Parameter],
+    ids: Tensor,
+    seed: int,
+    progress: Callable[[list], Iterable] | None,
 ) -> list[Tensor]:
     """The diagonal of the Fisher information of each parameter, fp32, for one token."""
     sums = [torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in parameters]
@@ -98,10 +126,12 @@ def _fisher(
     for row in progress(list(ids)) if progress else ids:
         with torch.enable_grad():
             logits = _logits(model, row[None].to(device))[0]
-            # Positions' scores are uncorrelated, as labels are drawn from the model: the square of their sum is the sum of their squares.
+            # Positions' scores are uncorrelated, as labels are drawn from the model: the square of their sum
+            # is the sum of their squares.
             drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
             loss = F.cross_entropy(logits, drawn.to(device), reduction="sum")
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # experts that no token went to have none
+            # Experts that no token went to have none.
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for total, gradient in zip(sums, gradients, strict=True):
             if gradient is not None:
                 total += gradient.float().square_()
@@ -113,7 +143,9 @@ def _cost(target: Target, fisher: Tensor, config: RTNConfig) -> float:
     """The divergence in nats a token of this weight alone in this format."""
     assert target.parameter is not None
     w, f = (t.mT if target.transposed else t for t in (target.parameter.detach(), fisher))
-    rounded = RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method).dequantize()
+    rounded = RTNQuantizedTensor.from_float(
+        w, config.bits, config.group_size, config.scale_method
+    ).dequantize()
     return 0.5 * float((f * (rounded.float() - w.float()).square()).sum(dtype=torch.float64))
 
 
@@ -130,17 +162,22 @@ def plan(
     seed: int = 0,
     progress: Callable[[list], Iterable] | None = None,
 ) -> Plan:
-    """Rules for `quantize_` that spend a budget of bits on the weights where it helps most, by their second-order effect on what the model
-    predicts. The model stays as it is. The same arguments give the same rules on one machine.
+    """Rules for `quantize_` that spend a budget of bits on the weights where it helps most, by their
+    second-order effect on what the model predicts. The model stays as it is. The same arguments give the same
+    rules on one machine.
 
-    It takes the writing, and a forward and a backward pass a sequence, and meanwhile 4 bytes a weight, and its gradients, beside the model.
+    It takes the writing, and a forward and a backward pass a sequence, and meanwhile 4 bytes a weight, and
+    its gradients, beside the model.
 
     Args:
-        model: a float causal language model of transformers, in eval mode: `model(ids [1, T]).logits` is `[1, T, vocabulary]`.
-        bits_per_weight: the average over the weights that `filter_fn` selects, scales included, is at most this.
+        model: a float causal language model of transformers, in eval mode: `model(ids [1, T]).logits` is `[1,
+            T, vocabulary]`.
+        bits_per_weight: the average over the weights that `filter_fn` selects, scales included, is at most
+            this.
         options: the formats to choose among; of every weight all are tried.
         text: tokens `[sequences, length]` to measure on, in the place of those that the model writes.
-        fuse: modules that a serving engine makes one, and that so must have one format, as in `load`: {"qkv_proj": ["q_proj", ...]}.
+        fuse: modules that a serving engine makes one, and that so must have one format, as in `load`:
+            {"qkv_proj": ["q_proj", ...]}.
         filter_fn: as for `load`: by default every linear but the output layer, and experts.
         sequences: that the model writes; more measure more finely, and take longer.
         length: tokens a sequence.
@@ -148,41 +185,58 @@ def plan(
         progress: wraps the list of sequences to come, for instance `tqdm.tqdm`.
 
     Raises:
-        ValueError: the model is in training mode; a budget below what the smallest of `options` takes; a weight that cannot be quantized,
-            or none at all; `fuse` names what no weight is called; `text` that is no tokens; all that before anything is measured. Then,
-            logits or gradients that are not finite.
+        ValueError: the model is in training mode; a budget below what the smallest of `options` takes; a
+            weight that cannot be quantized, or none at all; `fuse` names what no weight is called; `text`
+            that is no tokens; all that before anything is measured. Then, logits or gradients that are not
+            finite.
         TypeError: `options` or `fuse` is of another type; or the model cannot write, and no `text` is given.
         RuntimeError: it is called under torch.inference_mode().
     """
     if model.training:
-        raise ValueError("the model is in training mode, where dropout makes its loss random; call model.eval() first")
+        raise ValueError(
+            "the model is in training mode, where dropout makes its loss random; call model.eval() first"
+        )
     if torch.is_inference_mode_enabled():
         raise RuntimeError("plan takes gradients; call it outside of torch.inference_mode()")
     options = list(options)
     if not options or not all(isinstance(option, RTNConfig) for option in options):
         raise TypeError(f"options is {options}; give formats to choose among, as [rtn_int4(), rtn_int8()]")
     _check_tokens(model, text, sequences, length)
-    targets, sizes = _sizes(targets_of(model, options[0], filter_fn or but_the_output(model)), options, fuse or {})
+    targets, sizes = _sizes(
+        targets_of(model, options[0], filter_fn or but_the_output(model)), options, fuse or {}
+    )
     Plan(bits_per_weight, sizes)  # what it raises, it raises before all is measured
     ids = _written(model, sequences, length, seed) if text is None else text.long()
     tokens = f"{ids.numel()} {'tokens of its own' if text is None else 'given tokens'}"
     parameters: list[Any] = [t.parameter for t in targets]
     with _only(model, parameters):
         fishers = _fisher(model, parameters, ids, seed, progress)
-    costs = {t.fqn: {option: _cost(t, fisher, option) for option in options} for t, fisher in zip(targets, fishers, strict=True)}
+    costs = {
+        t.fqn: {option: _cost(t, fisher, option) for option in options}
+        for t, fisher in zip(targets, fishers, strict=True)
+    }
     for t in targets:
         if not all(math.isfinite(cost) for cost in costs[t.fqn].values()):
-            raise ValueError(f"{t.fqn}: its gradients overflow in {t.parameter.dtype}; load the model in bfloat16 or float32")  # type: ignore[union-attr]
+            raise ValueError(
+                f"{t.fqn}: its gradients overflow in {t.parameter.dtype}; load the model in "
+                "bfloat16 or float32"
+            )  # type: ignore[union-attr]
     return Plan(bits_per_weight, replace(sizes, sensitivity=costs, tokens=tokens))
 
 
-def _sizes(found: Iterable[Target], options: Sequence[RTNConfig], fuse: Fuse) -> tuple[list[Target], Measured]:
-    """The weights, each at its first place, and what is known of them before anything is measured: no format costs anything."""
+def _sizes(
+    found: Iterable[Target], options: Sequence[RTNConfig], fuse: Fuse
+) -> tuple[list[Target], Measured]:
+    """The weights, each at its first place, and what is known of them before anything is measured: no format
+    costs anything."""
     places: dict[int, list[Target]] = defaultdict(list)
     for target in found:
         places[id(target.parameter)].append(target)
     if not places:
-        raise ValueError("no weight is selected, so there is nothing to plan; check filter_fn, or the kinds of the model's layers")
+        raise ValueError(
+            "no weight is selected, so there is nothing to plan; check filter_fn, or the kinds "
+            "of the model's layers"
+        )
     targets = [same[0] for same in places.values()]
     parameters: dict[str, Any] = {t.fqn: t.parameter for t in targets}
     return targets, Measured(
@@ -199,7 +253,9 @@ def _sizes(found: Iterable[Target], options: Sequence[RTNConfig], fuse: Fuse) ->
 def _together(names: Sequence[str], fuse: Fuse) -> list[list[str]]:
     """The names by groups that must share a format."""
     if not isinstance(fuse, Mapping) or any(isinstance(parts, str) for parts in fuse.values()):
-        raise TypeError(f"fuse is {fuse!r}; give a dict of lists, as {{'qkv_proj': ['q_proj', 'k_proj', 'v_proj']}}")
+        raise TypeError(
+            f"fuse is {fuse!r}; give a dict of lists, as {{'qkv_proj': ['q_proj', 'k_proj', 'v_proj']}}"
+        )
     fused = {part: whole for whole, parts in fuse.items() for part in parts}
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:

@@ -29,7 +29,9 @@ def _quantized(target: Target) -> Any:
     w, config = target.parameter, target.config
     assert w is not None
     part = held(w).detach()
-    q = RTNQuantizedTensor.from_float(part.mT if target.transposed else part, config.bits, config.group_size, config.scale_method)
+    q = RTNQuantizedTensor.from_float(
+        part.mT if target.transposed else part, config.bits, config.group_size, config.scale_method
+    )
     new = nn.Parameter(as_part(q.mT if target.transposed else q, w), requires_grad=False)
     for name, value in vars(w).items():
         setattr(new, name, value)
@@ -44,20 +46,25 @@ def quantize_(
     *,
     progress: Callable[[list], Iterable] | None = None,
 ) -> Report:
-    """Quantizes the weights of `model` in place. Modules stay what they are; their weights become `RTNQuantizedTensor`s.
+    """Quantizes the weights of `model` in place. Modules stay what they are; their weights become
+    `RTNQuantizedTensor`s.
 
-    Every selected weight is checked first, and nothing changes if one is unfit. Modules that share a weight share the quantized one;
-    where only some of them are selected, the others keep the float weight, and the report says "untied".
+    Every selected weight is checked first, and nothing changes if one is unfit. Modules that share a weight
+    share the quantized one; where only some of them are selected, the others keep the float weight, and the
+    report says "untied".
 
     Args:
-        model: any module; float32, bfloat16 or float16 weights, on any device (a meta weight becomes an empty quantized one).
-        config: `rtn_int4()`, `rtn_int8()` or `rtn(...)`; or rules, a list of (pattern, such a config or None for float), of which the first
-            that matches a parameter's name or its module's counts; or torchao's `FqnToConfig`. A pattern has shell wildcards, as in
+        model: any module; float32, bfloat16 or float16 weights, on any device (a meta weight becomes an empty
+            quantized one).
+        config: `rtn_int4()`, `rtn_int8()` or `rtn(...)`; or rules, a list of (pattern, such a config or None
+            for float), of which the first that matches a parameter's name or its module's counts; or
+            torchao's `FqnToConfig`. A pattern has shell wildcards, as in
             "model.layers.0.*", or is a regular expression after "re:". What no rule matches stays float.
-        filter_fn: given a module and its name, whether to quantize its weight. By default every nn.Linear, as in torchao, and the experts
-            of every mixture-of-experts layer, but not its router, nor what is known to be used otherwise than in a product; nn.Embedding
-            can be selected too. A rule with wildcards reaches only what this selects, one that has a weight's full name any weight. Not
-            with `FqnToConfig`.
+        filter_fn: given a module and its name, whether to quantize its weight. By default every nn.Linear, as
+            in torchao, and the experts of every mixture-of-experts layer, but not its router, nor what is
+            known to be used otherwise than in a product; nn.Embedding can be selected too. A rule with
+            wildcards reaches only what this selects, one that has a weight's full name any weight. Not with
+            `FqnToConfig`.
         device: where to move each module just before it is quantized, and the rest of the model at the end.
         progress: wraps the list of weights to come, for instance `tqdm.tqdm`.
 
@@ -66,13 +73,16 @@ def quantize_(
 
     Raises:
         TypeError: `config` is not one of the above.
-        ValueError: a rule matches no weight (the error gives the nearest names); a weight is unfit (the error names each): already
-            quantized, of another dtype, NaN or inf inside, not a matrix, or not of an nn.Linear or nn.Embedding; or `filter_fn` is given
-            with `FqnToConfig`.
+        ValueError: a rule matches no weight (the error gives the nearest names); a weight is unfit (the error
+            names each): already quantized, of another dtype, NaN or inf inside, not a matrix, or not of an
+            nn.Linear or nn.Embedding; or `filter_fn` is given with `FqnToConfig`.
     """
     targets = targets_of(model, config, filter_fn)
     if fully_sharded(model) and any(not t.parameter.is_meta for t in targets):  # type: ignore[union-attr]
-        raise ValueError("the model is sharded by fully_shard, which would look for the float weights' memory; quantize_ it first")
+        raise ValueError(
+            "the model is sharded by fully_shard, which would look for the float weights' "
+            "memory; quantize_ it first"
+        )
     places: dict[int, list[str]] = defaultdict(list)
     for fqn, _, _, parameter in tensors_of(model):
         places[id(parameter)].append(fqn)
@@ -97,12 +107,19 @@ def quantize_(
     return report(model)
 
 
-def _quantize_module(module: nn.Module, config: RTNConfig, *, parameter_name: str = "weight", fqn: str = "") -> nn.Module:
-    """What torchao's own `quantize_`, and so transformers, calls for each module; the keyword lets FqnToConfig name parameters."""
+def _quantize_module(
+    module: nn.Module, config: RTNConfig, *, parameter_name: str = "weight", fqn: str = ""
+) -> nn.Module:
+    """What torchao's own `quantize_`, and so transformers, calls for each module; the keyword lets
+    FqnToConfig name parameters."""
     # PEFT, to merge an adapter, puts a tensor in the place of the weight, which is then no parameter.
-    if isinstance(w := vars(module).get(parameter_name), Tensor) and parameter_name not in computed_from(module):
+    if isinstance(w := vars(module).get(parameter_name), Tensor) and parameter_name not in computed_from(
+        module
+    ):
         setattr(module, parameter_name, nn.Parameter(w.detach()))
-    target = Target(module, parameter_name, fqn or f"{type(module).__name__}.{parameter_name}", config, by_name=True)
+    target = Target(
+        module, parameter_name, fqn or f"{type(module).__name__}.{parameter_name}", config, by_name=True
+    )
     check_targets([target])
     setattr(module, parameter_name, _quantized(target))
     on_quantized(module)
@@ -113,11 +130,14 @@ for _kind in (RTNConfig, *CLASSES.values()):  # torchao looks for the exact clas
     register_quantize_module_handler(_kind)(_quantize_module)
 
 
-def _quantize_by_fqn(module: nn.Module, fqn: str, config: FqnToConfig, others: Callable[..., nn.Module]) -> nn.Module:
+def _quantize_by_fqn(
+    module: nn.Module, fqn: str, config: FqnToConfig, others: Callable[..., nn.Module]
+) -> nn.Module:
     """What torchao's own `quantize_` does of an FqnToConfig to one module, as `quantize_` here does it.
 
-    Of patterns that overlap torchao 0.18 applies one after the other, biases included, and lets a later one quantize what None excludes;
-    by its documentation the first that matches decides. `others` is its own function, for what is of no format here.
+    Of patterns that overlap torchao 0.18 applies one after the other, biases included, and lets a later one
+    quantize what None excludes; by its documentation the first that matches decides. `others` is its own
+    function, for what is of no format here.
     """
     table: Mapping[str, Any] = config.fqn_to_config
     if not any(isinstance(c, RTNConfig) for c in table.values()):
@@ -133,7 +153,9 @@ def _quantize_by_fqn(module: nn.Module, fqn: str, config: FqnToConfig, others: C
         if isinstance(chosen, RTNConfig):
             _quantize_module(module, chosen, parameter_name=name, fqn=full)
         elif chosen is not None:
-            module = others(module, fqn, FqnToConfig(OrderedDict({fqn if name == "weight" else full: chosen})))
+            module = others(
+                module, fqn, FqnToConfig(OrderedDict({fqn if name == "weight" else full: chosen}))
+            )
     return module
 
 
@@ -141,7 +163,8 @@ _torchao.handle_fqn_configs(_quantize_by_fqn)
 
 
 def dequantize_(model: nn.Module) -> Report:
-    """Puts plain float parameters (q * S, in each weight's dtype) in place of the quantized ones; shared weights stay shared."""
+    """Puts plain float parameters (q * S, in each weight's dtype) in place of the quantized ones; shared
+    weights stay shared."""
     check_idle(model)
     shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for _, module, name, parameter in list(tensors_of(model)):

@@ -5,7 +5,18 @@ from collections.abc import Iterable
 from torch import nn
 
 from rtn_tensor.config import RTNConfig, rtn, rtn_int8
-from rtn_tensor.quantize.selection import Rules, bits_of, find, matches, parameter_of, products, scale_bits_of, shape_of, unmatched, weights
+from rtn_tensor.quantize.selection import (
+    Rules,
+    bits_of,
+    find,
+    matches,
+    parameter_of,
+    products,
+    scale_bits_of,
+    shape_of,
+    unmatched,
+    weights,
+)
 
 
 class Selection(list[tuple[str, RTNConfig | None]]):
@@ -28,7 +39,8 @@ class Selection(list[tuple[str, RTNConfig | None]]):
 
 
 def layers_of(model: nn.Module) -> list[str]:
-    """The names of the model's layers, in order: the parts of every nn.ModuleList that is in no other and holds weights.
+    """The names of the model's layers, in order: the parts of every nn.ModuleList that is in no other and
+    holds weights.
 
     Raises:
         ValueError: it has no such list.
@@ -40,19 +52,29 @@ def layers_of(model: nn.Module) -> list[str]:
             names += [f"{prefix}.{i}" if prefix else str(i) for i in range(len(module))]
     names = [name for name in names if any(w == name or w.startswith(f"{name}.") for w in default)]
     if not names:
-        raise ValueError(f"{type(model).__name__} has no nn.ModuleList of layers; write rules over the names of its modules")
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList of layers; write rules over the names "
+            "of its modules"
+        )
     return names
 
 
 def select_layers(
-    model: nn.Module, first: int = 0, last: int = 0, indices: Iterable[int] = (), config: RTNConfig | None = None
+    model: nn.Module,
+    first: int = 0,
+    last: int = 0,
+    indices: Iterable[int] = (),
+    config: RTNConfig | None = None,
 ) -> Selection:
-    """Rules that give whole layers `config`; their `str()` says what that costs. Put them before a rule for the rest:
+    """Rules that give whole layers `config`; their `str()` says what that costs. Put them before a rule for
+    the rest:
 
-        quantize_(model, select_layers(model, first=2) + select_modules(model, ["down_proj"]) + [("*", rtn_int4())])
+        quantize_(model, select_layers(model, first=2) + select_modules(model, ["down_proj"]) + [("*",
+        rtn_int4())])
 
     Args:
-        model: one whose layers are in an nn.ModuleList; of several (an encoder's and a decoder's), the layers are counted on.
+        model: one whose layers are in an nn.ModuleList; of several (an encoder's and a decoder's), the layers
+            are counted on.
         first: so many layers at the start.
         last: so many at the end.
         indices: these too, from 0; negative ones count from the end.
@@ -65,7 +87,10 @@ def select_layers(
     count = len(names)
     asked = {*range(first), *range(count - last, count), *(i + count if i < 0 else i for i in indices)}
     if not asked or min(first, last) < 0 or not asked <= set(range(count)):
-        raise ValueError(f"first={first}, last={last}, indices={list(indices)} of {count} layers; select 1 to {count} of them")
+        raise ValueError(
+            f"first={first}, last={last}, indices={list(indices)} of {count} layers; select 1 "
+            f"to {count} of them"
+        )
     config = config or rtn_int8()
     rules: list[tuple[str, RTNConfig | None]] = [(f"{names[i]}.*", config) for i in sorted(asked)]
     return Selection(model, f"{len(asked)} of {count} layers", rules, config)
@@ -91,7 +116,9 @@ def select_modules(model: nn.Module, names: Iterable[str], config: RTNConfig | N
     for name in names:
         patterns = [p for p in (f"*.{name}", name) if any(matches(p, *each) for each in default)]
         if not patterns:
-            parts = (part for each in default for full in each if (part := full.rpartition(".")[2]) != "weight")
+            parts = (
+                part for each in default for full in each if (part := full.rpartition(".")[2]) != "weight"
+            )
             raise ValueError(unmatched(name, parts))
         rules += [(pattern, config) for pattern in patterns]
     if not rules:

@@ -1,4 +1,5 @@
-"""Which parameters of a model are experts' weights, and which of its linears choose among experts (routers)."""
+"""Which parameters of a model are experts' weights, and which of its linears choose among experts
+(routers)."""
 
 import re
 from itertools import permutations
@@ -10,7 +11,8 @@ from rtn_tensor.tensor import RTNQuantizedTensor
 
 
 def stacks_of(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own 3-D float parameters; those of torch's own modules (convolutions, say) are no experts'."""
+    """The module's own 3-D float parameters; those of torch's own modules (convolutions, say) are no
+    experts'."""
     if type(module).__module__.startswith("torch.nn."):
         return {}
     return {
@@ -21,10 +23,12 @@ def stacks_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def transposed_experts(module: nn.Module) -> dict[str, bool]:
-    """The parameters of `module` that are experts' weights, by name, and whether they are `[E, in_features, out_features]`.
+    """The parameters of `module` that are experts' weights, by name, and whether they are `[E, in_features,
+    out_features]`.
 
-    transformers' modules say it themselves. Of others, two weights whose shapes fit one another as up (or gate and up) and down of one
-    layer, in one way only: `[E, 2 I, H]` and `[E, H, I]`, or `[E, H, 2 I]` and `[E, I, H]`.
+    transformers' modules say it themselves. Of others, two weights whose shapes fit one another as up (or
+    gate and up) and down of one layer, in one way only: `[E, 2 I, H]` and `[E, H, I]`, or `[E, H, 2 I]` and
+    `[E, I, H]`.
     """
     stacks = stacks_of(module)
     if not stacks:
@@ -44,9 +48,14 @@ def transposed_experts(module: nn.Module) -> dict[str, bool]:
 
 
 def unknown_experts(module: nn.Module) -> list[str]:
-    """Names of 3-D parameters that look like experts' weights, several matrices of 32 and more a side, and are not understood."""
+    """Names of 3-D parameters that look like experts' weights, several matrices of 32 and more a side, and
+    are not understood."""
     known = transposed_experts(module)
-    stacks = {n: p.shape for n, p in stacks_of(module).items() if n not in known and p.shape[0] > 1 and min(p.shape[1:]) >= 32}
+    stacks = {
+        n: p.shape
+        for n, p in stacks_of(module).items()
+        if n not in known and p.shape[0] > 1 and min(p.shape[1:]) >= 32
+    }
     return [
         name
         for name, shape in stacks.items()
@@ -56,9 +65,12 @@ def unknown_experts(module: nn.Module) -> list[str]:
 
 
 def _may_be_up_and_down(one: torch.Size, other: torch.Size) -> bool:
-    """Whether, however they lie, they have the model's width in common, and beside it the experts' width or twice that (gate and up)."""
+    """Whether, however they lie, they have the model's width in common, and beside it the experts' width or
+    twice that (gate and up)."""
     (e, *one_sides), (e_, *other_sides) = one, other
-    ways = [(a, b, c, d) for a, b in (one_sides, one_sides[::-1]) for c, d in (other_sides, other_sides[::-1])]
+    ways = [
+        (a, b, c, d) for a, b in (one_sides, one_sides[::-1]) for c, d in (other_sides, other_sides[::-1])
+    ]
     return e == e_ and any(a == c and (b == d or b == 2 * d or d == 2 * b) for a, b, c, d in ways)
 
 
@@ -79,7 +91,10 @@ def _count(module: nn.Module) -> int:
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return len(module)
     lists = [len(child) for child in module.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
-    return next(iter([stack.shape[0] for stack in stacks_of(module).values()] + lists), getattr(module, "num_experts", 0))
+    return next(
+        iter([stack.shape[0] for stack in stacks_of(module).values()] + lists),
+        getattr(module, "num_experts", 0),
+    )
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:
@@ -101,7 +116,11 @@ def _routers_of(parent: nn.Module) -> set[nn.Module]:
     counts -= {0, 1}
     found: set[nn.Module] = set()
     if counts:
-        sized = [n for n, child in children.items() if isinstance(child, nn.Linear) and child.out_features in counts]
+        sized = [
+            n
+            for n, child in children.items()
+            if isinstance(child, nn.Linear) and child.out_features in counts
+        ]
         # A head may have as many classes: what has no such name counts only where nothing else chooses.
         unnamed = not choosing and not any(ROUTING & _words(name) for name in parent._parameters)
         found |= {children[name] for name in sized if unnamed or name in choosing}
@@ -111,20 +130,28 @@ def _routers_of(parent: nn.Module) -> set[nn.Module]:
         inputs = {parts[0].in_features for expert in experts if (parts := _linears(expert))}
         for child in choosing.values():
             parts = _linears(child)
-            if parts and len(experts) > 1 and parts[-1].out_features == len(experts) and inputs == {parts[0].in_features}:
+            if (
+                parts
+                and len(experts) > 1
+                and parts[-1].out_features == len(experts)
+                and inputs == {parts[0].in_features}
+            ):
                 found |= set(parts)
     return found
 
 
 def routers(model: nn.Module) -> set[nn.Module]:
-    """The linears that choose among experts. They are small, an error of theirs sends a token elsewhere, and so they stay float unless they
-    are named.
+    """The linears that choose among experts. They are small, an error of theirs sends a token elsewhere, and
+    so they stay float unless they are named.
 
-    They are what is called a router; beside experts, all of what is called a gate or the like, or, where nothing is, what has an output
-    for each; and beside a list of equal modules that are called nothing, a gate with their number of inputs and an output for each. A
-    list alone is none: a head may have as many classes as a model has layers.
+    They are what is called a router; beside experts, all of what is called a gate or the like, or, where
+    nothing is, what has an output for each; and beside a list of equal modules that are called nothing, a
+    gate with their number of inputs and an output for each. A list alone is none: a head may have as many
+    classes as a model has layers.
     """
     found = {
-        module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "router" in _words(name.rpartition(".")[2])
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "router" in _words(name.rpartition(".")[2])
     }
     return found.union(*(_routers_of(parent) for parent in model.modules()))

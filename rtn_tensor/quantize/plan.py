@@ -28,7 +28,8 @@ class Measured:
 
 
 class Plan(list[tuple[str, RTNConfig | None]]):
-    """Rules, one a weight by its full name, with what they were chosen by. Printed, a map of layers and modules.
+    """Rules, one a weight by its full name, with what they were chosen by. Printed, a map of layers and
+    modules.
 
     Attributes:
         bits_per_weight: of the planned weights, scales included.
@@ -42,19 +43,32 @@ class Plan(list[tuple[str, RTNConfig | None]]):
             raise ValueError(f"bits_per_weight={budget!r}; give a number, as 4.5")
         self._measured = measured
         total = sum(measured.counts.values())
-        costs, sizes = ([_sum([t[name] for name in names]) for names in measured.together] for t in (measured.sensitivity, measured.bits))
+        costs, sizes = (
+            [_sum([t[name] for name in names]) for names in measured.together]
+            for t in (measured.sensitivity, measured.bits)
+        )
         if budget * total < (least := sum(min(size.values()) for size in sizes)):
             raise ValueError(
-                f"bits_per_weight={budget} is too few; the smallest of the options take {math.ceil(least / total * 1e4) / 1e4:.4f}"
-                + ("; of a model in bfloat16 they take less, as scales have the width of its floats" if measured.wide else "")
+                f"bits_per_weight={budget} is too few; the smallest of the options take "
+                f"{math.ceil(least / total * 1e4) / 1e4:.4f}"
+                + (
+                    "; of a model in bfloat16 they take less, as scales have the width of its floats"
+                    if measured.wide
+                    else ""
+                )
             )
         chosen = spend(costs, sizes, budget * total)
-        configs = {name: config for names, config in zip(measured.together, chosen, strict=True) for name in names}
-        super().__init__((place, configs[name]) for name in measured.sensitivity for place in measured.places[name])
+        configs = {
+            name: config for names, config in zip(measured.together, chosen, strict=True) for name in names
+        }
+        super().__init__(
+            (place, configs[name]) for name in measured.sensitivity for place in measured.places[name]
+        )
         self.bits_per_weight = sum(measured.bits[name][config] for name, config in configs.items()) / total
 
     def at(self, bits_per_weight: float) -> "Plan":
-        """The plan for another budget, by the same sensitivity: nothing is measured again. Raises ValueError for one too small."""
+        """The plan for another budget, by the same sensitivity: nothing is measured again. Raises ValueError
+        for one too small."""
         return Plan(bits_per_weight, self._measured)
 
     @property
@@ -67,19 +81,26 @@ class Plan(list[tuple[str, RTNConfig | None]]):
 
     def _planned(self) -> list[tuple[str, RTNConfig]]:
         """Its rules but those that were put beside them, and but further names of a weight."""
-        return [(name, config) for name, config in self if config and config in self.sensitivity.get(name, ())]
+        return [
+            (name, config) for name, config in self if config and config in self.sensitivity.get(name, ())
+        ]
 
     @property
     def divergence(self) -> float:
         return sum(self.sensitivity[name][config] for name, config in self._planned())
 
     def cells(self) -> tuple[list[str], list[str], dict[tuple[str, str], tuple[RTNConfig, float]]]:
-        """Layers, kinds of modules, and at (layer, kind) the format and the divergence that 4 bits there cost at best."""
+        """Layers, kinds of modules, and at (layer, kind) the format and the divergence that 4 bits there cost
+        at best."""
         cells = {}
         for name, config in self._planned():
             match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-            layer, kind = (match[1], name[: match.start()] + "*" + name[match.end() - 1 :]) if match else ("", name)
-            at_4 = [cost for option, cost in self.sensitivity[name].items() if option.bits == 4] or [self.sensitivity[name][config]]
+            layer, kind = (
+                (match[1], name[: match.start()] + "*" + name[match.end() - 1 :]) if match else ("", name)
+            )
+            at_4 = [cost for option, cost in self.sensitivity[name].items() if option.bits == 4] or [
+                self.sensitivity[name][config]
+            ]
             cells[layer, kind] = config, min(at_4)
         layers, kinds = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
         return layers, kinds, cells
@@ -89,7 +110,8 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         names = [last_part(kind) for kind in kinds]
         top = max(cost for _, cost in cells.values()) or 1.0
         lines = [
-            f"{self.bits_per_weight:.3f} bits a weight, an expected divergence of {self.divergence:.4f} nats a token on {self.tokens}",
+            f"{self.bits_per_weight:.3f} bits a weight, an expected divergence of {self.divergence:.4f} nats "
+            f"a token on {self.tokens}",
             "bits:group size, + for searched scales; shaded by what 4 bits would cost",
             " ".join(["layer", *(f"{name:>10}" for name in names)]),
         ]
@@ -114,7 +136,10 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         names = [last_part(kind) for kind in kinds]
         figure = Figure(figsize=(2 + len(kinds), 1.5 + 0.28 * len(layers)), layout="constrained")
         axes = figure.add_subplot()
-        costs = [[cells[layer, kind][1] if (layer, kind) in cells else float("nan") for kind in kinds] for layer in layers]
+        costs = [
+            [cells[layer, kind][1] if (layer, kind) in cells else float("nan") for kind in kinds]
+            for layer in layers
+        ]
         shown = torch.tensor(costs).clamp_min(1e-12).log10()
         image = axes.imshow(shown.tolist(), aspect="auto", cmap="viridis")
         middle = float(shown.nanmean())
@@ -125,7 +150,10 @@ class Plan(list[tuple[str, RTNConfig | None]]):
             axes.text(x, y, _short(config), ha="center", va="center", fontsize=7, color=color, weight=weight)
         axes.set_xticks(range(len(kinds)), names, rotation=30)
         axes.set_yticks(range(len(layers)), layers)
-        axes.set(ylabel="layer", title=f"{self.bits_per_weight:.3f} bits a weight: bits:group size, + for searched scales")
+        axes.set(
+            ylabel="layer",
+            title=f"{self.bits_per_weight:.3f} bits a weight: bits:group size, + for searched scales",
+        )
         figure.colorbar(image, label="log10 of the divergence at 4 bits, nats a token")
         figure.savefig(path, dpi=110)
 
@@ -139,9 +167,11 @@ def last_part(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def spend(costs: Sequence[Mapping[RTNConfig, float]], bits: Sequence[Mapping[RTNConfig, float]], budget: float) -> list[RTNConfig]:
-    """A format for each weight so that their bits are at most `budget` and the sum of their costs is small: from the fewest bits on, the
-    step that saves most a bit, along each weight's convex hull of (bits, cost).
+def spend(
+    costs: Sequence[Mapping[RTNConfig, float]], bits: Sequence[Mapping[RTNConfig, float]], budget: float
+) -> list[RTNConfig]:
+    """A format for each weight so that their bits are at most `budget` and the sum of their costs is small:
+    from the fewest bits on, the step that saves most a bit, along each weight's convex hull of (bits, cost).
 
     Args:
         costs: by weight and format.
@@ -165,7 +195,11 @@ def spend(costs: Sequence[Mapping[RTNConfig, float]], bits: Sequence[Mapping[RTN
     used = sum(hull[0][0] for hull in hulls)
     if used > budget:
         raise ValueError(f"the smallest formats take {used:.0f} bits, and the budget is {budget:.0f}")
-    steps = sorted((_slope(a, b), i, j) for i, hull in enumerate(hulls) for j, (a, b) in enumerate(zip(hull, hull[1:], strict=False)))
+    steps = sorted(
+        (_slope(a, b), i, j)
+        for i, hull in enumerate(hulls)
+        for j, (a, b) in enumerate(zip(hull, hull[1:], strict=False))
+    )
     for _, i, j in steps:
         more = hulls[i][j + 1][0] - hulls[i][j][0]
         if at[i] == j and used + more <= budget:

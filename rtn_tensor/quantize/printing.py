@@ -1,7 +1,8 @@
 """`print(model)` says which layers are quantized.
 
-torchao binds another `extra_repr` to each module; such a module cannot be pickled, holds itself alive, and says so still when its weight
-has been replaced. So here the three classes that all layers with quantized weights are of ask their parameters, whoever put them there.
+torchao binds another `extra_repr` to each module; such a module cannot be pickled, holds itself alive, and
+says so still when its weight has been replaced. So here the three classes that all layers with quantized
+weights are of ask their parameters, whoever put them there.
 """
 
 import functools
@@ -17,7 +18,8 @@ def _with_quantized(extra_repr):
     @functools.wraps(extra_repr)
     def with_quantized(self: nn.Module) -> str:
         text = extra_repr(self)
-        if torch.compiler.is_compiling():  # torch.vmap asks for the text of what it maps, and a compiler would trace it
+        # torch.vmap asks for the text of what it maps, and a compiler would trace it.
+        if torch.compiler.is_compiling():
             return text
         weights = {name: held(parameter) for name, parameter in self._parameters.items()}
         shown = [

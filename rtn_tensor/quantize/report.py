@@ -21,8 +21,8 @@ from rtn_tensor.text_table import table
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter. `bits` and `group_size` are None where it stayed float; `note` then says why. Bytes of a shared one are counted at
-    its first place only."""
+    """One parameter. `bits` and `group_size` are None where it stayed float; `note` then says why. Bytes of a
+    shared one are counted at its first place only."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,7 +55,8 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits a parameter takes on average, over the whole model: those that stayed float, and the scales, are counted."""
+        """Bits a parameter takes on average, over the whole model: those that stayed float, and the scales,
+        are counted."""
         count = sum(torch.Size(row.shape).numel() for row in self.rows if row.bytes_before)
         return 8 * self.bytes_after / count if count else 0.0
 
@@ -74,18 +75,33 @@ class Report:
             if len(row.shape) > 1:
                 shape = " x ".join(map(str, row.shape))
                 bits, group = ("float", "") if row.bits is None else (str(row.bits), str(row.group_size))
-                lines.append([row.name, shape, bits, group, f"{row.bytes_before:,}", f"{row.bytes_after:,}", row.note])
+                lines.append(
+                    [row.name, shape, bits, group, f"{row.bytes_before:,}", f"{row.bytes_after:,}", row.note]
+                )
         vectors = [row for row in self.rows if len(row.shape) < 2]
         if vectors:
-            before, after = (sum(getattr(row, key) for row in vectors) for key in ("bytes_before", "bytes_after"))
+            before, after = (
+                sum(getattr(row, key) for row in vectors) for key in ("bytes_before", "bytes_after")
+            )
             count = f"{len(vectors)} vectors" if len(vectors) > 1 else "1 vector"
             lines.append([count, "", "float", "", f"{before:,}", f"{after:,}", "norms and biases"])
-        total = ["total", "", f"{self.bits_per_weight:.2f}", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", ""]
-        return table(["weight", "shape", "bits", "group", "bytes before", "bytes after", "note"], [*lines, total])
+        total = [
+            "total",
+            "",
+            f"{self.bits_per_weight:.2f}",
+            "",
+            f"{self.bytes_before:,}",
+            f"{self.bytes_after:,}",
+            "",
+        ]
+        return table(
+            ["weight", "shape", "bits", "group", "bytes before", "bytes after", "note"], [*lines, total]
+        )
 
 
 def report(model: nn.Module) -> Report:
-    """Says of every parameter of `model` how it is stored, or why it stayed float; of a sharded one, the part that this rank holds."""
+    """Says of every parameter of `model` how it is stored, or why it stayed float; of a sharded one, the part
+    that this rank holds."""
     rows: list[Row] = []
     first: dict[int, str] = {}
     untied: dict[str, str] = {}
@@ -101,7 +117,8 @@ def report(model: nn.Module) -> Report:
         if id(whole) in first:
             note, before, after = f"shared with {first[id(whole)]}", 0, 0
         elif quantized and hasattr(whole, "untied_from"):
-            note, before = f"untied from {', '.join(whole.untied_from)}", 0  # the float weight it shared is counted there
+            # The float weight it shared is counted there.
+            note, before = f"untied from {', '.join(whole.untied_from)}", 0
         elif quantized:
             note = ""
         elif fqn in untied:
@@ -111,7 +128,13 @@ def report(model: nn.Module) -> Report:
         elif w.dim() < 2:
             note = "vector"
         elif owns(module, name):
-            note = "router" if module in kept else "used otherwise than in a product" if module in otherwise else "not selected"
+            note = (
+                "router"
+                if module in kept
+                else "used otherwise than in a product"
+                if module in otherwise
+                else "not selected"
+            )
         elif name in unknown_experts(module):
             note = f"experts of a {type(module).__name__}? not understood"
         else:

@@ -1,4 +1,5 @@
-"""Which weights are quantized, and how: the default choice, ordered rules over names, and rules that keep layers or modules precise."""
+"""Which weights are quantized, and how: the default choice, ordered rules over names, and rules that keep
+layers or modules precise."""
 
 import difflib
 import re
@@ -22,12 +23,14 @@ COMPUTED = f"is computed by its module, not stored (a parametrization?); {REMOVE
 FORMAT_KEYS = ("bits", "group_size", "scale_method")
 
 
-# ------------------------------------------------------------------------------------------- without rules
+# --------------------------------------------------------------------------- without rules
 
 
 def is_linear(module: nn.Module, fqn: str) -> bool:
     """Every nn.Linear whose weight its module really multiplies by (torchao's rule)."""
-    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return isinstance(module, nn.Linear) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear
+    )
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -43,11 +46,14 @@ def stored_transposed(module: nn.Module, name: str) -> bool:
 
 def owns(module: nn.Module, name: str) -> bool:
     """Whether the parameter `name` is what is meant by the name of its module."""
-    return (name == "weight" and (isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module))) or name in transposed_experts(module)
+    return (
+        name == "weight" and (isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module))
+    ) or name in transposed_experts(module)
 
 
-# Linears of transformers whose weights are no factor of a product, by the class of the module that they belong to and their names in it:
-# joined to another's columns, indexed by columns, or taken for a convolution's.
+# Linears of transformers whose weights are no factor of a product, by the class of the module that they
+# belong to and their names in it: joined to another's columns, indexed by columns, or taken for a
+# convolution's.
 _REL_POS = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
 _USED_OTHERWISE = {
     "MobileBertLMPredictionHead": ("dense", "decoder"),
@@ -61,24 +67,31 @@ _USED_OTHERWISE = {
 
 
 def used_otherwise(model: nn.Module) -> set[nn.Module]:
-    """The linears of `model` that are known not to multiply by their weights, and would fail with quantized ones."""
+    """The linears of `model` that are known not to multiply by their weights, and would fail with quantized
+    ones."""
     found = set()
     for module in model.modules():
         for kind in type(module).__mro__:
-            found |= {module._modules[name] for name in _USED_OTHERWISE.get(kind.__name__, ()) if module._modules.get(name) is not None}
+            found |= {
+                module._modules[name]
+                for name in _USED_OTHERWISE.get(kind.__name__, ())
+                if module._modules.get(name) is not None
+            }
     return found  # type: ignore[return-value]
 
 
 def products(model: nn.Module) -> FilterFn:
-    """The default `filter_fn`: every linear (`is_linear`) but routers and those that are used otherwise, and the experts of every
-    mixture-of-experts layer."""
+    """The default `filter_fn`: every linear (`is_linear`) but routers and those that are used otherwise, and
+    the experts of every mixture-of-experts layer."""
     kept = routers(model) | used_otherwise(model)
-    return lambda module, fqn: (is_linear(module, fqn) and module not in kept) or bool(transposed_experts(module))
+    return lambda module, fqn: (
+        (is_linear(module, fqn) and module not in kept) or bool(transposed_experts(module))
+    )
 
 
 def tensors_of(model: nn.Module, buffers: bool = False) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    """(fqn, module, name, tensor) of every parameter, shared ones at each of their places; with `buffers`, of all that a state_dict
-    holds."""
+    """(fqn, module, name, tensor) of every parameter, shared ones at each of their places; with `buffers`, of
+    all that a state_dict holds."""
     for prefix, module in model.named_modules():
         for name, t in (*module._parameters.items(), *(module._buffers.items() if buffers else ())):
             if t is not None and name not in module._non_persistent_buffers_set:
@@ -100,13 +113,15 @@ class Weight:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a pattern may match: the parameter's name, and its module's where that has no other such weight."""
+        """What a pattern may match: the parameter's name, and its module's where that has no other such
+        weight."""
         owns = self.parameter_name == "weight" or self.parameter_name in transposed_experts(self.module)
         return (self.fqn, self.module_name) if owns else (self.fqn,)
 
 
 def weights(model: nn.Module, filter_fn: FilterFn) -> Iterator[Weight]:
-    """All of `model`, in its order: what `filter_fn` selects, and every other parameter of two dims or more."""
+    """All of `model`, in its order: what `filter_fn` selects, and every other parameter of two dims or
+    more."""
     for prefix, module in model.named_modules():
         selected: list[str] = []
         if filter_fn(module, prefix):
@@ -115,24 +130,28 @@ def weights(model: nn.Module, filter_fn: FilterFn) -> Iterator[Weight]:
             if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in selected:
                 selected.append("weight")
         held = {
-            name: p for name, p in module._parameters.items() if p is not None and not isinstance(p, nn.parameter.UninitializedParameter)
+            name: p
+            for name, p in module._parameters.items()
+            if p is not None and not isinstance(p, nn.parameter.UninitializedParameter)
         }
         for name in (*selected, *(name for name, p in held.items() if p.dim() > 1 and name not in selected)):
             yield Weight(module, name, f"{prefix}.{name}" if prefix else name, name in selected)
 
 
-# ------------------------------------------------------------------------------------------- rules
+# ----------------------------------------------------------------------------------- rules
 
 
 def matches(pattern: str, *names: str) -> bool:
-    """Whether `pattern` is the whole of one of `names`: with shell wildcards, case counting, or, after "re:", as a regular expression."""
+    """Whether `pattern` is the whole of one of `names`: with shell wildcards, case counting, or, after "re:",
+    as a regular expression."""
     if pattern.startswith("re:"):
         return any(re.fullmatch(pattern[3:], name) for name in names)
     return any(fnmatchcase(name, pattern) for name in names)
 
 
 def find(rules: Rules, *names: str) -> int | None:
-    """The index of the first rule that matches one of `names`, which all mean one weight; None where none does."""
+    """The index of the first rule that matches one of `names`, which all mean one weight; None where none
+    does."""
     return next((i for i, (pattern, _) in enumerate(rules) if matches(pattern, *names)), None)
 
 
@@ -142,27 +161,40 @@ def is_name(pattern: str) -> bool:
 
 
 def reaches(pattern: str, config: RTNConfig | None, default: bool) -> bool:
-    """Whether a rule may concern a weight that is, or is not, quantized by default: wildcards that ask for bits only one that is."""
+    """Whether a rule may concern a weight that is, or is not, quantized by default: wildcards that ask for
+    bits only one that is."""
     return default or config is None or is_name(pattern)
 
 
 def check_rules(rules: Any) -> None:
     """Raises TypeError or ValueError unless `rules` is a list of (pattern, RTNConfig or None)."""
     if not isinstance(rules, Sequence) or isinstance(rules, str):
-        raise TypeError(f"rules is a {type(rules).__name__}; give a list of (pattern, config or None), of which the first match counts")
+        raise TypeError(
+            f"rules is a {type(rules).__name__}; give a list of (pattern, config or None), of "
+            "which the first match counts"
+        )
     for i, rule in enumerate(rules):
-        if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
-            raise TypeError(f"rules[{i}] is {rule!r}; give (pattern, config or None), as in ('*.down_proj', rtn_int8())")
+        if (
+            not isinstance(rule, Sequence)
+            or isinstance(rule, str)
+            or len(rule) != 2
+            or not isinstance(rule[0], str)
+        ):
+            raise TypeError(
+                f"rules[{i}] is {rule!r}; give (pattern, config or None), as in ('*.down_proj', rtn_int8())"
+            )
         pattern, config = rule
         if config is not None and not isinstance(config, RTNConfig):
             raise TypeError(
-                f"rules[{i}] gives {pattern!r} a {type(config).__name__}; use rtn_int4(), rtn_int8(), rtn(...), or None for float"
+                f"rules[{i}] gives {pattern!r} a {type(config).__name__}; use rtn_int4(), rtn_int8(), "
+                "rtn(...), or None for float"
             )
         check_pattern(pattern, f"rules[{i}], {pattern!r},")
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """Raises ValueError, its message beginning with `where`, if what comes after "re:" is no regular expression."""
+    """Raises ValueError, its message beginning with `where`, if what comes after "re:" is no regular
+    expression."""
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
@@ -179,8 +211,8 @@ def unmatched(pattern: str, names: Iterable[str]) -> str:
 
 
 def resolve(rules: Rules, found: Sequence[Weight]) -> list[tuple[Weight, RTNConfig]]:
-    """The weights that `rules` quantize, and how. A pattern with wildcards that asks for bits reaches what is quantized by default; a name
-    in full, and None, reach every weight.
+    """The weights that `rules` quantize, and how. A pattern with wildcards that asks for bits reaches what is
+    quantized by default; a name in full, and None, reach every weight.
 
     Raises:
         TypeError, ValueError: as `check_rules`; or a pattern matches no weight.
@@ -190,7 +222,9 @@ def resolve(rules: Rules, found: Sequence[Weight]) -> list[tuple[Weight, RTNConf
     result = []
     for weight in found:
         # Later rules too, so that one whose weights an earlier one took is no mistake: hybrids overlap.
-        hits = [i for i, (p, c) in enumerate(rules) if reaches(p, c, weight.default) and matches(p, *weight.names)]
+        hits = [
+            i for i, (p, c) in enumerate(rules) if reaches(p, c, weight.default) and matches(p, *weight.names)
+        ]
         reached.update(hits)
         if hits and (config := rules[hits[0]][1]) is not None:
             result.append((weight, config))
@@ -198,19 +232,23 @@ def resolve(rules: Rules, found: Sequence[Weight]) -> list[tuple[Weight, RTNConf
         if i not in reached:
             if other := next((w for w in found if matches(pattern, *w.names)), None):
                 raise ValueError(
-                    f"the rule {pattern!r} matches only weights that stay float unless named in full, as in {other.names[-1]!r}"
+                    f"the rule {pattern!r} matches only weights that stay float unless named in full, as in "
+                    f"{other.names[-1]!r}"
                 )
             raise ValueError(unmatched(pattern, (w.names[-1] for w in found)))
     return result
 
 
-# ------------------------------------------------------------------------------------------- as text
+# --------------------------------------------------------------------------------- as text
 
 
 def config_from_json(given: Any, default: RTNConfig, where: str) -> RTNConfig:
-    """The format that a mapping of some of `FORMAT_KEYS` gives, the others as in `default`; `where` begins the message of a ValueError."""
+    """The format that a mapping of some of `FORMAT_KEYS` gives, the others as in `default`; `where` begins
+    the message of a ValueError."""
     if not isinstance(given, Mapping) or (unknown := set(given) - set(FORMAT_KEYS)):
-        got = f"has {', '.join(map(repr, sorted(unknown)))}" if isinstance(given, Mapping) else f"is {given!r}"
+        got = (
+            f"has {', '.join(map(repr, sorted(unknown)))}" if isinstance(given, Mapping) else f"is {given!r}"
+        )
         raise ValueError(f"{where} {got}; it takes {', '.join(map(repr, FORMAT_KEYS))}")
     try:
         return RTNConfig(**{key: getattr(default, key) for key in FORMAT_KEYS} | dict(given))
@@ -219,19 +257,30 @@ def config_from_json(given: Any, default: RTNConfig, where: str) -> RTNConfig:
 
 
 def rules_from_json(given: Any, default: RTNConfig | None = None) -> list[tuple[str, RTNConfig | None]]:
-    """Rules from a list of [pattern, {"bits": 8, "group_size": 64, "scale_method": "signed"}], or [pattern, null] for float; keys left out
-    are those of `default`, or else of `rtn_int4()`.
+    """Rules from a list of [pattern, {"bits": 8, "group_size": 64, "scale_method": "signed"}], or [pattern,
+    null] for float; keys left out are those of `default`, or else of `rtn_int4()`.
 
     Raises:
         ValueError: another form, an unknown key, an unfit value; it says which rule.
     """
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ValueError(f'rules are {given!r}; give a list, as in [["*.down_proj", {{"bits": 8}}], ["lm_head", null]]')
+        raise ValueError(
+            f'rules are {given!r}; give a list, as in [["*.down_proj", {{"bits": 8}}], ["lm_head", null]]'
+        )
     rules: list[tuple[str, RTNConfig | None]] = []
     for i, rule in enumerate(given):
-        if not isinstance(rule, Sequence) or isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
-            raise ValueError(f'rules[{i}] is {rule!r}; give [pattern, {{"bits": 8}}], or [pattern, null] for float')
-        rules.append((rule[0], None if rule[1] is None else config_from_json(rule[1], default or rtn(), f"rules[{i}]")))
+        if (
+            not isinstance(rule, Sequence)
+            or isinstance(rule, str)
+            or len(rule) != 2
+            or not isinstance(rule[0], str)
+        ):
+            raise ValueError(
+                f'rules[{i}] is {rule!r}; give [pattern, {{"bits": 8}}], or [pattern, null] for float'
+            )
+        rules.append(
+            (rule[0], None if rule[1] is None else config_from_json(rule[1], default or rtn(), f"rules[{i}]"))
+        )
     check_rules(rules)
     return rules
 
@@ -239,11 +288,15 @@ def rules_from_json(given: Any, default: RTNConfig | None = None) -> list[tuple[
 def rules_to_json(rules: Rules) -> list[list[Any]]:
     """Plain lists and dicts for `json.dump`, which `rules_from_json` reads; a list, as the order counts."""
     check_rules(rules)
-    return [[pattern, None if config is None else {key: asdict(config)[key] for key in FORMAT_KEYS}] for pattern, config in rules]
+    return [
+        [pattern, None if config is None else {key: asdict(config)[key] for key in FORMAT_KEYS}]
+        for pattern, config in rules
+    ]
 
 
 def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNConfig | None]:
-    """A rule from "PATTERN=BITS[,GROUP_SIZE[,SCALE_METHOD]]" or "PATTERN=float"; what is left out is as in `default`, or `rtn_int4()`.
+    """A rule from "PATTERN=BITS[,GROUP_SIZE[,SCALE_METHOD]]" or "PATTERN=float"; what is left out is as in
+    `default`, or `rtn_int4()`.
 
     Raises:
         ValueError: another form, or an unfit value.
@@ -257,11 +310,13 @@ def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNCon
     except ValueError:
         pattern = ""
     if not pattern or len(values) > len(FORMAT_KEYS):
-        raise ValueError(f"{text!r} is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or PATTERN=float")
+        raise ValueError(
+            f"{text!r} is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or PATTERN=float"
+        )
     return pattern, config_from_json(dict(zip(FORMAT_KEYS, values, strict=False)), default or rtn(), text)
 
 
-# ------------------------------------------------------------------------------------------- selections
+# ------------------------------------------------------------------------------ selections
 
 
 def bits_of(shape: Sequence[int], config: RTNConfig, scale_bits: int = 16) -> int:
@@ -281,16 +336,23 @@ def parameter_of(weight: Weight) -> Tensor:
 
 def shape_of(weight: Weight) -> Sequence[int]:
     shape = parameter_of(weight).shape
-    return (*shape[:-2], shape[-1], shape[-2]) if stored_transposed(weight.module, weight.parameter_name) else shape
+    return (
+        (*shape[:-2], shape[-1], shape[-2])
+        if stored_transposed(weight.module, weight.parameter_name)
+        else shape
+    )
 
 
 def bits_per_weight(model: nn.Module, rules: Rules, filter_fn: FilterFn | None = None) -> float:
-    """Bits that the weights take that `rules` quantize, scales included, divided by their number; what stays float is not counted, and a
-    weight of several places once.
+    """Bits that the weights take that `rules` quantize, scales included, divided by their number; what stays
+    float is not counted, and a weight of several places once.
 
     Raises as `quantize_` does for rules; ValueError also where they quantize nothing.
     """
-    chosen = {id(parameter_of(w)): (w, config) for w, config in resolve(rules, list(weights(model, filter_fn or products(model))))}.values()
+    chosen = {
+        id(parameter_of(w)): (w, config)
+        for w, config in resolve(rules, list(weights(model, filter_fn or products(model))))
+    }.values()
     if not chosen:
         raise ValueError("the rules quantize no weight")
     count = sum(parameter_of(w).numel() for w, _ in chosen)

@@ -57,7 +57,13 @@ class Target:
 def _targets(model: nn.Module, config: RTNConfig, filter_fn: FilterFn) -> Iterator[Target]:
     for w in weights(model, filter_fn):
         if w.default:
-            yield Target(w.module, w.parameter_name, w.fqn, config, by_name=w.parameter_name in transposed_experts(w.module))
+            yield Target(
+                w.module,
+                w.parameter_name,
+                w.fqn,
+                config,
+                by_name=w.parameter_name in transposed_experts(w.module),
+            )
 
 
 def _rule_targets(model: nn.Module, rules: Rules, filter_fn: FilterFn) -> Iterator[Target]:
@@ -66,13 +72,16 @@ def _rule_targets(model: nn.Module, rules: Rules, filter_fn: FilterFn) -> Iterat
 
 
 def _means(key: str, name: str) -> bool:
-    """Whether a key of FqnToConfig, which knows no wildcards, is the whole of `name`, or matches it after "re:"."""
+    """Whether a key of FqnToConfig, which knows no wildcards, is the whole of `name`, or matches it after
+    "re:"."""
     return matches(key, name) if key.startswith("re:") else key == name
 
 
-def keys_for(table: Mapping[str, Any], prefix: str, module: nn.Module, name: str, parameter: Tensor) -> list[str]:
-    """The keys of an FqnToConfig that are for a parameter, by torchao's precedence: the parameter's name, its module's name, "re:" on the
-    parameter, "re:" on the module."""
+def keys_for(
+    table: Mapping[str, Any], prefix: str, module: nn.Module, name: str, parameter: Tensor
+) -> list[str]:
+    """The keys of an FqnToConfig that are for a parameter, by torchao's precedence: the parameter's name, its
+    module's name, "re:" on the parameter, "re:" on the module."""
     fqn = f"{prefix}.{name}" if prefix else name
     owns_weight = owns(module, name)
     patterns = [key for key in table if key.startswith("re:")]
@@ -80,7 +89,9 @@ def keys_for(table: Mapping[str, Any], prefix: str, module: nn.Module, name: str
     vector = not isinstance(parameter, UninitializedParameter) and parameter.dim() < 2
     by_parameter = [key for key in patterns if not vector and matches(key, fqn)]
     by_module = [key for key in patterns if owns_weight and matches(key, prefix)]
-    return [key for key in (fqn, *([prefix] if owns_weight else [])) if key in table] + by_parameter + by_module
+    return (
+        [key for key in (fqn, *([prefix] if owns_weight else [])) if key in table] + by_parameter + by_module
+    )
 
 
 def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
@@ -97,14 +108,17 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
         prefix = fqn.removesuffix(name).removesuffix(".")
         keys = keys_for(table, prefix, module, name, parameter)
         unseen.difference_update(keys)
-        if not keys and ((name == "weight" and by_default(module, prefix)) or name in transposed_experts(module)):
+        if not keys and (
+            (name == "weight" and by_default(module, prefix)) or name in transposed_experts(module)
+        ):
             keys = ["_default"]
         found: Any = table.get(keys[0]) if keys else None
         if found is not None:
             yield Target(module, name, fqn, found, by_name=True)
     if unseen:
         raise ValueError(
-            f"FqnToConfig names {', '.join(sorted(unseen))}, which is no parameter and no linear or embedding of the model; "
+            f"FqnToConfig names {', '.join(sorted(unseen))}, which is no parameter and no linear or "
+            "embedding of the model; "
             "use a name from model.named_parameters(), or a pattern 're:...' that matches the whole of one"
         )
 
@@ -114,7 +128,8 @@ def is_finite(t: Tensor) -> bool:
     return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
 
 
-# torch's modules whose weights are multiplied as matrices, or looked up by rows, and those that hold what others multiply by.
+# torch's modules whose weights are multiplied as matrices, or looked up by rows, and those that hold what
+# others multiply by.
 _MULTIPLYING = (nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.RNNCellBase)
 
 
@@ -122,7 +137,8 @@ _HOLDING = ("container", "module", "transformer")
 
 
 def computed_from(module: nn.Module) -> set[str]:
-    """The names of what the hooks of torch's older `weight_norm` and `spectral_norm` compute, and of what they compute it from."""
+    """The names of what the hooks of torch's older `weight_norm` and `spectral_norm` compute, and of what
+    they compute it from."""
     hooks = [
         h
         for h in module._forward_pre_hooks.values()
@@ -132,16 +148,25 @@ def computed_from(module: nn.Module) -> set[str]:
 
 
 def _why_no_product(module: nn.Module, name: str) -> str | None:
-    """None unless `module` is of a kind that is known to use its parameter `name` in a way that a quantized weight cannot be used in."""
+    """None unless `module` is of a kind that is known to use its parameter `name` in a way that a quantized
+    weight cannot be used in."""
     if isinstance(module, ParametrizationList) or name in computed_from(module):
         return f"belongs to a parametrization or norm, which computes another weight from it; {REMOVE_IT}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "belongs to an nn.Embedding with max_norm, which rewrites rows of its weight; set max_norm to None, or leave it out"
+        return (
+            "belongs to an nn.Embedding with max_norm, which rewrites rows of its weight; set "
+            "max_norm to None, or leave it out"
+        )
     known = [
-        c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules.") and c.__module__.rpartition(".")[2] not in _HOLDING
+        c
+        for c in type(module).__mro__
+        if c.__module__.startswith("torch.nn.modules.") and c.__module__.rpartition(".")[2] not in _HOLDING
     ]
     if known and (not isinstance(module, _MULTIPLYING) or name in ("bias_k", "bias_v")):
-        return f"belongs to an nn.{known[0].__name__}, which no kernel here computes with a quantized weight; leave it out"
+        return (
+            f"belongs to an nn.{known[0].__name__}, which no kernel here computes with a quantized "
+            "weight; leave it out"
+        )
     return None
 
 
@@ -150,29 +175,42 @@ def _why_unfit(target: Target) -> str | None:
     whole: Any = target.parameter
     w: Any = held(whole)
     if not isinstance(target.config, RTNConfig):
-        return f"has a {type(target.config).__name__} as its config; use rtn_int4(), rtn_int8() or None here, or torchao's own quantize_"
+        return (
+            f"has a {type(target.config).__name__} as its config; use rtn_int4(), rtn_int8() or "
+            "None here, or torchao's own quantize_"
+        )
     if w is None:
         return COMPUTED
     if isinstance(w, RTNQuantizedTensor):
-        return f"is already quantized ({w.bits} bits, group_size={w.group_size}); leave it out, or dequantize_ the model first"
+        return (
+            f"is already quantized ({w.bits} bits, group_size={w.group_size}); leave it out, or "
+            "dequantize_ the model first"
+        )
     if isinstance(w, UninitializedParameter):
         return "is uninitialized until its module has run; call the model once, or leave it out"
     if w.dtype not in FLOAT_DTYPES or type(w) not in (Tensor, nn.Parameter):
-        return f"is {type(w).__name__} of {w.dtype}; only plain {', '.join(map(str, FLOAT_DTYPES))} weights can be quantized"
+        return (
+            f"is {type(w).__name__} of {w.dtype}; only plain {', '.join(map(str, FLOAT_DTYPES))} "
+            "weights can be quantized"
+        )
     if w.dim() > 1 and (why := _why_no_product(target.module, target.parameter_name)):
         return why
     if w.dim() not in (2, 3):
         return f"has shape {tuple(w.shape)}; a weight must be [N, K], or [E, N, K] for experts. Leave it out"
     if not target.by_name and not owns(target.module, target.parameter_name):
         kind = type(target.module).__name__
-        return f"belongs to a {kind}; a filter can select only nn.Linear and nn.Embedding weights. Leave it out, or name it in FqnToConfig"
+        return (
+            f"belongs to a {kind}; a filter can select only nn.Linear and nn.Embedding weights. "
+            "Leave it out, or name it in FqnToConfig"
+        )
     dim, group_size = -2 if target.transposed else -1, target.config.group_size
     columns, all_columns = columns_a_rank(whole, dim), whole.shape[dim]
     if isinstance(target.module, nn.Linear) and target.parameter_name == "weight":
         all_columns = target.module.in_features  # transformers gives a rank's part as a plain tensor
     if columns < all_columns and group_size != -1 and columns % group_size:
         return (
-            f"is cut into {columns} columns a rank, inside a group of {group_size}; use a group_size that divides {columns}, -1, or "
+            f"is cut into {columns} columns a rank, inside a group of {group_size}; use a group_size that "
+            f"divides {columns}, -1, or "
             "another number of ranks"
         )
     if not w.is_meta and not everywhere(is_finite(w.detach()), ranks_of(whole)):
@@ -189,9 +227,14 @@ def check_targets(targets: list[Target]) -> None:
             continue
         other = configs.setdefault(id(t.parameter), t)
         if other.config != t.config:
-            problems[f"shares its weight with {other.fqn} but has another config; give both the same"].append(t.fqn)
+            problems[f"shares its weight with {other.fqn} but has another config; give both the same"].append(
+                t.fqn
+            )
     if problems:
-        lines = [f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}" for why, names in problems.items()]
+        lines = [
+            f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {why}"
+            for why, names in problems.items()
+        ]
         raise ValueError("cannot quantize, and nothing was changed:\n  " + "\n  ".join(lines))
 
 
@@ -203,14 +246,20 @@ def _unknown(model: nn.Module, config: AOBaseConfig | Rules, selected: set[str])
     else:
         rules = config if isinstance(config, Sequence) else []
         named = lambda n: find(rules, n) is not None  # noqa: E731
-    names = [f"{prefix}.{name}" if prefix else name for prefix, module in model.named_modules() for name in unknown_experts(module)]
+    names = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in unknown_experts(module)
+    ]
     return [n for n in names if n not in selected and not named(n)]
 
 
 def targets_of(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: FilterFn | None) -> list[Target]:
     """The weights that `quantize_` would quantize, checked; it says what it raises."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give a module, or quantize a folder by load(path, config)")
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a module, or quantize a folder by load(path, config)"
+        )
     check_idle(model)
     if isinstance(config, FqnToConfig):
         if filter_fn is not None:
@@ -222,15 +271,22 @@ def targets_of(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: Filter
         targets = list(_rule_targets(model, config, filter_fn or products(model)))
     else:
         kind = type(config).__name__
-        raise TypeError(f"config is a {kind}; use rtn_int4(), rtn_int8(), rtn(...), a list of rules, or FqnToConfig with those")
+        raise TypeError(
+            f"config is a {kind}; use rtn_int4(), rtn_int8(), rtn(...), a list of rules, or "
+            "FqnToConfig with those"
+        )
     check_targets(targets)
     if unknown := _unknown(model, config, {t.fqn for t in targets}):
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         warnings.warn(
-            f"{unknown[0]}{more} may be experts' weights, but how they are used is not understood, and they stay float; name them in "
+            f"{unknown[0]}{more} may be experts' weights, but how they are used is not understood, and they "
+            "stay float; name them in "
             "a rule or FqnToConfig, to quantize them along their last dim",
             stacklevel=3,
         )
     if not targets:  # at the line that called `quantize_` or `load`
-        warnings.warn("no weight is selected, and so none quantized; check filter_fn or the names in the config", stacklevel=3)
+        warnings.warn(
+            "no weight is selected, and so none quantized; check filter_fn or the names in the config",
+            stacklevel=3,
+        )
     return targets

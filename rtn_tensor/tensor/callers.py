@@ -8,8 +8,8 @@ import torch
 
 
 def _callers() -> list[FrameType]:
-    """The frames of the functions that are running, from the one that asks outwards. A compiler, which traces what a dispatcher calls
-    outside of its graphs, too, is to leave it alone."""
+    """The frames of the functions that are running, from the one that asks outwards. A compiler, which traces
+    what a dispatcher calls outside of its graphs, too, is to leave it alone."""
     frames, frame = [], sys._getframe().f_back
     while frame:
         if frames or frame.f_globals.get("__name__", "").startswith("rtn_tensor."):
@@ -21,8 +21,9 @@ def _callers() -> list[FrameType]:
 callers: Callable[[], list[FrameType]] = torch.compiler.disable(_callers)  # type: ignore[assignment]
 
 
-# Those who compute anew from a weight what is to lie in one: PEFT where it merges an adapter, or takes it out again, and gives the result
-# to `weight.data` (an error would come after the adapter is trained, too late); and transformers where new tokens get the others' mean.
+# Those who compute anew from a weight what is to lie in one: PEFT where it merges an adapter, or takes it out
+# again, and gives the result to `weight.data` (an error would come after the adapter is trained, too late);
+# and transformers where new tokens get the others' mean.
 _COMPUTES_ANEW = {
     "peft.": ("merge", "unmerge"),
     "transformers.": ("_init_added_embeddings_weights_with_mean", "_init_added_lm_head_weights_with_mean"),
@@ -41,4 +42,6 @@ def is_computed_anew() -> bool:
 def called_by(*packages: str) -> bool:
     """Whether a module of one of `packages` called the op that is being handled."""
     modules = (frame.f_globals.get("__name__", "") for frame in callers())
-    return next((name for name in modules if name.partition(".")[0] not in ("rtn_tensor", "torchao")), "").startswith(packages)
+    return next(
+        (name for name in modules if name.partition(".")[0] not in ("rtn_tensor", "torchao")), ""
+    ).startswith(packages)

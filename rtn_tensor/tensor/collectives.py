@@ -1,4 +1,5 @@
-"""Collectives that DTensor, FSDP2, DistributedDataParallel and checkpoints send quantized tensors through, plane by plane."""
+"""Collectives that DTensor, FSDP2, DistributedDataParallel and checkpoints send quantized tensors through,
+plane by plane."""
 
 from typing import Any
 
@@ -14,7 +15,10 @@ from rtn_tensor.tensor.views import join_op
 def _by_plane(func, args: tuple, kwargs: dict) -> list[Any]:
     """What `func` gives for each plane of the quantized tensors among its arguments."""
     return [
-        func(*_torch.tree_map_only(RTNQuantizedTensor, lambda w, plane=plane: getattr(w, plane), args), **kwargs)
+        func(
+            *_torch.tree_map_only(RTNQuantizedTensor, lambda w, plane=plane: getattr(w, plane), args),
+            **kwargs,
+        )
         for plane in RTNQuantizedTensor.tensor_data_names
     ]
 
@@ -26,10 +30,12 @@ if torch.distributed.is_available():
 
     @on_op([c10d.scatter_.default, c10d.broadcast_.default])
     def scatter_or_broadcast_in_place(func, types, args, kwargs):
-        """In place: the outputs' planes are what is filled. The caller waits for the last; so the others are waited for here."""
+        """In place: the outputs' planes are what is filled. The caller waits for the last; so the others are
+        waited for here."""
         if func is c10d.broadcast_.default and _sends_a_state_dict():
             raise NotImplementedError(
-                f"broadcast_from_rank0 cannot send a {RTNQuantizedTensor.__name__}: torch makes float tensors for it on the other ranks; "
+                f"broadcast_from_rank0 cannot send a {RTNQuantizedTensor.__name__}: torch makes float "
+                "tensors for it on the other ranks; "
                 "use rtn_tensor.load_from_rank0(model, state_dict)"
             )
         *others, (_, work) = _by_plane(func, args, kwargs)
@@ -39,19 +45,25 @@ if torch.distributed.is_available():
 
     @on_op([functional.all_gather_into_tensor.default, functional.broadcast.default])
     def gather_or_broadcast(func, types, args, kwargs):
-        """Each plane is waited for before the next is sent: gloo corrupts the heap where two are gathered at once (torch 2.11 to 2.13)."""
+        """Each plane is waited for before the next is sent: gloo corrupts the heap where two are gathered at
+        once (torch 2.11 to 2.13)."""
         w = args[0]
-        w = rebuilt(w, w.qdata.contiguous(), w.scale.contiguous())  # some columns of a weight, say, which torch 2.11 does not gather
-        return rebuilt(w, *_by_plane(lambda *a, **k: functional.wait_tensor(func(*a, **k)), (w, *args[1:]), kwargs))
+        # Some columns of a weight, say, which torch 2.11 does not gather.
+        w = rebuilt(w, w.qdata.contiguous(), w.scale.contiguous())
+        return rebuilt(
+            w, *_by_plane(lambda *a, **k: functional.wait_tensor(func(*a, **k)), (w, *args[1:]), kwargs)
+        )
 
     @on_op([functional.wait_tensor.default, functional._wrap_tensor_autograd.default])
     def already_there(func, types, args, kwargs):
-        """What was gathered is there already; the second op would make planes that wait when they are first used, so perhaps never."""
+        """What was gathered is there already; the second op would make planes that wait when they are first
+        used, so perhaps never."""
         return args[0]
 
 
 class _Bucket(Tensor):
-    """Flat tensors end to end, quantized ones among them, as DistributedDataParallel joins what it broadcasts; each is sent by itself.
+    """Flat tensors end to end, quantized ones among them, as DistributedDataParallel joins what it
+    broadcasts; each is sent by itself.
 
     Joined as floats they would be quantized anew where they arrive, to other numbers.
     """
@@ -79,7 +91,10 @@ class _Bucket(Tensor):
             for part in others:
                 func([part], *rest, **kwargs)[1].wait()
             return args[0], func([last], *rest, **kwargs)[1]
-        raise NotImplementedError(f"parameters that were joined, some of them quantized, can be broadcast only, not go through {func}")
+        raise NotImplementedError(
+            "parameters that were joined, some of them quantized, can be broadcast "
+            f"only, not go through {func}"
+        )
 
 
 @on_op(aten.cat.default)
@@ -93,7 +108,9 @@ def pad_rows(func, types, args, kwargs):
     """Rows of zeros after the last, as DTensor pads the shards of ranks that have fewer."""
     w, pad, value = [*args, 0][:3]
     if w.transposed or any(pad[:2]) or value:
-        raise NotImplementedError(f"{type(w).__name__} pads its rows with zeros only, not {list(pad)} with {value}")
+        raise NotImplementedError(
+            f"{type(w).__name__} pads its rows with zeros only, not {list(pad)} with {value}"
+        )
     qdata, scale = _by_plane(func, args, kwargs)
     return rebuilt(w, qdata, scale)
 

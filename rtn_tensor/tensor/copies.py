@@ -14,7 +14,15 @@ from rtn_tensor.reference import round_scale
 from rtn_tensor.tensor.callers import called_by
 from rtn_tensor.tensor.errors import named_error, or_float
 from rtn_tensor.tensor.layout import new_planes
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor, aten, check_dtype, format_of, on_function, on_op, rebuilt
+from rtn_tensor.tensor.quantized import (
+    RTNQuantizedTensor,
+    aten,
+    check_dtype,
+    format_of,
+    on_function,
+    on_op,
+    rebuilt,
+)
 
 
 @on_op([aten.detach.default, aten.alias.default, aten.clone.default])
@@ -29,15 +37,26 @@ def alias_or_clone_op(func, types, args, kwargs):
 @on_function(Tensor.contiguous)
 def contiguous(func, types, args, kwargs):
     w = args[0]
-    return w if w.qdata.is_contiguous() and w.scale.is_contiguous() else rebuilt(w, w.qdata.contiguous(), w.scale.contiguous())
+    return (
+        w
+        if w.qdata.is_contiguous() and w.scale.is_contiguous()
+        else rebuilt(w, w.qdata.contiguous(), w.scale.contiguous())
+    )
 
 
 def converted_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
     check_dtype(dtype, w)
     if dtype == w.scale.dtype:
         return w.scale
-    if not _torch.tracing(w.scale) and not (w.scale.float().abs().nan_to_num(0.0) <= torch.finfo(dtype).max).all():
-        raise named_error(w, f"a scale of {w.scale.abs().max().item():.3g} overflows {dtype}; keep {w.scale.dtype}, or use torch.bfloat16")
+    if (
+        not _torch.tracing(w.scale)
+        and not (w.scale.float().abs().nan_to_num(0.0) <= torch.finfo(dtype).max).all()
+    ):
+        raise named_error(
+            w,
+            f"a scale of {w.scale.abs().max().item():.3g} overflows {dtype}; keep "
+            f"{w.scale.dtype}, or use torch.bfloat16",
+        )
     return round_scale(w.scale.float(), dtype)
 
 
@@ -60,17 +79,24 @@ def copy_op(func, types, args, kwargs):
     if src.is_nested:
         raise named_error(dst, f"the tensor to copy is {registration.unfit(src)}", TypeError)
     if dst.shape != src.shape:
-        raise named_error(dst, f"cannot copy_ a tensor of shape {tuple(src.shape)} into one of shape {tuple(dst.shape)}")
+        raise named_error(
+            dst, f"cannot copy_ a tensor of shape {tuple(src.shape)} into one of shape {tuple(dst.shape)}"
+        )
     if not isinstance(dst, RTNQuantizedTensor):
         return dst.copy_(src.dequantize(dst.dtype if dst.dtype in FLOAT_DTYPES else None))
     if dst._shares_scale:
         raise named_error(
-            dst, "cannot copy_ into some columns of a weight with group_size=-1: its other columns share the scale; copy whole rows"
+            dst,
+            "cannot copy_ into some columns of a weight with group_size=-1: its other columns share the "
+            "scale; copy whole rows",
         )
     if isinstance(src, RTNQuantizedTensor):
         if (dst.bits, dst.group_size, dst.transposed) != (src.bits, src.group_size, src.transposed):
             raise named_error(
-                dst, f"cannot copy_ {src!r} into {dst!r}: the formats differ; copy_ from src.dequantize() to requantize", TypeError
+                dst,
+                f"cannot copy_ {src!r} into {dst!r}: the formats differ; copy_ from src.dequantize() to "
+                "requantize",
+                TypeError,
             )
         scale = converted_scale(src, dst.scale.dtype)
         dst.qdata.copy_(src.qdata)
@@ -80,13 +106,18 @@ def copy_op(func, types, args, kwargs):
             raise named_error(dst, f"the tensor to copy is {why}", TypeError)
         if src.is_meta and not dst.qdata.is_meta:
             raise named_error(
-                dst, f"cannot copy_ a tensor on meta, where tensors have no numbers, into one on {dst.qdata.device}; make it there"
+                dst,
+                "cannot copy_ a tensor on meta, where tensors have no numbers, into one on "
+                f"{dst.qdata.device}; make it there",
             )
-        if src.is_neg() or src._is_zerotensor():  # below autograd nothing else than copy_ looks at what a tensor is a view of
+        # Below autograd nothing else than copy_ looks at what a tensor is a view of.
+        if src.is_neg() or src._is_zerotensor():
             src = torch.empty(src.shape, dtype=src.dtype, device=src.device).copy_(src)
         w = src.to(dst.qdata.device)
         check_dtype(w.dtype, dst)
-        ops.quantize_(w.mT if dst.transposed else w, dst.qdata, dst.scale, dst.bits, dst.group_size, dst.scale_method)
+        ops.quantize_(
+            w.mT if dst.transposed else w, dst.qdata, dst.scale, dst.bits, dst.group_size, dst.scale_method
+        )
     return dst
 
 
@@ -98,18 +129,22 @@ def copy_op(func, types, args, kwargs):
     ]
 )
 def arithmetic_op(func, types, args, kwargs):
-    """In place, as where PEFT merges: the result is quantized as `copy_` does; of a number only the scale is a multiple."""
+    """In place, as where PEFT merges: the result is quantized as `copy_` does; of a number only the scale is
+    a multiple."""
     w, *others = args
     name = func._schema.name.removeprefix("aten::")
     if isinstance(w, RTNQuantizedTensor) and w._shares_scale:
         raise named_error(
-            w, f"cannot {name} some columns of a weight with group_size=-1: its other columns share the scale; take whole rows"
+            w,
+            f"cannot {name} some columns of a weight with group_size=-1: its other columns share the "
+            "scale; take whole rows",
         )
     quantized = next((t for t in [*others, *kwargs.values()] if isinstance(t, RTNQuantizedTensor)), None)
     if quantized is not None:
         raise named_error(
             quantized,
-            f"{name} does not take a quantized operand; give it .dequantize(), a plain tensor (an average of quantized weights would be "
+            f"{name} does not take a quantized operand; give it .dequantize(), a plain tensor (an average of "
+            "quantized weights would be "
             "rounded anew at each step: average the float ones)",
             TypeError,
         )
@@ -119,7 +154,8 @@ def arithmetic_op(func, types, args, kwargs):
     before = w.dequantize()
     after = func(before.clone(), *others, **kwargs)
     fresh: Any = w.clone().copy_(after)
-    # What is quantized twice is another number; so rows that stay as they are keep their bits, as where an optimizer adds zeros.
+    # What is quantized twice is another number; so rows that stay as they are keep their bits, as where an
+    # optimizer adds zeros.
     changed = (after != before).any(-2 if w.transposed else -1)[..., None]
     w.qdata.copy_(torch.where(changed, fresh.qdata, w.qdata))
     w.scale.copy_(torch.where(changed, fresh.scale, w.scale))
@@ -132,7 +168,8 @@ def lerp_op(func, types, args, kwargs):
     if not torch.equal(w, end):
         raise named_error(
             w if isinstance(w, RTNQuantizedTensor) else end,
-            "an average (lerp_) of quantized weights would be rounded anew at each step; average only what is trained, or a model after "
+            "an average (lerp_) of quantized weights would be rounded anew at each step; average only what "
+            "is trained, or a model after "
             "dequantize_(model)",
             NotImplementedError,
         )
@@ -150,7 +187,8 @@ def foreach_op(func, types, args, kwargs):
 def full_like_op(func, types, args, kwargs):
     raise named_error(
         args[0],
-        "a quantized weight holds no one number everywhere; use torch.full_like(weight.dequantize(), value), and give an optimizer "
+        "a quantized weight holds no one number everywhere; use torch.full_like(weight.dequantize(), value), "
+        "and give an optimizer "
         "(Adagrad asks for it) only the parameters that require a gradient",
         NotImplementedError,
     )
@@ -162,7 +200,9 @@ def new_op(func, types, args, kwargs):
     shape = list(args[1]) if len(args) > 1 else list(w.shape)
     if w.transposed:
         if len(shape) < 2:
-            raise named_error(w, f"cannot make a transposed tensor of shape {tuple(shape)}; it needs at least 2 dims")
+            raise named_error(
+                w, f"cannot make a transposed tensor of shape {tuple(shape)}; it needs at least 2 dims"
+            )
         shape[-2:] = shape[:-3:-1]
     dtype = kwargs.get("dtype") or w.scale.dtype
     check_dtype(dtype, w)
@@ -170,7 +210,8 @@ def new_op(func, types, args, kwargs):
     factory = torch.zeros if func in (aten.zeros_like.default, aten.new_zeros.default) else torch.empty
     planes = new_planes(factory, shape, w.bits, w.group_size, dtype, **to)
     new = rebuilt(w, *planes, in_features=shape[-1])
-    if func == aten.new_zeros.default:  # FSDP2 asks for a shard with its padding, and then for the part that is no padding
+    # FSDP2 asks for a shard with its padding, and then for the part that is no padding.
+    if func == aten.new_zeros.default:
         new._padded_rows = shape[0]
     return new
 
@@ -180,7 +221,12 @@ def equal_op(func, types, args, kwargs):
     a, b = args
     if not (isinstance(a, RTNQuantizedTensor) and isinstance(b, RTNQuantizedTensor)):
         return False  # transformers asks it of a tied pair of which one is quantized
-    return a.shape == b.shape and format_of(a) == format_of(b) and a.qdata.equal(b.qdata) and a.scale.equal(b.scale)
+    return (
+        a.shape == b.shape
+        and format_of(a) == format_of(b)
+        and a.qdata.equal(b.qdata)
+        and a.scale.equal(b.scale)
+    )
 
 
 @on_op(aten.is_pinned.default)
@@ -206,13 +252,15 @@ def set_data(func, types, args, kwargs):
         if new.shape != w.shape and (w.transposed or new.dim() != 2 or new.shape[1:] != w.shape[1:]):
             raise named_error(
                 w,
-                f"cannot set .data to a tensor of shape {tuple(new.shape)}; the weight is {tuple(w.shape)}, and only the rows of a matrix "
+                f"cannot set .data to a tensor of shape {tuple(new.shape)}; the weight is {tuple(w.shape)}, "
+                "and only the rows of a matrix "
                 "may become more or fewer",
             )
         check_dtype(new.dtype, w)
         # In planes of its own: who kept the old `.data` keeps what it held, as with a plain tensor.
         fresh = type(w).from_float(new.mT if w.transposed else new, w.bits, w.group_size, w.scale_method)
-        if new.shape != w.shape:  # as transformers' resize_token_embeddings does: the rows that stay keep their bits
+        # As transformers' resize_token_embeddings does: the rows that stay keep their bits.
+        if new.shape != w.shape:
             rows = min(len(new), len(w))
             kept = (new[:rows] == w[:rows].dequantize(new.dtype)).all(-1).nonzero().flatten()
             fresh.qdata[kept], fresh.scale[kept] = w.qdata[kept], w.scale[kept].to(new.dtype)
@@ -225,7 +273,8 @@ def set_data(func, types, args, kwargs):
 
 @on_function(_torch.can_set_data)
 def can_set_data(func, types, args, kwargs):
-    """`nn.Module.to` and the like ask this before they swap tensors, which they do whatever is said, and cannot do to a held one."""
+    """`nn.Module.to` and the like ask this before they swap tensors, which they do whatever is said, and
+    cannot do to a held one."""
     w, new = args
     if isinstance(w, RTNQuantizedTensor) and isinstance(new, RTNQuantizedTensor):
         weakly = bool(weakref.getweakrefs(w))
@@ -233,8 +282,10 @@ def can_set_data(func, types, args, kwargs):
             holder = "a weak reference (torch.export leaves one for good)" if weakly else "a view or a trace"
             raise named_error(
                 w,
-                f"torch cannot convert or move {w!r} while {holder} holds it; let go of that first, or convert a copy "
-                "(copy.deepcopy(model).to(...)), or set p.data = p.data.to(...) for each parameter p, and views keep the old numbers",
+                f"torch cannot convert or move {w!r} while {holder} holds it; let go of that first, or "
+                "convert a copy "
+                "(copy.deepcopy(model).to(...)), or set p.data = p.data.to(...) for each parameter p, and "
+                "views keep the old numbers",
                 RuntimeError,
             )
     return type(w) is type(new) and w.shape == new.shape
@@ -245,11 +296,14 @@ def get_base(func, types, args, kwargs):
     with _torch.without_overrides():
         base = func(*args)
     if base is None and called_by("torch._functorch._aot_autograd.runtime_wrappers"):
-        # There it is asked for arguments that share memory, of which the graph writes one; without a base, torch gives up in a riddle.
+        # There it is asked for arguments that share memory, of which the graph writes one; without a base,
+        # torch gives up in a riddle.
         raise named_error(
             args[0],
-            f"a compiled graph has several views of one quantized weight as arguments ({args[0]!r} is one), and writes into one of them; "
-            "take the slices in the graph itself (after a graph break, again), write outside of the compiled function, or put what writes "
+            f"a compiled graph has several views of one quantized weight as arguments ({args[0]!r} is one), "
+            "and writes into one of them; "
+            "take the slices in the graph itself (after a graph break, again), write outside of the compiled "
+            "function, or put what writes "
             "into a function under torch.compiler.disable",
             RuntimeError,
         )
@@ -270,13 +324,15 @@ def is_shared(func, types, args, kwargs):
 
 @on_function(Tensor.data_ptr)
 def data_ptr(func, types, args, kwargs):
-    # accelerate and others tell tied weights by it, so it must be one of its own; and no address, where one would read floats.
+    # accelerate and others tell tied weights by it, so it must be one of its own; and no address, where one
+    # would read floats.
     return -args[0].qdata.data_ptr()
 
 
 @on_function(Tensor.untyped_storage)
 def untyped_storage(func, types, args, kwargs):
-    if not called_by("torch."):  # which tells by it what shares memory; elsewhere `set_` would read at address 0
+    # Which tells by it what shares memory; elsewhere `set_` would read at address 0.
+    if not called_by("torch."):
         args[0].storage()
     with _torch.without_overrides():
         return func(*args)
@@ -287,10 +343,12 @@ _torch.check_before_dlpack(RTNQuantizedTensor)
 
 @on_function(torch.norm_except_dim)
 def norm_except_dim(func, types, args, kwargs):
-    # No NotImplementedError, which torch's parametrizations take for a weight that has no inverse, to fail in the forward.
+    # No NotImplementedError, which torch's parametrizations take for a weight that has no inverse, to fail in
+    # the forward.
     raise named_error(
         args[0],
-        "weight_norm would train a length and a direction of a quantized weight; leave the weight float, or dequantize()",
+        "weight_norm would train a length and a direction of a quantized weight; leave the weight float, or "
+        "dequantize()",
         TypeError,
     )
 
@@ -299,7 +357,8 @@ def norm_except_dim(func, types, args, kwargs):
 def no_array(func, types, args, kwargs):
     raise named_error(
         args[0],
-        "a quantized weight is no numpy array (accelerate asks for one to offload to disk: offload to the CPU, where it takes a fraction "
+        "a quantized weight is no numpy array (accelerate asks for one to offload to disk: offload to the "
+        "CPU, where it takes a fraction "
         "of the float weight); use .dequantize().numpy(), or .qdata and .scale",
         TypeError,
     )
@@ -309,7 +368,8 @@ def no_array(func, types, args, kwargs):
 def view_dtype_op(func, types, args, kwargs):
     raise named_error(
         args[0],
-        f"a quantized weight has no elements to view as {args[1]} (accelerate does so to offload to disk: offload to the CPU, where it "
+        f"a quantized weight has no elements to view as {args[1]} (accelerate does so to offload to disk: "
+        "offload to the CPU, where it "
         "takes a fraction of the float weight); view .dequantize(), or .qdata and .scale",
         TypeError,
     )
@@ -317,10 +377,13 @@ def view_dtype_op(func, types, args, kwargs):
 
 @on_function([Tensor.requires_grad_, Tensor.requires_grad.__set__])  # type: ignore[attr-defined]
 def requires_grad(func, types, args, kwargs):
-    # Ignored, not refused: `nn.Parameter(w)` and `load_state_dict(assign=True)` ask for it of their own accord.
+    # Ignored, not refused: `nn.Parameter(w)` and `load_state_dict(assign=True)` ask for it of their own
+    # accord.
     w, wanted = [*args, *kwargs.values(), True][:2]
     if wanted and called_by("peft."):
         warnings.warn(
-            f"{getattr(w, 'fqn', repr(w))} is quantized and will not be trained (PEFT's modules_to_save){or_float(w)}", stacklevel=4
+            f"{getattr(w, 'fqn', repr(w))} is quantized and will not be trained (PEFT's "
+            f"modules_to_save){or_float(w)}",
+            stacklevel=4,
         )
     return w

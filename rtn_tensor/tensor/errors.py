@@ -18,8 +18,8 @@ def is_traced(w: Any) -> bool:
 
 
 def name_of(w: Any) -> str | None:
-    """What a model calls `w`. `quantize_` and `load` write the name on it, as `fqn`; transformers and torchao do not, and then
-    the outermost module that is running knows it."""
+    """What a model calls `w`. `quantize_` and `load` write the name on it, as `fqn`; transformers and torchao
+    do not, and then the outermost module that is running knows it."""
     name = getattr(w, "fqn", None)
     if name or not _is_weight(w) or is_traced(w) or w.qdata.is_meta:
         return name
@@ -33,9 +33,13 @@ def name_of(w: Any) -> str | None:
     return name
 
 
-# Dynamo leaves to eager code what is not implemented for its fake tensors, so that a misuse raises the same there; other errors it wraps.
+# Dynamo leaves to eager code what is not implemented for its fake tensors, so that a misuse raises the same
+# there; other errors it wraps.
 _WHILE_TRACING: dict[type[Exception], type[Exception]] = {
-    **{kind: type(kind.__name__, (kind, NotImplementedError), {}) for kind in (ValueError, TypeError, IndexError)},
+    **{
+        kind: type(kind.__name__, (kind, NotImplementedError), {})
+        for kind in (ValueError, TypeError, IndexError)
+    },
     RuntimeError: NotImplementedError,  # which is one
 }
 
@@ -47,6 +51,7 @@ def named_error(w: Tensor | None, what: str, kind: type[Exception] = ValueError)
 
 
 def or_float(w: Tensor) -> str:
-    """What to do where a model does with the weight `w` what no quantized one can do: MobileBERT joins two of different columns."""
+    """What to do where a model does with the weight `w` what no quantized one can do: MobileBERT joins two of
+    different columns."""
     name = name_of(w)
     return f"; a weight that its model uses so stays float by the rule ({name!r}, None)" if name else ""

@@ -9,7 +9,9 @@ from torch import Tensor
 from rtn_tensor.formats import FORMATS, groups
 
 
-def new_planes(factory, shape: Sequence[int], bits: int, group_size: int, dtype: torch.dtype, **kwargs) -> tuple[Tensor, Tensor]:
+def new_planes(
+    factory, shape: Sequence[int], bits: int, group_size: int, dtype: torch.dtype, **kwargs
+) -> tuple[Tensor, Tensor]:
     *rows, k = shape
     qdata = factory((*rows, FORMATS[bits].row_bytes(k)), dtype=torch.uint8, **kwargs)
     return qdata, factory((*rows, groups(k, group_size)), dtype=dtype, **kwargs)
@@ -23,13 +25,21 @@ def contiguous_strides(shape: Sequence[int]) -> list[int]:
     return strides
 
 
-def layout_of(qdata: Tensor, bits: int, in_features: int, transposed: bool) -> tuple[list[int], list[int], Any]:
-    """The size, strides and storage offset that a tensor over `qdata` shows, from which `as_strided` finds the planes again.
+def layout_of(
+    qdata: Tensor, bits: int, in_features: int, transposed: bool
+) -> tuple[list[int], list[int], Any]:
+    """The size, strides and storage offset that a tensor over `qdata` shows, from which `as_strided` finds
+    the planes again.
 
-    A compiled function gives back a view of its input as nothing but these three numbers. They are those of the plain weight, unless
-    in_features is padded: then the padding counts in the offset, and in the strides of what is not contiguous.
+    A compiled function gives back a view of its input as nothing but these three numbers. They are those of
+    the plain weight, unless in_features is padded: then the padding counts in the offset, and in the strides
+    of what is not contiguous.
     """
-    shape, strides, elements = [*qdata.shape[:-1], in_features], list(qdata.stride()), FORMATS[bits].elements_per_byte
+    shape, strides, elements = (
+        [*qdata.shape[:-1], in_features],
+        list(qdata.stride()),
+        FORMATS[bits].elements_per_byte,
+    )
     if strides == contiguous_strides(qdata.shape):
         strides = contiguous_strides(shape)
     else:

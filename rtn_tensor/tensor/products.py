@@ -18,18 +18,26 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for where `x` is, None where it is off."""
     device = x.device.type
     # torch refuses the question for meta.
-    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+    return (
+        torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+    )
 
 
 def _cast_by_autocast(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`t` in the dtype that autocast asks for, if it does; like torch's own it leaves float64, integers and complex numbers alone."""
+    """`t` in the dtype that autocast asks for, if it does; like torch's own it leaves float64, integers and
+    complex numbers alone."""
     return t.to(dtype) if dtype and t.is_floating_point() and t.dtype is not torch.float64 else t
 
 
 def _check_operand(x: Tensor, w: RTNQuantizedTensor, size: int) -> Tensor:
-    """`x` as the kernel takes it: cast under autocast, else of the weight's dtype; its last dim is contracted with `size`."""
+    """`x` as the kernel takes it: cast under autocast, else of the weight's dtype; its last dim is contracted
+    with `size`."""
     if isinstance(x, RTNQuantizedTensor):
-        raise named_error(w, "a quantized tensor cannot multiply a quantized tensor; call .dequantize() on the activation", TypeError)
+        raise named_error(
+            w,
+            "a quantized tensor cannot multiply a quantized tensor; call .dequantize() on the activation",
+            TypeError,
+        )
     if x.layout is not torch.strided or x.is_nested:
         _check_kind("x", x, w)
     _check_device("x", x, w)
@@ -41,16 +49,26 @@ def _check_operand(x: Tensor, w: RTNQuantizedTensor, size: int) -> Tensor:
         other = f" or weight.to({x.dtype})" if x.dtype in FLOAT_DTYPES else ""
         raise named_error(w, f"x is {x.dtype} but the weight is {dtype}; use x.to({dtype}){other}", TypeError)
     if not x.dim() or x.shape[-1] != size:
-        raise named_error(w, f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(w.shape)}: its last dim must be {size}")
+        raise named_error(
+            w,
+            f"x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(w.shape)}: "
+            f"its last dim must be {size}",
+        )
     return x
 
 
 def _check_kind(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
-    """Raises TypeError for a tensor that is not dense, unless it is nested by a class of its own, whose values are."""
+    """Raises TypeError for a tensor that is not dense, unless it is nested by a class of its own, whose
+    values are."""
     if (why := registration.unfit(t)) and t.layout is not torch.jagged:
         raise named_error(w, f"{what} is {why}", TypeError)
     if t.is_complex():
-        raise named_error(w, f"{what} is {t.dtype}, but a weight stands for real numbers; use it on {what}.real and {what}.imag", TypeError)
+        raise named_error(
+            w,
+            f"{what} is {t.dtype}, but a weight stands for real numbers; use it on "
+            f"{what}.real and {what}.imag",
+            TypeError,
+        )
 
 
 def _check_device(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
@@ -58,30 +76,43 @@ def _check_device(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
     if t.device != device:
         if t.is_meta:
             raise named_error(
-                w, f"{what} is on meta, where tensors have no numbers, but the weight is on {device}; make {what} on {device}"
+                w,
+                f"{what} is on meta, where tensors have no numbers, but the weight is on {device}; make "
+                f"{what} on {device}",
             )
         if device.type == "meta":
             raise named_error(
-                w, f"the weight is on meta, where tensors have no numbers, but {what} is on {t.device}; load the weight first"
+                w,
+                f"the weight is on meta, where tensors have no numbers, but {what} is on {t.device}; load "
+                "the weight first",
             )
-        raise named_error(w, f"{what} is on {t.device} but the weight is on {device}; use {what}.to('{device}') or weight.to('{t.device}')")
+        raise named_error(
+            w,
+            f"{what} is on {t.device} but the weight is on {device}; use "
+            f"{what}.to('{device}') or weight.to('{t.device}')",
+        )
 
 
 def _check_bias(bias: Tensor, x: Tensor, w: RTNQuantizedTensor) -> Tensor:
-    """`bias` in the dtype of `x`, which `_check_operand` has seen: cast under autocast, else refused if it is another."""
+    """`bias` in the dtype of `x`, which `_check_operand` has seen: cast under autocast, else refused if it is
+    another."""
     _check_device("bias", bias, w)
     if bias.dtype != x.dtype:
         _check_kind("bias", bias, w)
         bias = _cast_by_autocast(bias, _autocast_dtype(x))
         if bias.dtype != x.dtype:
-            raise named_error(w, f"bias is {bias.dtype} but x is {x.dtype}; use bias.to({x.dtype})", TypeError)
+            raise named_error(
+                w, f"bias is {bias.dtype} but x is {x.dtype}; use bias.to({x.dtype})", TypeError
+            )
     return bias
 
 
 def _check_indices(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
     """Raises unless `t` holds int32 or int64 numbers where the weight lies."""
     if not isinstance(t, Tensor):
-        raise named_error(w, f"{what} is a {type(t).__name__}; give a tensor of torch.int64 or torch.int32", TypeError)
+        raise named_error(
+            w, f"{what} is a {type(t).__name__}; give a tensor of torch.int64 or torch.int32", TypeError
+        )
     _check_kind(what, t, w)
     if t.dtype not in (torch.int64, torch.int32):
         raise named_error(w, f"{what} is {t.dtype}; it must be torch.int64 or torch.int32", TypeError)
@@ -89,10 +120,15 @@ def _check_indices(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
 
 
 def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_features: bool) -> Tensor:
-    """x @ w'^T + bias where `over_in_features`, else x @ w' + bias, with w' `[N, K]` as the planes hold it."""
+    """x @ w'^T + bias where `over_in_features`, else x @ w' + bias, with w' `[N, K]` as the planes hold
+    it."""
     qdata, scale = w.qdata, w.scale
     if qdata.dim() != 2:
-        raise named_error(w, f"linear needs a 2-D weight, got shape {tuple(w.shape)}; for experts use bmm or grouped_mm, or select one")
+        raise named_error(
+            w,
+            f"linear needs a 2-D weight, got shape {tuple(w.shape)}; for experts use bmm or "
+            "grouped_mm, or select one",
+        )
     x = _check_operand(x, w, w.in_features if over_in_features else qdata.shape[0])
     if bias is not None:
         bias = _check_bias(bias, x, w)
@@ -107,11 +143,14 @@ def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_feat
 
 def _plus(y: Tensor, bias: Tensor, w: RTNQuantizedTensor) -> Tensor:
     """The product `y` and `bias`, which `_check_bias` has seen."""
-    fits = bias.dim() <= y.dim() and all(b in (1, n) for b, n in zip(reversed(bias.shape), reversed(y.shape), strict=False))
+    fits = bias.dim() <= y.dim() and all(
+        b in (1, n) for b, n in zip(reversed(bias.shape), reversed(y.shape), strict=False)
+    )
     if not fits:
         raise named_error(
             w,
-            f"bias of shape {tuple(bias.shape)} does not fit a product of shape {tuple(y.shape)}; it must be [{y.shape[-1]}]",
+            f"bias of shape {tuple(bias.shape)} does not fit a product of shape {tuple(y.shape)}; it must be "
+            f"[{y.shape[-1]}]",
             RuntimeError,  # as torch raises of a dense weight
         )
     return y + bias
@@ -119,7 +158,9 @@ def _plus(y: Tensor, bias: Tensor, w: RTNQuantizedTensor) -> Tensor:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, RTNQuantizedTensor):
-        raise TypeError(f"only the weight of a linear can be quantized; got input {input!r}: call .dequantize() on it")
+        raise TypeError(
+            f"only the weight of a linear can be quantized; got input {input!r}: call .dequantize() on it"
+        )
     return _project(input, weight, bias, not weight.transposed)
 
 
@@ -153,19 +194,29 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
         return _bmm(b.mT, a.mT).mT
     assert isinstance(b, RTNQuantizedTensor)
     if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0]:
-        raise named_error(b, f"bmm needs x [E, M, K] and a weight of E experts, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
+        raise named_error(
+            b,
+            f"bmm needs x [E, M, K] and a weight of E experts, got shapes {tuple(a.shape)} "
+            f"and {tuple(b.shape)}",
+        )
     experts, m = a.shape[:2]
     offs = torch.arange(1, experts + 1, dtype=torch.int32, device=a.device) * m
     return _grouped_mm(a.flatten(0, 1), b, offs).unflatten(0, (experts, m))
 
 
 def _grouped_mm(
-    mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     a, b = mat_a, mat_b
     if not isinstance(b, RTNQuantizedTensor) or b.dim() != 3 or a.dim() != 2 or offs is None:
         raise named_error(
-            b, f"grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes {tuple(a.shape)}, {tuple(b.shape)}"
+            b,
+            "grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes "
+            f"{tuple(a.shape)}, {tuple(b.shape)}",
         )
     a = _check_operand(a, b, b.shape[-2])
     _check_indices("offs", offs, b)
@@ -188,7 +239,9 @@ def _embedding(
     sparse: bool = False,
 ) -> Tensor:
     if max_norm is not None:
-        raise named_error(weight, "embedding with max_norm rewrites the weight, which a quantized one cannot; drop max_norm")
+        raise named_error(
+            weight, "embedding with max_norm rewrites the weight, which a quantized one cannot; drop max_norm"
+        )
     if weight.transposed or weight.dim() != 2:
         raise named_error(weight, f"embedding needs a 2-D weight that is not transposed, got {weight!r}")
     _check_indices("input", input, weight)
@@ -196,7 +249,9 @@ def _embedding(
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise named_error(weight, f"padding_idx={padding_idx} is out of range: the weight has {rows} rows")
     try:
-        return ops.embedding(input, weight.qdata, weight.scale, weight.bits, weight.group_size, weight.in_features)
+        return ops.embedding(
+            input, weight.qdata, weight.scale, weight.bits, weight.group_size, weight.in_features
+        )
     except IndexError as error:
         raise named_error(weight, str(error), IndexError) from None
 
@@ -205,21 +260,31 @@ def _into(out: Tensor | None, product: Callable[..., Tensor], *args: Any, **kwar
     """What `product` gives, written into `out` where there is one."""
     if isinstance(out, RTNQuantizedTensor):
         raise named_error(
-            out, "a product cannot be written into a quantized tensor by out=; copy_ it into the tensor, which quantizes", TypeError
+            out,
+            "a product cannot be written into a quantized tensor by out=; copy_ it into the tensor, "
+            "which quantizes",
+            TypeError,
         )
     y = product(*args, **kwargs)
     if out is None:
         return y
     if out.dtype != y.dtype or (out.shape != y.shape and out.numel()):
-        raise ValueError(f"out is {out.dtype} of shape {tuple(out.shape)}, but the product is {y.dtype} of shape {tuple(y.shape)}")
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)}, but the product is {y.dtype} of "
+            f"shape {tuple(y.shape)}"
+        )
     return out.resize_(y.shape).copy_(y)
 
 
-# Caught here, above autograd and autocast: one op with its own backward, the weight's scale never cast, and 3 us a call.
+# Caught here, above autograd and autocast: one op with its own backward, the weight's scale never cast, and 3
+# us a call.
 for _torch_fns, _handler in (
     ([F.linear], _linear),
     ([torch.mm, Tensor.mm], lambda input, mat2, *, out=None: _into(out, _matmul, input, mat2)),
-    ([torch.matmul, Tensor.matmul, Tensor.__matmul__], lambda input, other, *, out=None: _into(out, _matmul, input, other)),
+    (
+        [torch.matmul, Tensor.matmul, Tensor.__matmul__],
+        lambda input, other, *, out=None: _into(out, _matmul, input, other),
+    ),
     ([Tensor.__rmatmul__], lambda other, input: _matmul(input, other)),
     ([torch.addmm, Tensor.addmm], lambda *args, out=None, **kwargs: _into(out, _addmm, *args, **kwargs)),
     ([torch.bmm, Tensor.bmm], lambda input, mat2, *, out=None: _into(out, _bmm, input, mat2)),
@@ -242,7 +307,8 @@ def einsum(func, types, args, kwargs):
         w = next(t for t in tree_leaves(args) if isinstance(t, RTNQuantizedTensor))
         raise named_error(
             w,
-            f"einsum({args[0]!r}) comes to more than a product with the weight; use F.linear(x, weight) or x @ weight, or give einsum "
+            f"einsum({args[0]!r}) comes to more than a product with the weight; use F.linear(x, weight) or x "
+            "@ weight, or give einsum "
             "weight.dequantize()",
             NotImplementedError,
         ) from error

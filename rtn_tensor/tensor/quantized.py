@@ -1,4 +1,5 @@
-"""`RTNQuantizedTensor`: two planes that slice like the weight they stand for, and one table of the ops it knows."""
+"""`RTNQuantizedTensor`: two planes that slice like the weight they stand for, and one table of the ops it
+knows."""
 
 import functools
 import hashlib
@@ -21,10 +22,12 @@ aten = torch.ops.aten
 
 
 class _ParameterLike(type(TorchAOBaseTensor)):
-    """A class that is called like `nn.Parameter`, too: `type(w)(tensor, requires_grad=False, **vars(w))`, as accelerate does."""
+    """A class that is called like `nn.Parameter`, too: `type(w)(tensor, requires_grad=False, **vars(w))`, as
+    accelerate does."""
 
     def __call__(cls: Any, *args: Any, requires_grad: bool = False, **kwargs: Any) -> Any:
-        # That call gives one tensor, and of the planes' names none, or all of them where `vars(w)` goes along.
+        # That call gives one tensor, and of the planes' names none, or all of them where `vars(w)` goes
+        # along.
         if len(args) != 1 or ("qdata" in kwargs) != ("scale" in kwargs):
             return super().__call__(*args, **kwargs)
         return _as_parameter(cls, args[0], kwargs)
@@ -34,19 +37,22 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     """A float weight `[..., N, K]` held as round-to-nearest integers and one scale a group.
 
     Attributes:
-        qdata: `[..., N, B]` uint8, the packed integers (`rtn_tensor.formats` gives the order); B = 16 * ceil(K * bits / 128).
+        qdata: `[..., N, B]` uint8, the packed integers (`rtn_tensor.formats` gives the order); B = 16 *
+            ceil(K * bits / 128).
         scale: `[..., N, G]`, G = ceil(K / group_size), in the dtype that the tensor shows as its own.
         bits, group_size, scale_method: as in `RTNConfig`.
         in_features: K.
         transposed: whether the tensor's last two dims stand swapped, as after `t()`; the planes never move.
         version: of what the planes mean; a later one than this library's is refused.
 
-    The tensor has the shape and dtype of the weight it stands for, never requires a gradient (asking for one is ignored), passes
-    gradients to its inputs, and gives views that alias it. Rows (and leading dims) slice anywhere; columns at multiples of
-    `group_size`, or to the end. `copy_` from a float tensor quantizes in place. An op it does not know raises NotImplementedError.
+    The tensor has the shape and dtype of the weight it stands for, never requires a gradient (asking for one
+    is ignored), passes gradients to its inputs, and gives views that alias it. Rows (and leading dims) slice
+    anywhere; columns at multiples of `group_size`, or to the end. `copy_` from a float tensor quantizes in
+    place. An op it does not know raises NotImplementedError.
 
-    Called with one tensor, as `nn.Parameter` is, the class gives a parameter: an alias of a quantized tensor; or a float tensor quantized
-    in the format that keywords name (`type(w)(tensor, requires_grad=False, **vars(w))` gives what `w` would be if it held `tensor`).
+    Called with one tensor, as `nn.Parameter` is, the class gives a parameter: an alias of a quantized tensor;
+    or a float tensor quantized in the format that keywords name (`type(w)(tensor, requires_grad=False,
+    **vars(w))` gives what `w` would be if it held `tensor`).
     """
 
     __module__ = "rtn_tensor.tensor"  # where every pickle that was ever written looks for it
@@ -63,19 +69,26 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     transposed: bool
     version: int = VERSION
     _padded_rows: int
-    _flat: tuple[list[str], tuple] | None = None  # what `__tensor_flatten__` gives, until an attribute changes
-    _is_flat = False  # true of what `view(-1)` gives: its shape is kept, and a concatenation of such is no weight
-    _shares_scale = False  # true of some columns of rows that have one scale: to write it would change the other columns
+    # What `__tensor_flatten__` gives, until an attribute changes.
+    _flat: tuple[list[str], tuple] | None = None
+    # True of what `view(-1)` gives: its shape is kept, and a concatenation of such is no weight.
+    _is_flat = False
+    # True of some columns of rows that have one scale: to write it would change the other columns.
+    _shares_scale = False
 
     @staticmethod
-    def __new__(cls, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION):
+    def __new__(
+        cls, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION
+    ):
         # A compiler may hold these two as symbols.
         bits, group_size = (int(n) if isinstance(n, torch.SymInt) else n for n in (bits, group_size))
         check_planes(qdata, scale, bits, group_size, in_features, scale_method, transposed, version)
         layout = layout_of(qdata, bits, in_features, transposed)
         return _torch.wrapper(cls, *layout, dtype=scale.dtype, device=qdata.device)
 
-    def __init__(self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION):
+    def __init__(
+        self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION
+    ):
         self.qdata = qdata
         self.scale = scale
         self.bits = int(bits)
@@ -87,9 +100,15 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
 
     @classmethod
     def from_float(
-        cls, w: Tensor, bits: int = 4, group_size: int = 128, scale_method: str = "absmax", dtype: torch.dtype | None = None
+        cls,
+        w: Tensor,
+        bits: int = 4,
+        group_size: int = 128,
+        scale_method: str = "absmax",
+        dtype: torch.dtype | None = None,
     ) -> "RTNQuantizedTensor":
-        """Quantizes `w [..., N, K]` (float32, bfloat16 or float16). `dtype`, by default `w`'s, is that of the scale and so the tensor's.
+        """Quantizes `w [..., N, K]` (float32, bfloat16 or float16). `dtype`, by default `w`'s, is that of the
+        scale and so the tensor's.
 
         A NaN or inf in `w` is not looked for: it makes its group NaN. `quantize_` looks.
 
@@ -99,15 +118,23 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         """
         check_format(bits, group_size, scale_method)
         if not isinstance(w, Tensor):
-            raise TypeError(f"cannot quantize a {type(w).__name__}; give a torch.Tensor, a weight [..., N, K]")
+            raise TypeError(
+                f"cannot quantize a {type(w).__name__}; give a torch.Tensor, a weight [..., N, K]"
+            )
         if why := registration.unfit(w):
             raise TypeError(f"cannot quantize w, which is {why}")
         if isinstance(w, TorchAOBaseTensor):
-            raise TypeError(f"already quantized: got a {type(w).__name__}; quantize the float weight, or call .dequantize() first")
+            raise TypeError(
+                f"already quantized: got a {type(w).__name__}; quantize the float weight, or "
+                "call .dequantize() first"
+            )
         if w.dim() == 0:
             raise ValueError("cannot quantize a tensor without dims; give a weight [..., N, K]")
         if is_batchedtensor(w):
-            raise ValueError("from_float cannot run inside vmap; w may have leading dims [..., N, K]: quantize it whole, outside")
+            raise ValueError(
+                "from_float cannot run inside vmap; w may have leading dims [..., N, K]: "
+                "quantize it whole, outside"
+            )
         for got in (w.dtype, dtype or w.dtype):
             check_dtype(got)
         qdata, scale = ops.quantize(w, bits, group_size, scale_method, dtype or w.dtype)
@@ -130,13 +157,16 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         return cls(*planes, bits, group_size, scale_method, shape[-1])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The plain tensor q * S, computed in fp32 and rounded once to `dtype` (by default the tensor's), in its shape."""
-        w = ops.dequantize(self.qdata, self.scale, self.bits, self.group_size, self.in_features, dtype or self.scale.dtype)
+        """The plain tensor q * S, computed in fp32 and rounded once to `dtype` (by default the tensor's), in
+        its shape."""
+        w = ops.dequantize(
+            self.qdata, self.scale, self.bits, self.group_size, self.in_features, dtype or self.scale.dtype
+        )
         return w.mT if self.transposed else w
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        # The guards of a compiled call ask twice for every weight, and compare: the base would make it anew, 0.8 us each time, where this
-        # takes 0.07; and a tuple compares in half the time of the base's dict.
+        # The guards of a compiled call ask twice for every weight, and compare: the base would make it anew,
+        # 0.8 us each time, where this takes 0.07; and a tuple compares in half the time of the base's dict.
         flat = self._flat
         if flat is None:
             attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
@@ -145,34 +175,50 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         return flat
 
     def _set_state(self, state: Any) -> None:
-        """What unpickling calls as `__setstate__`, with what a file says: `__new__` and `__init__` have not run.
+        """What unpickling calls as `__setstate__`, with what a file says: `__new__` and `__init__` have not
+        run.
 
         Raises:
             ValueError, TypeError: it is not the state of such a tensor, or its parts do not fit one another.
         """
-        if isinstance(state, tuple) and len(state) == 2 and not state[1]:  # torch adds the slots of a class, and there are none
+        # torch adds the slots of a class, and there are none.
+        if isinstance(state, tuple) and len(state) == 2 and not state[1]:
             state = state[0]
         names = [*self.tensor_data_names, *self.tensor_attribute_names]
-        if not isinstance(state, dict) or (missing := [name for name in names if name not in {"version": VERSION, **state}]):
-            lacking = f"lacks {', '.join(missing)}" if isinstance(state, dict) else f"is a {type(state).__name__}"
-            raise ValueError(f"the state of a {type(self).__name__} {lacking}; the file is damaged, or of another library")
+        if not isinstance(state, dict) or (
+            missing := [name for name in names if name not in {"version": VERSION, **state}]
+        ):
+            lacking = (
+                f"lacks {', '.join(missing)}" if isinstance(state, dict) else f"is a {type(state).__name__}"
+            )
+            raise ValueError(
+                f"the state of a {type(self).__name__} {lacking}; the file is damaged, or of another library"
+            )
         state = {"version": VERSION, **state}
         made = type(self)(*(state[name] for name in names))
         for plane in (made.qdata, made.scale):
             # Rows of one memory would make a tensor of any size from a file of a few bytes.
             if not plane.is_meta and plane.nbytes > plane.untyped_storage().nbytes():
-                raise ValueError(f"a plane of shape {tuple(plane.shape)} has its rows in the same memory; save a contiguous() weight")
+                raise ValueError(
+                    f"a plane of shape {tuple(plane.shape)} has its rows in the same memory; "
+                    "save a contiguous() weight"
+                )
         mine, due = ((t.shape, t.dtype, t.device) for t in (self, made))
         if mine != due:
-            raise ValueError(f"the file says that the weight has {mine}, and its planes that it has {due}; the file is damaged")
+            raise ValueError(
+                f"the file says that the weight has {mine}, and its planes that it has {due}; "
+                "the file is damaged"
+            )
         vars(self).update({name: value for name, value in state.items() if name != "_flat"})
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in RTNQuantizedTensor.tensor_attribute_names or name == "fqn":  # of the class: `swap_tensors` sets `__class__`
+        # Of the class: `swap_tensors` sets `__class__`.
+        if name in RTNQuantizedTensor.tensor_attribute_names or name == "fqn":
             vars(self).pop("_flat", None)
 
-    def _clear_non_serializable_cached_data(self) -> None:  # before a copy or a file is made of all that lies on the tensor
+    # Before a copy or a file is made of all that lies on the tensor.
+    def _clear_non_serializable_cached_data(self) -> None:
         super()._clear_non_serializable_cached_data()
         vars(self).pop("_flat", None)
 
@@ -181,16 +227,19 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         attributes = dict(zip(cls.tensor_attribute_names, tensor_attributes, strict=True))
         name = getattr(method := attributes["scale_method"], "fqn", None)
         attributes["scale_method"] = str(method)
-        # A graph with dynamic shapes gives in_features as the symbol it was traced with; the size it ran with is in outer_size.
+        # A graph with dynamic shapes gives in_features as the symbol it was traced with; the size it ran with
+        # is in outer_size.
         if outer_size is not None:  # torchao's unwrap_tensor_subclass gives none
             attributes["in_features"] = outer_size[-2 if attributes["transposed"] else -1]
         new = cls(**tensor_data_dict, **attributes)
-        if name and is_traced(new):  # what a graph gives may be of another weight than the one that it was traced with
+        # What a graph gives may be of another weight than the one that it was traced with.
+        if name and is_traced(new):
             new.fqn = name
         return new
 
     def data_ptr(self) -> int:
-        # torch copies and pickles with overrides off, and knows by a 0 that the data lies elsewhere; it would get the offset.
+        # torch copies and pickles with overrides off, and knows by a 0 that the data lies elsewhere; it would
+        # get the offset.
         return super().data_ptr() if _torch.overrides_are_on() else 0
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -203,29 +252,43 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
 
     def _stable_hash_for_caching(self) -> str:
         """What a compiled graph depends on, for torch's cache of them on disk."""
-        planes = [(p.dtype, tuple(p.shape), p.stride(), p.storage_offset(), p.device) for p in (self.qdata, self.scale)]
+        planes = [
+            (p.dtype, tuple(p.shape), p.stride(), p.storage_offset(), p.device)
+            for p in (self.qdata, self.scale)
+        ]
         attributes = [getattr(self, name) for name in self.tensor_attribute_names]
-        return hashlib.sha256(repr((type(self).__qualname__, _sources(), attributes, planes)).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((type(self).__qualname__, _sources(), attributes, planes)).encode()
+        ).hexdigest()
 
-    # With this signature, the older of the two that FSDP2 knows, what is gathered need not have the tensor's own padded size.
+    # With this signature, the older of the two that FSDP2 knows, what is gathered need not have the tensor's
+    # own padded size.
     def fsdp_pre_all_gather(self, mesh) -> tuple[tuple[Tensor, ...], Any]:
-        """What FSDP2 gathers of a shard: the planes, padded as those of the other ranks are (0.26 of a bf16 weight at int4)."""
+        """What FSDP2 gathers of a shard: the planes, padded as those of the other ranks are (0.26 of a bf16
+        weight at int4)."""
         rows = getattr(self, "_padded_rows", len(self.qdata))
         planes = tuple(padded_plane(plane, rows) for plane in (self.qdata, self.scale))
         attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
         if mesh.size() > 1:
             return planes, (attributes, None)
         # Of what one rank "gathers" FSDP2 copies the first tensor only.
-        return (torch.cat([plane.flatten().view(torch.uint8) for plane in planes]),), (attributes, [plane.shape for plane in planes])
+        return (torch.cat([plane.flatten().view(torch.uint8) for plane in planes]),), (
+            attributes,
+            [plane.shape for plane in planes],
+        )
 
     def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None) -> Any:
-        """The whole tensor over the gathered planes, its scale in the dtype that a MixedPrecisionPolicy asks for."""
+        """The whole tensor over the gathered planes, its scale in the dtype that a MixedPrecisionPolicy asks
+        for."""
         attributes, shapes = metadata
         if shapes is None:
             qdata, scale = outputs
         else:
             size = math.prod(shapes[0])
-            qdata, scale = outputs[0][:size].view(shapes[0]), outputs[0][size:].view(self.scale.dtype).view(shapes[1])
+            qdata, scale = (
+                outputs[0][:size].view(shapes[0]),
+                outputs[0][size:].view(self.scale.dtype).view(shapes[1]),
+            )
         if out is not None:  # over the same memory as the first time, filled again
             out = out.to_local() if hasattr(out, "to_local") else out  # a DTensor, under tensor parallelism
             if out.scale.dtype != scale.dtype:
@@ -241,7 +304,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         return self.qdata.nbytes + self.scale.nbytes
 
     def element_size(self) -> float:  # type: ignore[override]
-        """Bytes per element, a fraction (0.53125 for 4 bits and one 16-bit scale per 64), so that numel() * element_size() is what is held.
+        """Bytes per element, a fraction (0.53125 for 4 bits and one 16-bit scale per 64), so that numel() *
+        element_size() is what is held.
 
         transformers' `get_memory_footprint` and its device maps multiply so."""
         return self.nbytes / self.numel() if self.numel() else float(self.scale.itemsize)
@@ -254,7 +318,10 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     # Whoever asks for the memory of a tensor of this shape and dtype would read past that of the planes.
     def _without_memory(self, name: str) -> Exception:
         return named_error(
-            self, f"{name} gives the memory of plain numbers, and a quantized tensor has none; use .dequantize() first", NotImplementedError
+            self,
+            f"{name} gives the memory of plain numbers, and a quantized tensor has none; use "
+            ".dequantize() first",
+            NotImplementedError,
         )
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
@@ -271,15 +338,24 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
 
     @property
     def __cuda_array_interface__(self) -> Any:
-        raise named_error(self, "a quantized tensor has no __cuda_array_interface__; use .dequantize() first", AttributeError)
+        raise named_error(
+            self,
+            "a quantized tensor has no __cuda_array_interface__; use .dequantize() first",
+            AttributeError,
+        )
 
     def storage(self) -> Any:
-        # safetensors asks it; NotImplementedError would mean a tensor without numbers to it, and it would read on.
+        # safetensors asks it; NotImplementedError would mean a tensor without numbers to it, and it would
+        # read on.
         what = "a quantized weight lies in two planes, and has no storage of its own"
-        way_out = "to save it, use rtn_tensor.save(model, folder) or torch.save; its memory is that of .qdata and .scale"
+        way_out = (
+            "to save it, use rtn_tensor.save(model, folder) or torch.save; its memory is that of "
+            ".qdata and .scale"
+        )
         raise named_error(self, f"{what}; {way_out}", TypeError)
 
-    # An operator of torch's own takes a TypeError from below for "not mine", and Python then says no more than "unsupported operand".
+    # An operator of torch's own takes a TypeError from below for "not mine", and Python then says no more
+    # than "unsupported operand".
     def __matmul__(self, other: Any) -> Any:
         return torch.matmul(self, other) if isinstance(other, Tensor) else NotImplemented
 
@@ -291,19 +367,23 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         handler = cls._ATEN_OP_TABLE[cls].get(func)
         if handler is not None:
             return handler(func, types, args, kwargs or {})
-        # Below autograd (in inference mode, say) ops that torch composes of others, like mT and narrow, arrive whole.
+        # Below autograd (in inference mode, say) ops that torch composes of others, like mT and narrow,
+        # arrive whole.
         out = func.decompose(*args, **(kwargs or {}))
         if out is not NotImplemented:
             return out
         if not func._schema.is_mutable and is_computed_anew():
-            args, kwargs = tree_map_only(RTNQuantizedTensor, RTNQuantizedTensor.dequantize, (args, kwargs or {}))
+            args, kwargs = tree_map_only(
+                RTNQuantizedTensor, RTNQuantizedTensor.dequantize, (args, kwargs or {})
+            )
             return func(*args, **kwargs)
         w = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, RTNQuantizedTensor))
         way_out = f"call it on .dequantize(), which gives a plain tensor{or_float(w)}"
         raise named_error(w, f"{cls.__name__} does not implement {func}; {way_out}", NotImplementedError)
 
 
-RTNQuantizedTensor.__setstate__ = RTNQuantizedTensor._set_state  # type: ignore[method-assign]  # the base gives every class its own
+# The base gives every class its own.
+RTNQuantizedTensor.__setstate__ = RTNQuantizedTensor._set_state  # type: ignore[method-assign]
 torch.serialization.add_safe_globals([RTNQuantizedTensor])
 
 _OWN = {
@@ -316,24 +396,32 @@ _OWN = {
 }
 on_op = RTNQuantizedTensor.implements
 on_function = RTNQuantizedTensor.implements_torch_function
-# torchao's knows no copy=True and makes the copy an alias of the original, on another device too; torch composes it of `_to_copy`.
+# torchao's knows no copy=True and makes the copy an alias of the original, on another device too; torch
+# composes it of `_to_copy`.
 RTNQuantizedTensor._ATEN_OP_TABLE[RTNQuantizedTensor].pop(aten.to.dtype_layout)
 
 
 @functools.cache
 def _sources() -> str:
-    """A digest of this package. A compiled graph holds what the functions here made of each op, so another release must not take it."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))).hexdigest()
+    """A digest of this package. A compiled graph holds what the functions here made of each op, so another
+    release must not take it."""
+    return hashlib.sha256(
+        b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
+    ).hexdigest()
 
 
 def check_dtype(dtype: torch.dtype, w: Tensor | None = None) -> None:
     if dtype not in FLOAT_DTYPES:
-        raise named_error(w, f"dtype {dtype} is not supported for a quantized weight; use {', '.join(map(str, FLOAT_DTYPES))}", TypeError)
+        raise named_error(
+            w,
+            f"dtype {dtype} is not supported for a quantized weight; use {', '.join(map(str, FLOAT_DTYPES))}",
+            TypeError,
+        )
 
 
 class _MethodOf(str):
-    """A weight's scale_method, and beside it what a compiler is to know of the weight for the errors that it meets, yet not to compare, so
-    that layers of other names share one graph: its name."""
+    """A weight's scale_method, and beside it what a compiler is to know of the weight for the errors that it
+    meets, yet not to compare, so that layers of other names share one graph: its name."""
 
     fqn: str | None
 
@@ -352,15 +440,23 @@ def user_attributes(w: Tensor) -> dict[str, Any]:
 
 
 def _as_parameter(cls: type[RTNQuantizedTensor], tensor: Tensor, attributes: dict[str, Any]) -> Tensor:
-    """`tensor` as a parameter with what is hung on `attributes`, quantized in the format that they give if it is a float tensor."""
+    """`tensor` as a parameter with what is hung on `attributes`, quantized in the format that they give if it
+    is a float tensor."""
     if not isinstance(tensor, cls):
         if not isinstance(tensor, Tensor) or "bits" not in attributes:
-            got = f"a float tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+            got = (
+                f"a float tensor of shape {tuple(tensor.shape)}"
+                if isinstance(tensor, Tensor)
+                else repr(tensor)
+            )
             raise TypeError(
-                f"{cls.__name__}({got}) names no format; use {cls.__name__}.from_float(tensor, bits, group_size), or copy_ the tensor into "
+                f"{cls.__name__}({got}) names no format; use {cls.__name__}.from_float(tensor, bits, "
+                "group_size), or copy_ the tensor into "
                 "the quantized weight, which keeps its format"
             )
-        format = {name: attributes[name] for name in ("bits", "group_size", "scale_method") if name in attributes}
+        format = {
+            name: attributes[name] for name in ("bits", "group_size", "scale_method") if name in attributes
+        }
         turned = attributes.get("transposed", False)
         tensor = cls.from_float(tensor.mT if turned else tensor, **format)
         tensor = tensor.mT if turned else tensor
@@ -372,7 +468,8 @@ def _as_parameter(cls: type[RTNQuantizedTensor], tensor: Tensor, attributes: dic
 def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
     """A tensor of `w`'s format over other planes; what users hung on `w` goes along."""
     attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
-    # torch refuses an inference tensor as a view of one that is none, which `w.t()` would be in inference mode.
+    # torch refuses an inference tensor as a view of one that is none, which `w.t()` would be in inference
+    # mode.
     with torch.inference_mode(w.is_inference()):
         new = type(w)(qdata, scale, **attributes)
     vars(new).update(user_attributes(w))
@@ -393,13 +490,13 @@ def is_packed(w: RTNQuantizedTensor, dim: int) -> bool:
     return dim_of_planes(w, dim) == w.dim() - 1
 
 
-# ------------------------------------------------------------------------------------------- products
+# -------------------------------------------------------------------------------- products
 
 
-# ------------------------------------------------------------------------------------------- views
+# ----------------------------------------------------------------------------------- views
 
 
-# ------------------------------------------------------------------------------------------- copies
+# ---------------------------------------------------------------------------------- copies
 
 
 def format_of(w: RTNQuantizedTensor) -> tuple:

@@ -13,7 +13,16 @@ from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.tensor.callers import called_by
 from rtn_tensor.tensor.errors import named_error, or_float
 from rtn_tensor.tensor.layout import contiguous_strides
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor, aten, dim_of_planes, format_of, is_packed, on_function, on_op, rebuilt
+from rtn_tensor.tensor.quantized import (
+    RTNQuantizedTensor,
+    aten,
+    dim_of_planes,
+    format_of,
+    is_packed,
+    on_function,
+    on_op,
+    rebuilt,
+)
 
 
 def sliced(w: RTNQuantizedTensor, dim: int, start: Any, end: Any, step: int = 1) -> RTNQuantizedTensor:
@@ -28,7 +37,8 @@ def sliced(w: RTNQuantizedTensor, dim: int, start: Any, end: Any, step: int = 1)
     if k and (step != 1 or start % unit or (end % unit and end != size)):
         raise named_error(
             w,
-            f"cannot slice columns {start}:{end}{f':{step}' if step != 1 else ''}; with bits={w.bits} and group_size={w.group_size} "
+            f"cannot slice columns {start}:{end}{f':{step}' if step != 1 else ''}; with bits={w.bits} and "
+            f"group_size={w.group_size} "
             f"cuts must be multiples of {unit}, or at the end, {size}",
         )
     start = start if k else 0
@@ -66,11 +76,15 @@ def selected(w: RTNQuantizedTensor, dim: int, index: int) -> RTNQuantizedTensor:
     plane_dim = dim_of_planes(w, dim)
     if plane_dim == w.dim() - 1:
         raise named_error(
-            w, f"cannot select along dim {dim}: one column of a packed weight is no tensor; slice whole groups, or dequantize()"
+            w,
+            f"cannot select along dim {dim}: one column of a packed weight is no tensor; slice whole "
+            "groups, or dequantize()",
         )
     # Without its rows a weight has no two dims to stand swapped.
     transposed = w.transposed and plane_dim != w.dim() - 2
-    return rebuilt(w, *(aten.select.int(p, plane_dim, index) for p in (w.qdata, w.scale)), transposed=transposed)
+    return rebuilt(
+        w, *(aten.select.int(p, plane_dim, index) for p in (w.qdata, w.scale)), transposed=transposed
+    )
 
 
 @on_op(aten.select.int)
@@ -87,15 +101,20 @@ def unbind_op(func, types, args, kwargs):
 @on_op([aten.view.default, aten._unsafe_view.default, aten.reshape.default])
 def view_op(func, types, args, kwargs):
     w, size = args[0], list(args[1])
-    # FSDP2 and DistributedDataParallel flatten a weight whole and only ever make views of it again: the tensor with its shape kept serves.
+    # FSDP2 and DistributedDataParallel flatten a weight whole and only ever make views of it again: the
+    # tensor with its shape kept serves.
     flat = size == [-1] and called_by("torch.distributed.", "torch.nn.parallel.")
     if -1 in size and not flat:
         known = -math.prod(size)
         size[size.index(-1)] = w.numel() // known if known else 0
     same_shape = flat or size == list(w.shape)
-    if not same_shape and (w.transposed or not size or size[-1] != w.in_features or math.prod(size) != w.numel()):
+    if not same_shape and (
+        w.transposed or not size or size[-1] != w.in_features or math.prod(size) != w.numel()
+    ):
         raise named_error(
-            w, f"cannot view shape {tuple(w.shape)} as {tuple(args[1])}; a view keeps the packed last dim, in_features={w.in_features}"
+            w,
+            f"cannot view shape {tuple(w.shape)} as {tuple(args[1])}; a view keeps the packed last dim, "
+            f"in_features={w.in_features}",
         )
     if same_shape:
         out = rebuilt(w, *(p.view(p.shape) for p in (w.qdata, w.scale)))
@@ -105,12 +124,18 @@ def view_op(func, types, args, kwargs):
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
-def _as_strided(w: RTNQuantizedTensor, size: list[Any], stride: list[Any], offset: Any) -> RTNQuantizedTensor | None:
+def _as_strided(
+    w: RTNQuantizedTensor, size: list[Any], stride: list[Any], offset: Any
+) -> RTNQuantizedTensor | None:
     """The part of `w` that `layout_of` shows with these numbers, None where there is none."""
     if not size or len(size) != len(stride) or offset < 0:
         return None
     # A compiler may hold these as symbols.
-    transposed = bool(len(size) > 1 and stride[-2] == 1 and (stride[-1] != 1 or size[-1] != 1 or (size[-2] == 1 and w.transposed)))
+    transposed = bool(
+        len(size) > 1
+        and stride[-2] == 1
+        and (stride[-1] != 1 or size[-1] != 1 or (size[-2] == 1 and w.transposed))
+    )
     if transposed:
         size, stride = [*size[:-2], *size[:-3:-1]], [*stride[:-2], *stride[:-3:-1]]
     fmt, k = FORMATS[w.bits], size[-1]
@@ -118,9 +143,17 @@ def _as_strided(w: RTNQuantizedTensor, size: list[Any], stride: list[Any], offse
     if stride == contiguous_strides(size):
         strides, uneven = contiguous_strides([*size[:-1], fmt.row_bytes(k)]), []
     else:
-        strides, uneven = [*(s // elements for s in stride[:-1]), stride[-1]], [s % elements for s in stride[:-1]]
-    # The smallest step from row to row of `w`, in each plane; every other one must be a multiple, and the same multiple in both.
-    steps = [(q, s, n) for n, q, s in zip(w.qdata.shape[:-1], w.qdata.stride(), w.scale.stride(), strict=False) if n > 1 and q]
+        strides, uneven = (
+            [*(s // elements for s in stride[:-1]), stride[-1]],
+            [s % elements for s in stride[:-1]],
+        )
+    # The smallest step from row to row of `w`, in each plane; every other one must be a multiple, and the
+    # same multiple in both.
+    steps = [
+        (q, s, n)
+        for n, q, s in zip(w.qdata.shape[:-1], w.qdata.stride(), w.scale.stride(), strict=False)
+        if n > 1 and q
+    ]
     row, scale_row, _ = min(steps, default=(0, 0, 1))
     shift = offset // elements - w.qdata.storage_offset()
     first = shift // row if row else 0
@@ -130,8 +163,16 @@ def _as_strided(w: RTNQuantizedTensor, size: list[Any], stride: list[Any], offse
     last = first * row + sum((n - 1) * s for n, s in wanted)
     whole = stride[-1] == 1 and offset % elements == 0 and not any(uneven)
     alike = all(q * scale_row == s * row for q, s, _ in steps)
-    rows_lie_in_w = all(s % row == 0 if row else s == 0 for _, s in wanted) and 0 <= first and last <= sum((n - 1) * q for q, _, n in steps)
-    columns_lie_in_w = 0 <= column <= w.in_features - k and column % unit == 0 and (k % unit == 0 or column + k == w.in_features)
+    rows_lie_in_w = (
+        all(s % row == 0 if row else s == 0 for _, s in wanted)
+        and 0 <= first
+        and last <= sum((n - 1) * q for q, _, n in steps)
+    )
+    columns_lie_in_w = (
+        0 <= column <= w.in_features - k
+        and column % unit == 0
+        and (k % unit == 0 or column + k == w.in_features)
+    )
     if not (whole and alike and (rows_lie_in_w or 0 in size) and columns_lie_in_w):
         return None
     scale_strides = [*(s // row * scale_row if row else 0 for s in strides[:-1]), w.scale.stride(-1)]
@@ -156,7 +197,8 @@ def as_strided_op(func, types, args, kwargs):
     if out is None:
         raise named_error(
             w,
-            f"as_strided gives rows and whole groups of columns that lie in {w!r}, not size {size}, stride {stride} and offset {offset}; "
+            f"as_strided gives rows and whole groups of columns that lie in {w!r}, not size {size}, stride "
+            f"{stride} and offset {offset}; "
             "use slices, or dequantize()",
         )
     return return_and_correct_aliasing(func, args, kwargs, out)
@@ -164,8 +206,8 @@ def as_strided_op(func, types, args, kwargs):
 
 @on_function([Tensor.as_strided, torch.as_strided])
 def as_strided_function(func, types, args, kwargs):
-    """What a compiled function gives back comes through here. As a view in autograd's eyes (a weight has no gradient) it would be made
-    anew, under symbolic shapes, from symbols that torch has no guard for."""
+    """What a compiled function gives back comes through here. As a view in autograd's eyes (a weight has no
+    gradient) it would be made anew, under symbolic shapes, from symbols that torch has no guard for."""
     with _torch.below_autograd(), _torch.without_overrides():
         return func(*args, **kwargs)
 
@@ -176,9 +218,13 @@ def unsqueeze_op(func, types, args, kwargs):
     plane_dim = dim % (w.dim() + 1)
     if plane_dim > w.dim() - (2 if w.transposed else 1):
         raise named_error(
-            w, f"cannot unsqueeze at dim {dim}: the last {2 if w.transposed else 1} dim(s) of {tuple(w.shape)} must stay last{or_float(w)}"
+            w,
+            f"cannot unsqueeze at dim {dim}: the last {2 if w.transposed else 1} dim(s) of "
+            f"{tuple(w.shape)} must stay last{or_float(w)}",
         )
-    return return_and_correct_aliasing(func, args, kwargs, rebuilt(w, *(func(p, plane_dim) for p in (w.qdata, w.scale))))
+    return return_and_correct_aliasing(
+        func, args, kwargs, rebuilt(w, *(func(p, plane_dim) for p in (w.qdata, w.scale)))
+    )
 
 
 @on_op([aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims])
@@ -188,7 +234,11 @@ def squeeze_op(func, types, args, kwargs):
     leading = w.dim() - (2 if w.transposed else 1)
     squeezed = [d % w.dim() for d in dims if w.shape[d] == 1]
     if any(d >= leading for d in squeezed):
-        raise named_error(w, f"cannot squeeze dim(s) {squeezed} of shape {tuple(w.shape)}: only the first {leading} dim(s) may go")
+        raise named_error(
+            w,
+            f"cannot squeeze dim(s) {squeezed} of shape {tuple(w.shape)}: only the first "
+            f"{leading} dim(s) may go",
+        )
     planes = (aten.squeeze.dims(p, squeezed) for p in (w.qdata, w.scale))
     return return_and_correct_aliasing(func, args, kwargs, rebuilt(w, *planes))
 
@@ -203,9 +253,13 @@ def permuted(w: RTNQuantizedTensor, order: Sequence[int]) -> RTNQuantizedTensor:
         transposed = False
     else:
         raise named_error(
-            w, f"cannot permute {tuple(w.shape)} to {tuple(order)}: the last two dims may swap, and the others among themselves"
+            w,
+            f"cannot permute {tuple(w.shape)} to {tuple(order)}: the last two dims may swap, and the "
+            "others among themselves",
         )
-    return rebuilt(w, *(aten.permute.default(p, plane_order) for p in (w.qdata, w.scale)), transposed=transposed)
+    return rebuilt(
+        w, *(aten.permute.default(p, plane_order) for p in (w.qdata, w.scale)), transposed=transposed
+    )
 
 
 @on_op([aten.t.default, aten.transpose.int, aten.permute.default])
@@ -222,7 +276,8 @@ def transpose_op(func, types, args, kwargs):
 
 @on_function([Tensor.mT.__get__, Tensor.mH.__get__])  # type: ignore[attr-defined]
 def matrix_transpose(func, types, args, kwargs):
-    """As a method: in a frame that Dynamo gave up, torchao's dispatcher is a graph of its own, which asks for a property without end."""
+    """As a method: in a frame that Dynamo gave up, torchao's dispatcher is a graph of its own, which asks for
+    a property without end."""
     return args[0].transpose(-2, -1)
 
 
@@ -238,9 +293,13 @@ def reversed_dims(func, types, args, kwargs):
 def expand_op(func, types, args, kwargs):
     w, size = args[0], list(args[1])
     if size[-2:] not in ([-1, -1], list(w.shape[-2:])):
-        raise named_error(w, f"cannot expand {tuple(w.shape)} to {tuple(size)}: the last two dims must stay as they are")
+        raise named_error(
+            w, f"cannot expand {tuple(w.shape)} to {tuple(size)}: the last two dims must stay as they are"
+        )
     # vmap over a weight asks for it
-    return return_and_correct_aliasing(func, args, kwargs, rebuilt(w, *(func(p, [*size[:-2], -1, -1]) for p in (w.qdata, w.scale))))
+    return return_and_correct_aliasing(
+        func, args, kwargs, rebuilt(w, *(func(p, [*size[:-2], -1, -1]) for p in (w.qdata, w.scale)))
+    )
 
 
 @on_op(aten.index.Tensor)
@@ -250,7 +309,9 @@ def index_op(func, types, args, kwargs):
     free = w.dim() - (2 if w.transposed else 1)
     if covered > free:
         raise named_error(
-            w, f"cannot index {covered} dim(s) of shape {tuple(w.shape)} by tensors: only the first {free} can be{or_float(w)}"
+            w,
+            f"cannot index {covered} dim(s) of shape {tuple(w.shape)} by tensors: only the first {free} "
+            f"can be{or_float(w)}",
         )
     return rebuilt(w, *(func(p, indices) for p in (w.qdata, w.scale)))
 
@@ -259,7 +320,9 @@ def index_op(func, types, args, kwargs):
 def index_select_op(func, types, args, kwargs):
     w, dim, index = args
     if is_packed(w, dim):
-        raise named_error(w, f"cannot index_select along dim {dim} of {tuple(w.shape)}: it is packed; dequantize() first")
+        raise named_error(
+            w, f"cannot index_select along dim {dim} of {tuple(w.shape)}: it is packed; dequantize() first"
+        )
     return rebuilt(w, *(func(p, dim_of_planes(w, dim), index) for p in (w.qdata, w.scale)))
 
 
@@ -271,13 +334,23 @@ def join_op(func, types, args, kwargs):
     name = "stack" if func is aten.stack.default else "cat"
     for t in tensors:
         if not isinstance(t, RTNQuantizedTensor) or format_of(t) != format_of(first):
-            other = repr(t) if isinstance(t, RTNQuantizedTensor) else f"a plain {t.dtype} tensor of shape {tuple(t.shape)}"
-            raise named_error(first, f"cannot {name} {first!r} with {other}: format and dtype must be the same{or_float(first)}", TypeError)
+            other = (
+                repr(t)
+                if isinstance(t, RTNQuantizedTensor)
+                else f"a plain {t.dtype} tensor of shape {tuple(t.shape)}"
+            )
+            raise named_error(
+                first,
+                f"cannot {name} {first!r} with {other}: format and dtype must be the same{or_float(first)}",
+                TypeError,
+            )
     if func is aten.stack.default:
         plane_dim = dim % (first.dim() + 1)
         if plane_dim > first.dim() - (2 if first.transposed else 1):
             raise named_error(
-                first, f"cannot stack along dim {dim}: the packed dims of {tuple(first.shape)} must stay last{or_float(first)}"
+                first,
+                f"cannot stack along dim {dim}: the packed dims of {tuple(first.shape)} must stay "
+                f"last{or_float(first)}",
             )
         in_features = first.in_features
         same = [t.in_features == in_features for t in tensors]
@@ -286,10 +359,16 @@ def join_op(func, types, args, kwargs):
         unit = first.group_size
         if unit == -1:
             raise named_error(
-                first, "cannot cat along in_features with group_size=-1: every part has a scale of its own; dequantize() first"
+                first,
+                "cannot cat along in_features with group_size=-1: every part has a scale of its own; "
+                "dequantize() first",
             )
         if bad := [t.in_features for t in tensors[:-1] if t.in_features % unit]:
-            raise named_error(first, f"cannot cat parts of {bad[0]} columns; all but the last must be multiples of group_size={unit}")
+            raise named_error(
+                first,
+                f"cannot cat parts of {bad[0]} columns; all but the last must be "
+                f"multiples of group_size={unit}",
+            )
         in_features = sum(t.in_features for t in tensors)
         same = [True]
     else:
@@ -298,7 +377,9 @@ def join_op(func, types, args, kwargs):
         same = [t.in_features == in_features for t in tensors]
     if not all(same):
         raise named_error(
-            first, f"cannot {name} weights of in_features {[t.in_features for t in tensors]} along dim {dim}; they must be the same"
+            first,
+            f"cannot {name} weights of in_features {[t.in_features for t in tensors]} along dim "
+            f"{dim}; they must be the same",
         )
     planes = (func([getattr(t, plane) for t in tensors], plane_dim) for plane in first.tensor_data_names)
     return rebuilt(first, *planes, in_features=in_features)

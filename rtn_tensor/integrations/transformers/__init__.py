@@ -1,4 +1,5 @@
-"""transformers: its folders and models are read, it is told what of a model is quantized, and it runs quantized experts by our kernels."""
+"""transformers: its folders and models are read, it is told what of a model is quantized, and it runs
+quantized experts by our kernels."""
 
 from rtn_tensor.integrations import LISTENERS
 from rtn_tensor.integrations.transformers import planes  # noqa: F401  (has torchao's reader make them)

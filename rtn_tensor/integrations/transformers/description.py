@@ -1,4 +1,5 @@
-"""What transformers is told of a quantized model: a quantization config, a quantizer that writes it, and which ties hold no more."""
+"""What transformers is told of a quantized model: a quantization config, a quantizer that writes it, and
+which ties hold no more."""
 
 import json
 import re
@@ -21,14 +22,15 @@ from rtn_tensor.integrations.transformers.names import conversions_of, renaming
 from rtn_tensor.quantize.api import dequantize_
 from rtn_tensor.tensor import RTNQuantizedTensor
 
-# ------------------------------------------------------------------------------------------- the empty model
+# -------------------------------------------------------------------------- the empty model
 
 
-# ------------------------------------------------------------------------------------------- what transformers is told
+# --------------------------------------------------------------- what transformers is told
 
 
 class _Ties(dict):
-    """`_tied_weights_keys` of a model of which some ties are undone: those that hold; `all` is what its class ties."""
+    """`_tied_weights_keys` of a model of which some ties are undone: those that hold; `all` is what its class
+    ties."""
 
     all: Any
 
@@ -62,7 +64,11 @@ def all_ties(model: Any) -> dict[str, str]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t for named in (model.named_parameters, model.named_buffers) for name, t in named(remove_duplicate=False)}
+    return {
+        name: t
+        for named in (model.named_parameters, model.named_buffers)
+        for name, t in named(remove_duplicate=False)
+    }
 
 
 def _untied(model: Any) -> set[str]:
@@ -75,12 +81,17 @@ def _untied(model: Any) -> set[str]:
     groups: dict[str, set[str]] = defaultdict(set)
     for name, source in ties.items():
         groups[root(name)] |= {name, source}
-    return {name for names in groups.values() if len({id(tensors.get(name)) for name in names}) > 1 for name in names}
+    return {
+        name
+        for names in groups.values()
+        if len({id(tensors.get(name)) for name in names}) > 1
+        for name in names
+    }
 
 
 def _to_write(model: Any) -> dict[str, Tensor]:
-    """The tensors of a state_dict that a file must hold for a new model of this class to be filled by it: one of those that are tied, and
-    each of those that are not tied any more."""
+    """The tensors of a state_dict that a file must hold for a new model of this class to be filled by it: one
+    of those that are tied, and each of those that are not tied any more."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     tensors, untied = _tensors(model), _untied(model)
@@ -95,7 +106,8 @@ def _to_write(model: Any) -> dict[str, Tensor]:
         if isinstance(held(t), RTNQuantizedTensor):
             if held(t) is not t:
                 raise ValueError(
-                    f"{name} is a rank's part of a quantized weight; gather the whole model first, or use torch.distributed.checkpoint"
+                    f"{name} is a rank's part of a quantized weight; gather the whole model first, or use "
+                    "torch.distributed.checkpoint"
                 )
             if not again or name in untied:
                 quantized[name] = t
@@ -105,11 +117,15 @@ def _to_write(model: Any) -> dict[str, Tensor]:
     return {name: found[name] for name in state if name in found}
 
 
-def _under_old_names(model: Any, tensors: Mapping[str, Tensor], conversions: list[Any] | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What transformers would write of `tensors`, quantized ones as their planes, and the metadata that says so.
+def _under_old_names(
+    model: Any, tensors: Mapping[str, Tensor], conversions: list[Any] | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What transformers would write of `tensors`, quantized ones as their planes, and the metadata that says
+    so.
 
-    transformers writes tensors as they were in the checkpoint that a model is of: under their old names, and undoing what it computes.
-    With planes it cannot compute, and so they, and floats that would be computed together with them, are only renamed.
+    transformers writes tensors as they were in the checkpoint that a model is of: under their old names, and
+    undoing what it computes. With planes it cannot compute, and so they, and floats that would be computed
+    together with them, are only renamed.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -121,7 +137,11 @@ def _under_old_names(model: Any, tensors: Mapping[str, Tensor], conversions: lis
     )
 
     if conversions is None:
-        conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)]
+        conversions = [
+            entry
+            for entry in get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(entry, PrefixChange)
+        ]
     reverse = [entry.reverse_transform() for entry in conversions[::-1]]
     renamings = [entry for entry in reverse if not isinstance(entry, WeightConverter)]
     converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
@@ -129,16 +149,25 @@ def _under_old_names(model: Any, tensors: Mapping[str, Tensor], conversions: lis
     for name in tensors:
         target, pattern = apply_converters(name, converters)
         groups[target if pattern is not None else name].append(name)
-    kept = {name for names in groups.values() if any(isinstance(tensors[n], RTNQuantizedTensor) for n in names) for name in names}
+    kept = {
+        name
+        for names in groups.values()
+        if any(isinstance(tensors[n], RTNQuantizedTensor) for n in names)
+        for name in names
+    }
     with _set_for_now([(model, "_weight_conversions", conversions)]):
-        written = revert_weight_conversion(model, {name: t for name, t in tensors.items() if name not in kept})
+        written = revert_weight_conversion(
+            model, {name: t for name, t in tensors.items() if name not in kept}
+        )
     flat, metadata = flattened(tensors)
     new, (_, reading) = renaming(model), conversions_of(model)
     for name, t in flattened({name: tensors[name] for name in tensors if name in kept})[0].items():
         ways = (apply_renamings(name, renamings), name)
         fits = [way for way in ways if new(way) == name and apply_converters(name, reading)[1] is None]
         if not fits:
-            raise ValueError(f"{name} would be read under another name by transformers; leave its weight float")
+            raise ValueError(
+                f"{name} would be read under another name by transformers; leave its weight float"
+            )
         written[fits[0]] = t
     return written, metadata
 
@@ -151,18 +180,21 @@ def _quantizer_class() -> type:
         """What transformers asks about a model that `quantize_` or `load` quantized.
 
         Attributes:
-            conversions: the model's `_weight_conversions`, in whose place it has none: what is written is converted here.
+            conversions: the model's `_weight_conversions`, in whose place it has none: what is written is
+                converted here.
         """
 
         __module__, __qualname__ = __name__, "RTNHfQuantizer"
         conversions: list[Any] | None = None
 
         @property
-        def is_trainable(self) -> bool:  # adapters over it are; transformers' own goes by the name of the config, and says no of int4
+        # Adapters over it are; transformers' own goes by the name of the config, and says no of int4.
+        def is_trainable(self) -> bool:
             return True
 
         def get_state_dict_and_metadata(self, model: Any) -> tuple[dict, dict]:
-            # It is a part of another model, maybe, whose config says nothing of it, or is its own config, too.
+            # It is a part of another model, maybe, whose config says nothing of it, or is its own config,
+            # too.
             _set([(submodel.config, "quantization_config", None) for _, submodel in _submodels(model)])
             _set([(model.config, "quantization_config", _in_config(_quantization_config(model)))])
             return _under_old_names(model, _to_write(model), self.conversions)
@@ -192,7 +224,9 @@ def _quantization_config(model: nn.Module) -> Any:
         key = fqn.removesuffix(".weight")
         if isinstance(w, RTNQuantizedTensor):
             configs[key] = RTNConfig(w.bits, w.group_size, w.scale_method)
-        elif isinstance(model.get_submodule(fqn.rpartition(".")[0]), nn.Linear | nn.Embedding) and w.dim() > 1:
+        elif (
+            isinstance(model.get_submodule(fqn.rpartition(".")[0]), nn.Linear | nn.Embedding) and w.dim() > 1
+        ):
             floats.append(key)
     if not configs:
         return None
@@ -203,18 +237,20 @@ def _quantization_config(model: nn.Module) -> Any:
 
 
 def _in_config(quantization_config: Any) -> dict[str, Any] | None:
-    """As config.json has it: torch.compile may look through the config of a model, and cannot through a TorchAoConfig."""
+    """As config.json has it: torch.compile may look through the config of a model, and cannot through a
+    TorchAoConfig."""
     return None if quantization_config is None else json.loads(json.dumps(quantization_config.to_dict()))
 
 
 def _description(model: Any) -> list[tuple[Any, str, Any]]:
-    """The attributes (owner, name, value) by which transformers knows how `model`, or what in it is its own, is quantized; None: to be
-    removed."""
+    """The attributes (owner, name, value) by which transformers knows how `model`, or what in it is its own,
+    is quantized; None: to be removed."""
     settings: list[tuple[Any, str, Any]] = []
     whole: list[str] = []
     for prefix, submodel in _submodels(model):
         settings += _of_one(submodel)
-        if not any(f"{prefix}.".startswith(outer) for outer in whole):  # no part of another; its config may be that of the other, too
+        # No part of another; its config may be that of the other, too.
+        if not any(f"{prefix}.".startswith(outer) for outer in whole):
             whole.append(f"{prefix}." if prefix else "")
             config = _in_config(_quantization_config(submodel))
             if config is not None or _is_ours(getattr(submodel.config, "quantization_config", None)):
@@ -226,23 +262,29 @@ def _is_ours(quantization_config: Any) -> bool:
     return bool(re.search("RTN(Int[48]Weight)?Config", str(quantization_config)))
 
 
-def _of_one(model: Any) -> list[tuple[Any, str, Any]]:
-    """`_description`, of `model` without its config and without the models in it."""
+def _deserializes(entry: Any) -> bool:
+    """Whether an entry of transformers' table makes quantized weights of planes."""
     from transformers.integrations.torchao import TorchAoDeserialize
 
+    return any(isinstance(op, TorchAoDeserialize) for op in getattr(entry, "operations", ()))
+
+
+def _of_one(model: Any) -> list[tuple[Any, str, Any]]:
+    """`_description`, of `model` without its config and without the models in it."""
     settings: list[tuple[Any, str, Any]] = []
     before: Any = getattr(model, "hf_quantizer", None)
     known = type(before).__name__ == "RTNHfQuantizer"
     conversions = before.conversions if known else vars(model).get("_weight_conversions")
     if conversions is not None:
-        # Of a model that was read quantized, transformers remembers how, and refuses to write it: it cannot go back that way.
-        deserializes = lambda entry: any(isinstance(op, TorchAoDeserialize) for op in getattr(entry, "operations", ()))  # noqa: E731
-        conversions = [entry for entry in conversions if not deserializes(entry)]
+        # Of a model that was read quantized, transformers remembers how, and refuses to write it: it cannot
+        # go back that way.
+        conversions = [entry for entry in conversions if not _deserializes(entry)]
     if (quantization_config := _quantization_config(model)) is not None:
         quantizer = _quantizer_class()(quantization_config, pre_quantized=True)
         quantizer.conversions = conversions
         settings += [(model, "hf_quantizer", quantizer), (model, "_weight_conversions", [])]
-    elif known or before is not None and _is_ours(before.quantization_config.to_dict()):  # and it was dequantized since
+    # And it was dequantized since.
+    elif known or before is not None and _is_ours(before.quantization_config.to_dict()):
         settings += [(model, "hf_quantizer", None), (model, "_weight_conversions", conversions)]
     tensors, ties = _tensors(model), _ties(model)
     kept = {name: source for name, source in ties.items() if tensors.get(name) is tensors.get(source)}
@@ -280,8 +322,8 @@ def _set_for_now(settings: list[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 def describe(model: Any) -> None:
-    """Tells transformers how `model`, or what in it is its own, is quantized, so that `save_pretrained`, `tie_weights` and `Trainer`
-    take it."""
+    """Tells transformers how `model`, or what in it is its own, is quantized, so that `save_pretrained`,
+    `tie_weights` and `Trainer` take it."""
     if "transformers" in sys.modules:
         _set(_description(model))
 

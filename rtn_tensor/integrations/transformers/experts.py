@@ -1,4 +1,5 @@
-"""The function by which transformers runs quantized experts, registered in its `ALL_EXPERTS_FUNCTIONS` as `rtn`."""
+"""The function by which transformers runs quantized experts, registered in its `ALL_EXPERTS_FUNCTIONS` as
+`rtn`."""
 
 import sys
 from typing import Any
@@ -15,27 +16,33 @@ IMPLEMENTATION = "rtn"
 
 
 def _is_silu(act_fn: Any) -> bool:
-    """Whether calling `act_fn` is silu and nothing else: of a class of which this is known, without a `forward` of its own or hooks."""
+    """Whether calling `act_fn` is silu and nothing else: of a class of which this is known, without a
+    `forward` of its own or hooks."""
     if act_fn is nn.functional.silu:
         return True
     activations: Any = sys.modules.get("transformers.activations")
     kind = type(act_fn)
     known = kind is nn.SiLU or (activations is not None and kind is activations.SiLUActivation)
     return (
-        known and getattr(act_fn.forward, "__func__", None) is kind.forward and not act_fn._forward_hooks and not act_fn._forward_pre_hooks
+        known
+        and getattr(act_fn.forward, "__func__", None) is kind.forward
+        and not act_fn._forward_hooks
+        and not act_fn._forward_pre_hooks
     )
 
 
 def activation_of(module: Any) -> str | None:
-    """Which of `reference.ACTIVATIONS` the experts of a transformers module compute between their products; None where it is none of them.
+    """Which of `reference.ACTIVATIONS` the experts of a transformers module compute between their products;
+    None where it is none of them.
 
-    What the module is decides it: trying `_apply_gate` on some numbers would miss a clamp beyond them. It is asked at every call, as an
-    `act_fn` or a limit can be exchanged.
+    What the module is decides it: trying `_apply_gate` on some numbers would miss a clamp beyond them. It is
+    asked at every call, as an `act_fn` or a limit can be exchanged.
     """
     gate = getattr(getattr(module, "_apply_gate", None), "__func__", None)
     if gate is None or not module.has_gate:
         return None
-    if gate.__module__ == "transformers.integrations.moe":  # what experts have that bring no gate of their own
+    # What experts have that bring no gate of their own.
+    if gate.__module__ == "transformers.integrations.moe":
         return "silu" if _is_silu(module.act_fn) else None
     if gate.__module__ == "transformers.models.gpt_oss.modeling_gpt_oss":
         known = reference.ACTIVATIONS["gpt_oss"]
@@ -43,17 +50,20 @@ def activation_of(module: Any) -> str | None:
     return None
 
 
-def _product(x: Tensor, w: Tensor, offs: Tensor, transposed: bool, bias: Tensor | None, of_row: Tensor) -> Tensor:
+def _product(
+    x: Tensor, w: Tensor, offs: Tensor, transposed: bool, bias: Tensor | None, of_row: Tensor
+) -> Tensor:
     """Rows of `x`, sorted by expert, through the experts of `w`, with gradients."""
     y = torch.nn.functional.grouped_mm(x, w if transposed else w.transpose(-2, -1), offs=offs)
     return y if bias is None else y + bias[of_row]
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts of a transformers module, `hidden_states [T, H]`, `top_k_index` and `top_k_weights` `[T, top_k]` -> `[T, H]`.
+    """The experts of a transformers module, `hidden_states [T, H]`, `top_k_index` and `top_k_weights` `[T,
+    top_k]` -> `[T, H]`.
 
-    Quantized, they are `run`, with the module's own activation where no kernel has it. Where a gradient may be asked for, they are two
-    grouped products, and the module's own activation between them.
+    Quantized, they are `run`, with the module's own activation where no kernel has it. Where a gradient may
+    be asked for, they are two grouped products, and the module's own activation between them.
     """
     names = ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")
     up, down = (getattr(self, name) for name in names)
@@ -87,12 +97,15 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if has_norm:
         y = self.post_expert_norm(y)
     y = y * weights[pairs][:, None]
-    back = torch.empty_like(pairs, dtype=torch.int64).scatter_(0, pairs.long(), torch.arange(len(pairs), device=pairs.device))
+    back = torch.empty_like(pairs, dtype=torch.int64).scatter_(
+        0, pairs.long(), torch.arange(len(pairs), device=pairs.device)
+    )
     return y[back].view(tokens, top_k, y.shape[-1]).sum(1).to(x.dtype)
 
 
 def use_experts(model: nn.Module) -> None:
-    """Has transformers' modules of quantized experts in `model` run them by `experts_forward`, and all that share a config with them.
+    """Has transformers' modules of quantized experts in `model` run them by `experts_forward`, and all that
+    share a config with them.
 
     `quantize_` and `load` do it. `model.set_experts_implementation(...)` chooses another."""
     transformers: Any = sys.modules.get("transformers.integrations.moe")

@@ -16,11 +16,13 @@ from rtn_tensor.checkpoint.foreign import FOREIGN, not_read
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.formats import FLOAT_DTYPES
 
-MOST_PARAMETERS, MOST_LAYERS = 200_000, 10_000  # of a model that config.json describes: it is made before its weights are looked at
+# Of a model that config.json describes: it is made before its weights are looked at.
+MOST_PARAMETERS, MOST_LAYERS = 200_000, 10_000
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A transformers folder's config.json, of a model whose weights are float or ours, and which runs no code of the folder's.
+    """A transformers folder's config.json, of a model whose weights are float or ours, and which runs no code
+    of the folder's.
 
     Raises:
         FileNotFoundError, ValueError: it cannot be read, or is of another kind of model.
@@ -32,12 +34,22 @@ def read_config(path: Path) -> dict[str, Any]:
                 continue
             if not isinstance(how, dict):
                 raise ValueError(f"{file}: {key} is {str(how)[:100]}; it must be an object, or not there")
-            method = how.get("quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(how) else None)
+            method = how.get(
+                "quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(how) else None
+            )
             if method != "torchao":
                 raise ValueError(not_read(FOREIGN.get(str(method), str(method)), f"{file} ({key})"))
-        for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        for key in (
+            "attn_implementation",
+            "_attn_implementation",
+            "experts_implementation",
+            "_experts_implementation",
+        ):
             if "/" in str(about.get(key)):
-                raise ValueError(f"{file}: {key} is {str(about[key])[:100]!r}, code from elsewhere, which is not run; remove that line")
+                raise ValueError(
+                    f"{file}: {key} is {str(about[key])[:100]!r}, code from elsewhere, which is "
+                    "not run; remove that line"
+                )
         for key, value in about.items():
             if key.endswith(("layers", "n_layer")) and type(value) is int and value > MOST_LAYERS:
                 raise ValueError(f"{file}: {key} is {value}, more than any model has; mend or replace it")
@@ -46,14 +58,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def parameters_on_meta(at_most: int | None = None) -> Iterator[None]:
-    """Modules made here have their parameters on meta; their buffers, which a checkpoint need not hold, are real.
+    """Modules made here have their parameters on meta; their buffers, which a checkpoint need not hold, are
+    real.
 
     Raises:
         ValueError: there are more parameters than `at_most`.
     """
     made = 0
 
-    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:  # torch's annotation forgets the parameter
+    # torch's annotation forgets the parameter.
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         nonlocal made
         made += 1
         if at_most is not None and made > at_most:
@@ -75,16 +89,22 @@ def _class(path: Path, about: Mapping[str, Any]) -> Any:
 
     file, names = path / "config.json", about.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise ValueError(f"{file}: architectures is {str(names)[:100]}; it must be a list with the name of transformers' class")
+        raise ValueError(
+            f"{file}: architectures is {str(names)[:100]}; it must be a list with the name of "
+            "transformers' class"
+        )
     kind = getattr(transformers, names[0], None)
     if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
         return kind
     if about.get("auto_map"):
         raise ValueError(
-            f"{file}: {names[0]} is code of the folder's own (auto_map), which is never run here; read it, and make the model yourself: "
+            f"{file}: {names[0]} is code of the folder's own (auto_map), which is never run here; read it, "
+            "and make the model yourself: "
             "AutoModel.from_config(config, trust_remote_code=True), and load(path, model=it)"
         )
-    raise ValueError(f"{path}: transformers has no class {names[0]}, which config.json names; give the model to fill")
+    raise ValueError(
+        f"{path}: transformers has no class {names[0]}, which config.json names; give the model to fill"
+    )
 
 
 @contextmanager
@@ -96,15 +116,18 @@ def _of_transformers(file: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         why = " ".join(str(error).split()) or "no reason is given"
-        raise ValueError(f"{file}: transformers makes no {what} of it ({type(error).__name__}: {why[:500]}); mend or replace it") from error
+        raise ValueError(
+            f"{file}: transformers makes no {what} of it ({type(error).__name__}: {why[:500]}); "
+            "mend or replace it"
+        ) from error
 
 
 def build(path: Path, dtype: torch.dtype) -> nn.Module:
     """The model that `path`/config.json describes, of its own class, with its parameters on meta.
 
     Raises:
-        FileNotFoundError, ValueError: that file cannot be read; its class is not one of transformers', or its weights are of another
-            library's format.
+        FileNotFoundError, ValueError: that file cannot be read; its class is not one of transformers', or its
+            weights are of another library's format.
     """
     import transformers
 
@@ -136,13 +159,14 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> Any:
-    """The model of a transformers folder, in eval mode, its parameters on meta; by default of the dtype that config.json names, or else the
-    checkpoint has.
+    """The model of a transformers folder, in eval mode, its parameters on meta; by default of the dtype that
+    config.json names, or else the checkpoint has.
 
     Raises:
         FileNotFoundError: `path` is not such a folder.
         TypeError: `dtype` is not a float one.
-        ValueError: its config.json cannot be read; its class is not one of transformers'; another library quantized it.
+        ValueError: its config.json cannot be read; its class is not one of transformers'; another library
+            quantized it.
     """
     path, floats = Path(path), (*FLOAT_DTYPES, torch.float64)
     if dtype not in (None, *floats):
@@ -163,5 +187,7 @@ def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> An
         named = str(about.get("dtype") or about.get("torch_dtype")).removeprefix("torch.")
         dtype = next((dtype for dtype in floats if str(dtype) == f"torch.{named}"), None)
     if dtype is None:
-        dtype = next((source.dtype for source in sources(path).values() if source.dtype in floats), torch.float32)
+        dtype = next(
+            (source.dtype for source in sources(path).values() if source.dtype in floats), torch.float32
+        )
     return build(path, dtype)

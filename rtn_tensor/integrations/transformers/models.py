@@ -27,7 +27,8 @@ def ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
 
 
 def but_the_output(model: nn.Module) -> FilterFn:
-    """transformers' choice of weights, and experts: every linear but the output layer, and but what it keeps in fp32."""
+    """transformers' choice of weights, and experts: every linear but the output layer, and but what it keeps
+    in fp32."""
     outer = ends(model) if is_pretrained(model) else ()
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     by_default = products(model)
@@ -41,11 +42,16 @@ def but_the_output(model: nn.Module) -> FilterFn:
 def ignored(model: nn.Module) -> Sequence[str]:
     """Patterns of names that a checkpoint of such a model may hold in vain."""
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    # Buffers that older checkpoints hold, and newer models compute (transformers' from_pretrained has the same two).
+    # Buffers that older checkpoints hold, and newer models compute (transformers' from_pretrained has the
+    # same two).
     held = {"position_ids": r"(^|\.)position_ids$", "rotary_emb.inv_freq": r"rotary_emb\.inv_freq"}
     names = [name for name, _ in model.named_buffers()]
-    return sorted(patterns | {pattern for end, pattern in held.items() if any(name.endswith(end) for name in names)})
+    return sorted(
+        patterns | {pattern for end, pattern in held.items() if any(name.endswith(end) for name in names)}
+    )
 
 
-def default_filter(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: FilterFn | None) -> FilterFn | None:
+def default_filter(
+    model: nn.Module, config: AOBaseConfig | Rules, filter_fn: FilterFn | None
+) -> FilterFn | None:
     return filter_fn if filter_fn or isinstance(config, FqnToConfig) else but_the_output(model)

@@ -25,7 +25,8 @@ def conversions_of(model: Any) -> tuple[list[Any], list[Any]]:
 
 
 def renaming(model: Any) -> Callable[[str], str]:
-    """The model's name of what a checkpoint may have under an old one, by transformers' table; layers that it fuses keep theirs."""
+    """The model's name of what a checkpoint may have under an old one, by transformers' table; layers that it
+    fuses keep theirs."""
     from transformers.core_model_loading import rename_source_key
 
     renamings, _ = conversions_of(model)
@@ -44,13 +45,19 @@ def renaming(model: Any) -> Callable[[str], str]:
 
 
 def placed(model: Any, found: Mapping[str, Source]) -> list[tuple[Source, str, tuple[int | slice, ...]]]:
-    """Where each tensor of a checkpoint goes, by transformers' own table of old names and of layers that it fuses: the tensor, its name in
-    the model, and the index of its part of that. Where transformers computes with tensors, they are what it makes of them, when asked for.
+    """Where each tensor of a checkpoint goes, by transformers' own table of old names and of layers that it
+    fuses: the tensor, its name in the model, and the index of its part of that. Where transformers computes
+    with tensors, they are what it makes of them, when asked for.
 
     Raises:
         ValueError: transformers cannot make of some tensors what its table says.
     """
-    from transformers.core_model_loading import Concatenate, MergeModulelist, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        dot_natural_key,
+        rename_source_key,
+    )
 
     renamings, converters = conversions_of(model)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -74,14 +81,19 @@ def placed(model: Any, found: Mapping[str, Source]) -> list[tuple[Source, str, t
         kinds = [type(op) for op in converter.operations]
         experts, rows = MergeModulelist in kinds, Concatenate in kinds
         along = {MergeModulelist: 0, Concatenate: 1 if experts else 0}
-        if any(kind not in along or op.dim != along[kind] for kind, op in zip(kinds, converter.operations, strict=True)):
+        if any(
+            kind not in along or op.dim != along[kind]
+            for kind, op in zip(kinds, converter.operations, strict=True)
+        ):
             computed[new] = parts
             continue
         start = 0
         for pattern in converter.source_patterns:
             for i, source in enumerate(parts[pattern]):
                 stop = start + source.shape[0]
-                places.append((source, new, (*((i,) if experts else ()), *((slice(start, stop),) if rows else ()))))
+                places.append(
+                    (source, new, (*((i,) if experts else ()), *((slice(start, stop),) if rows else ())))
+                )
             start = stop
     places += [(source, target, ()) for target, source in _computed(model, by_pattern, computed)]
     filled = {target for _, target, _ in places}
@@ -103,8 +115,11 @@ def _initial(model: Any, name: str, t: Tensor, file: Path) -> Source:
     return Source(file, name, tuple(t.shape), t.dtype, view, view)
 
 
-def _computed(model: Any, by_pattern: Mapping[str, Any], groups: Mapping[str, Mapping[str, list[Source]]]) -> Iterator[tuple[str, Source]]:
-    """What transformers computes of each group of tensors, and its name. It is computed again each time, but for the last group's."""
+def _computed(
+    model: Any, by_pattern: Mapping[str, Any], groups: Mapping[str, Mapping[str, list[Source]]]
+) -> Iterator[tuple[str, Source]]:
+    """What transformers computes of each group of tensors, and its name. It is computed again each time, but
+    for the last group's."""
 
     def convert(new: str, tensor: Callable[[Source], Tensor]) -> dict[str, Tensor]:
         parts = groups[new]
@@ -129,6 +144,13 @@ def _computed(model: Any, by_pattern: Mapping[str, Any], groups: Mapping[str, Ma
     last = lru_cache(maxsize=1)(lambda new: convert(new, lambda source: source.view()))
     for new, parts in groups.items():
         first = next(iter(parts.values()))[0]
-        for target, t in convert(new, lambda source: torch.empty(source.shape, dtype=source.dtype, device="meta")).items():
+        for target, t in convert(
+            new, lambda source: torch.empty(source.shape, dtype=source.dtype, device="meta")
+        ).items():
             view: Callable[[], Tensor] = lambda new=new, target=target: last(new)[target]  # noqa: E731
-            yield target, Source(first.file, first.name, tuple(t.shape), t.dtype, lambda view=view: view().clone(), view)
+            yield (
+                target,
+                Source(
+                    first.file, first.name, tuple(t.shape), t.dtype, lambda view=view: view().clone(), view
+                ),
+            )

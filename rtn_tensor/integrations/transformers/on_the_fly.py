@@ -12,10 +12,14 @@ from rtn_tensor.quantize.selection import FilterFn, Rules
 from rtn_tensor.quantize.targets import targets_of
 
 
-def fqn_config(model: nn.Module | str | os.PathLike, rules: Rules, filter_fn: FilterFn | None = None) -> FqnToConfig:
-    """torchao's config that says for each weight of `model` what `rules` make of it, for `TorchAoConfig(fqn_config(path, rules))`.
+def fqn_config(
+    model: nn.Module | str | os.PathLike, rules: Rules, filter_fn: FilterFn | None = None
+) -> FqnToConfig:
+    """torchao's config that says for each weight of `model` what `rules` make of it, for
+    `TorchAoConfig(fqn_config(path, rules))`.
 
-    transformers sorts the keys of the config that it saves. Here each is one weight's name in full, so that their order means nothing.
+    transformers sorts the keys of the config that it saves. Here each is one weight's name in full, so that
+    their order means nothing.
 
     Args:
         model: a module, or a transformers folder.

@@ -16,7 +16,8 @@ def _from_planes(qdata: Tensor, scale: Tensor, **attributes: Any) -> RTNQuantize
     """A weight of a file, whose attributes nobody has looked at yet.
 
     Raises:
-        TypeError, ValueError: the planes are not those of a weight with such attributes, nor a rank's part of them.
+        TypeError, ValueError: the planes are not those of a weight with such attributes, nor a rank's part of
+            them.
     """
     check_attributes(attributes)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -25,8 +26,8 @@ def _from_planes(qdata: Tensor, scale: Tensor, **attributes: Any) -> RTNQuantize
 
 
 def _columns_here(qdata: Tensor, scale: Tensor, attributes: Mapping[str, Any]) -> Any:
-    """The columns of a rank's planes. transformers' tensor parallelism cuts each plane into as many parts, and gives the attributes of the
-    whole.
+    """The columns of a rank's planes. transformers' tensor parallelism cuts each plane into as many parts,
+    and gives the attributes of the whole.
 
     Raises:
         ValueError: a part of the one plane is not of the same columns as that of the other.
@@ -36,10 +37,16 @@ def _columns_here(qdata: Tensor, scale: Tensor, attributes: Mapping[str, Any]) -
     if type(k) is not int or not qdata.dim() or qdata.shape[-1] in (0, FORMATS[bits].row_bytes(k)):
         return k  # which the tensor checks
     columns = qdata.shape[-1] * 8 // bits
-    fits = FORMATS[bits].row_bytes(k) * 8 == k * bits and k % columns == 0 and group_size != -1 and columns % group_size == 0
+    fits = (
+        FORMATS[bits].row_bytes(k) * 8 == k * bits
+        and k % columns == 0
+        and group_size != -1
+        and columns % group_size == 0
+    )
     if not fits or scale.shape[-1:] != (columns // group_size,):
         raise ValueError(
-            f"a quantized weight of {k} columns cannot be cut into {columns} a rank, inside a group of {group_size}; quantize with a "
+            f"a quantized weight of {k} columns cannot be cut into {columns} a rank, inside a group of "
+            f"{group_size}; quantize with a "
             "group_size that divides the columns of a rank, or load on another number of ranks"
         )
     return columns

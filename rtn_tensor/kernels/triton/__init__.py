@@ -1,6 +1,8 @@
-"""Triton kernels on NVIDIA GPUs, Hopper first, reading the packed planes as they lie; on other makers' GPUs the same ones, without PTX.
+"""Triton kernels on NVIDIA GPUs, Hopper first, reading the packed planes as they lie; on other makers' GPUs
+the same ones, without PTX.
 
-`words.py` is the loop they share, `launch.py` what starts them. Nothing here imports triton before a kernel is asked for.
+`words.py` is the loop they share, `launch.py` what starts them. Nothing here imports triton before a kernel
+is asked for.
 """
 
 import os
@@ -36,7 +38,9 @@ def _launch() -> Any:
     return launch
 
 
-def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+def linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     return _launch().linear(x, qdata, scale, bias, bits, group_size)
 
 
@@ -48,7 +52,9 @@ def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, gr
     return _launch().grouped(x, qdata, scale, offs, bits, group_size)
 
 
-def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def grouped_dx(
+    dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int
+) -> Tensor:
     return _launch().grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
 
 
@@ -61,12 +67,19 @@ def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_si
 
 
 def quantize(
-    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None
+    w: Tensor,
+    bits: int,
+    group_size: int,
+    scale_method: str,
+    scale_dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _launch().quantize(w, bits, group_size, scale_method, scale_dtype, out)
 
 
-def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+) -> Tensor:
     return _launch().dequantize(qdata, scale, bits, group_size, k, dtype)
 
 
@@ -81,11 +94,17 @@ def why_not(problem: Problem) -> str | None:
         major, minor = problem.capability or (0, 0)
         return f"It needs compute capability 8.0 (Ampere) or later, and this GPU has {major}.{minor}."
     if problem.dtype not in DTYPES or problem.scale_dtype not in DTYPES:
-        return f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of {problem.scale_dtype}."
+        return (
+            f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of "
+            f"{problem.scale_dtype}."
+        )
     if problem.bits not in (4, 8):
         return f"It reads 4 and 8 bits, not {problem.bits}."
     if problem.op != "quantize" and problem.alignment < 16:
-        return f"It reads qdata 16 bytes at a time, and this one's address is a multiple of {problem.alignment} only; clone the weight."
+        return (
+            f"It reads qdata 16 bytes at a time, and this one's address is a multiple of "
+            f"{problem.alignment} only; clone the weight."
+        )
     if problem.op == "linear" and configure(shape_of(problem), _launch().gpu_of(_device(problem))) is None:
         return f"From M = {problem.M} on it is faster to dequantize the weight and multiply it densely."
     return None
@@ -101,7 +120,10 @@ def rounds_weight(problem: Problem) -> bool:
 
 
 def _device(problem: Problem) -> torch.device:
-    return torch.device(problem.device, 0 if problem.device == "cpu" else torch.get_device_module(problem.device).current_device())
+    return torch.device(
+        problem.device,
+        0 if problem.device == "cpu" else torch.get_device_module(problem.device).current_device(),
+    )
 
 
 KERNEL = Kernel(

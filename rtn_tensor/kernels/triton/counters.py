@@ -1,4 +1,5 @@
-"""Zeros for programs that share a tile to count themselves in, so that the last knows that it is. A launch leaves them at zero."""
+"""Zeros for programs that share a tile to count themselves in, so that the last knows that it is. A launch
+leaves them at zero."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,9 @@ OF_STREAM = 1 << 13  # int32s of a stream; a launch takes one for each of its ti
 
 
 def allocate(device: torch.device) -> Tensor:
-    """A block of zeros that is there for good. Of another thread, as torch.compile runs a model for the first time with this one's
-    allocations put in the memory of its graphs, where it permits none to outlive the run."""
+    """A block of zeros that is there for good. Of another thread, as torch.compile runs a model for the first
+    time with this one's allocations put in the memory of its graphs, where it permits none to outlive the
+    run."""
 
     def zeros() -> Tensor:
         block = torch.zeros(BLOCK, dtype=torch.int32, device=device)
@@ -25,8 +27,8 @@ def allocate(device: torch.device) -> Tensor:
 
 
 class Arrivals:
-    """Launches of one stream share their zeros; those of different streams, which run at once, do not. A launch that is captured in a graph
-    has zeros of its own, since graphs may be replayed on any stream."""
+    """Launches of one stream share their zeros; those of different streams, which run at once, do not. A
+    launch that is captured in a graph has zeros of its own, since graphs may be replayed on any stream."""
 
     def __init__(self) -> None:
         self.blocks: list[Tensor] = []  # never freed: graphs hold addresses in them
@@ -50,7 +52,8 @@ class Arrivals:
                 return found
             if device in self.free and self.free[device].numel() >= count:
                 return self.take(device, count)
-        return torch.zeros(count, dtype=torch.int32, device=device)  # of the graph's memory, zeroed at every replay
+        # Of the graph's memory, zeroed at every replay.
+        return torch.zeros(count, dtype=torch.int32, device=device)
 
     def take(self, device: torch.device, count: int) -> Tensor:
         if device not in self.free or self.free[device].numel() < count:

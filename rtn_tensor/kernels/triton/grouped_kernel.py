@@ -1,6 +1,8 @@
-"""`grouped` (y = x @ w'^T of each expert over its own rows) and `grouped_dx` (dx = dy @ w') on packed weights.
+"""`grouped` (y = x @ w'^T of each expert over its own rows) and `grouped_dx` (dx = dy @ w') on packed
+weights.
 
-Which expert a block of rows belongs to is found from `offs` in every program, so nothing is sorted, padded or launched before.
+Which expert a block of rows belongs to is found from `offs` in every program, so nothing is sorted, padded or
+launched before.
 """
 
 import triton
@@ -11,12 +13,15 @@ from rtn_tensor.kernels.triton.words import product, product_dx
 
 @triton.jit
 def block_of(block, offs_ptr, M, E, BM: tl.constexpr, EXPERTS: tl.constexpr):
-    """Number of a block of at most BM rows -> (expert, its first row, the end of the expert's rows). Each expert's rows make blocks of
-    their own; rows past the last end are those of expert E; numbers past the last block give E + 1 or more. EXPERTS: a power of two > E."""
+    """Number of a block of at most BM rows -> (expert, its first row, the end of the expert's rows). Each
+    expert's rows make blocks of their own; rows past the last end are those of expert E; numbers past the
+    last block give E + 1 or more. EXPERTS: a power of two > E."""
     e = tl.arange(0, EXPERTS)
     # Ends that are no ends of M rows must not lead out of them.
     ends = tl.where(e < E, tl.minimum(tl.maximum(tl.load(offs_ptr + e, mask=e < E, other=0), 0), M), M)
-    starts = tl.where(e > 0, tl.minimum(tl.maximum(tl.load(offs_ptr + e - 1, mask=(e > 0) & (e <= E), other=0), 0), M), 0)
+    starts = tl.where(
+        e > 0, tl.minimum(tl.maximum(tl.load(offs_ptr + e - 1, mask=(e > 0) & (e <= E), other=0), 0), M), 0
+    )
     starts = tl.where(e <= E, starts, M)
     blocks = (ends - starts + BM - 1) // BM
     until = tl.cumsum(blocks)
@@ -60,11 +65,12 @@ def grouped_kernel(
 ):
     """Routed rows through experts `w [E, N, B / 2]` int16, `s [E, N, G]` -> `y [M, N]`.
 
-    offs [E]: the cumulative ends of the experts' rows; or, where it is None, expert [M]: the expert of each row, and a program a row.
-    pair [M] or None: the routed pair of each row, which is row pair // TOP_K of x and row pair of y; None: row i is pair i, and x has a row
-    for each unless TOP_K says otherwise.
-    router [M] or None: by which row pair of y is multiplied. bias [E, rows of w] or None. ACTIVATION: one of `reference.ACTIVATIONS`; with
-    one, w has 2 N rows, gate's and up's. Strides as for `linear_kernel`, swe and sse between experts. Rows past the last end come out zero.
+    offs [E]: the cumulative ends of the experts' rows; or, where it is None, expert [M]: the expert of each
+    row, and a program a row. pair [M] or None: the routed pair of each row, which is row pair // TOP_K of x
+    and row pair of y; None: row i is pair i, and x has a row for each unless TOP_K says otherwise. router [M]
+    or None: by which row pair of y is multiplied. bias [E, rows of w] or None. ACTIVATION: one of
+    `reference.ACTIVATIONS`; with one, w has 2 N rows, gate's and up's. Strides as for `linear_kernel`, swe
+    and sse between experts. Rows past the last end come out zero.
     """
     TILE: tl.constexpr = BN if ACTIVATION == "" else BN // 2  # columns of y
     tiles_n = tl.cdiv(N, TILE)
@@ -83,7 +89,8 @@ def grouped_kernel(
     r = tl.arange(0, BN)
     if ACTIVATION == "":
         w_row = tl.minimum(tile_n * BN + r, N - 1)
-    else:  # eight rows of gate, then the same eight of up: a thread that holds one in its sums holds the other
+    # Eight rows of gate, then the same eight of up: a thread that holds one in its sums holds the other.
+    else:
         on = tl.minimum(tile_n * TILE + r // 16 * 8 + r % 8, N - 1)
         is_up = r // 8 % 2
         w_row = on + is_up * N if ACTIVATION == "silu" else on * 2 + is_up
@@ -154,5 +161,20 @@ def grouped_dx_kernel(
         return
     e = expert.to(tl.int64)
     dy_rows = dy_ptr + row.to(tl.int64) * (sdy.to(tl.int64) * 8)
-    acc = product_dx(dy_rows, valid, w_ptr + e * (swe.to(tl.int64) * 8), s_ptr + e * sse, tile_k * BK, N, K, sw, ss, BITS, G, BN, BK, ASM)
+    acc = product_dx(
+        dy_rows,
+        valid,
+        w_ptr + e * (swe.to(tl.int64) * 8),
+        s_ptr + e * sse,
+        tile_k * BK,
+        N,
+        K,
+        sw,
+        ss,
+        BITS,
+        G,
+        BN,
+        BK,
+        ASM,
+    )
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask)

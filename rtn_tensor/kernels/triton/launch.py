@@ -26,8 +26,14 @@ INTERPRETED = Gpu("interpreter", processors=132, shared_memory=232448, triton=""
 
 
 def options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
-    # Fusion is stated, as Triton 3.9 warns where it is not. debug is for the kernels that assert; arithmetic is not to be checked for it.
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, "sanitize_overflow": False}
+    # Fusion is stated, as Triton 3.9 warns where it is not. debug is for the kernels that assert; arithmetic
+    # is not to be checked for it.
+    return {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": True,
+        "sanitize_overflow": False,
+    }
 
 
 @lru_cache
@@ -53,7 +59,8 @@ def asm(device: torch.device) -> bool:
 
 
 def aligned_rows(x: Tensor) -> Tensor:
-    """`x [M, K]`, or a copy, whose rows are dense, begin at multiples of 16 bytes, and are multiples of 8 long, by zeros at the end."""
+    """`x [M, K]`, or a copy, whose rows are dense, begin at multiples of 16 bytes, and are multiples of 8
+    long, by zeros at the end."""
     if x.shape[1] % 8:
         return F.pad(x, (0, -x.shape[1] % 8))
     if x.stride(1) != 1 or (x.stride(0) % 8 and x.shape[0] > 1) or x.data_ptr() % 16:
@@ -74,13 +81,25 @@ def per_row(group_size: int) -> int:
 
 
 def config_of(
-    op: str, m: int, e: int, n: int, k: int, bits: int, group_size: int, dtype: torch.dtype, device: torch.device
+    op: str,
+    m: int,
+    e: int,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Config | None:
     """For `m` rows dealt to `e` experts; as `shape_of` says it of a Problem."""
-    return configure(Shape(op, bits, group_size, dtype.itemsize, bucket(-(-bucket(m) // e)), n, k), gpu_of(device))
+    return configure(
+        Shape(op, bits, group_size, dtype.itemsize, bucket(-(-bucket(m) // e)), n, k), gpu_of(device)
+    )
 
 
-def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
+def linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     (m, k), n = x.shape, qdata.shape[0]
     y = x.new_empty(m, n)
     if not y.numel():
@@ -94,7 +113,14 @@ def linear(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: i
 
 
 def launch_linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int, config: Config, y: Tensor
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    config: Config,
+    y: Tensor,
 ) -> Tensor:
     m, n = y.shape
     x, w, scale = aligned_rows(x), words(qdata), dense_rows(scale)
@@ -196,13 +222,17 @@ def routed(
     if not y.numel():
         return y
     if not x.shape[1]:
-        return reference.routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
+        return reference.routed(
+            x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size
+        )
     rows, dealt = (1, 1) if offs is None else (pairs_in_all, e)  # unsorted, each pair is a program's only row
     config = config_of("grouped", rows, dealt, rows_of_w, x.shape[1], bits, group_size, x.dtype, x.device)
     assert config is not None
     x, w, scale = aligned_rows(x), words(qdata), dense_rows(scale)
     k, device = x.shape[1], x.device
-    blocks = pairs_in_all if offs is None else min(pairs_in_all, triton.cdiv(pairs_in_all, config.block_m) + e)
+    blocks = (
+        pairs_in_all if offs is None else min(pairs_in_all, triton.cdiv(pairs_in_all, config.block_m) + e)
+    )
     with on(device):
         grouped_kernel[(blocks * triton.cdiv(n, config.block_n // 2 if activation else config.block_n),)](
             x,
@@ -239,7 +269,9 @@ def routed(
     return y
 
 
-def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def grouped_dx(
+    dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int
+) -> Tensor:
     (m, n), e, device = dy.shape, qdata.shape[0], dy.device
     dx = dy.new_empty(m, k)
     if not dx.numel():
@@ -278,7 +310,12 @@ def grouped_dx(dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int
 
 
 def quantize(
-    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype, out: tuple[Tensor, Tensor] | None = None
+    w: Tensor,
+    bits: int,
+    group_size: int,
+    scale_method: str,
+    scale_dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     *rows, k = w.shape
     qdata, scale = out or (
@@ -313,8 +350,11 @@ def quantize(
     return qdata, scale
 
 
-def rows_of(qdata: Tensor, scale: Tensor, index: Tensor | None, y: Tensor, bits: int, group_size: int) -> None:
-    """Fills `y [R, K]` with q * S of the rows of `qdata [N, B]` that `index [R]` names, of all where it is None."""
+def rows_of(
+    qdata: Tensor, scale: Tensor, index: Tensor | None, y: Tensor, bits: int, group_size: int
+) -> None:
+    """Fills `y [R, K]` with q * S of the rows of `qdata [N, B]` that `index [R]` names, of all where it is
+    None."""
     (r, k), w, scale = y.shape, words(qdata), dense_rows(scale)
     block_r, block_k = 32, 128
     with on(y.device):
@@ -334,14 +374,24 @@ def rows_of(qdata: Tensor, scale: Tensor, index: Tensor | None, y: Tensor, bits:
             BK=block_k,
             ASM=asm(y.device),
             **options(4),
-            **{"debug": index is not None},  # so that an index out of range stops the program, as torch's embedding does
+            # So that an index out of range stops the program, as torch's embedding does.
+            **{"debug": index is not None},
         )
 
 
-def dequantize(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+) -> Tensor:
     w = torch.empty(*qdata.shape[:-1], k, dtype=dtype, device=qdata.device)
     if w.numel():
-        rows_of(qdata.reshape(-1, qdata.shape[-1]), scale.reshape(-1, scale.shape[-1]), None, w.view(-1, k), bits, group_size)
+        rows_of(
+            qdata.reshape(-1, qdata.shape[-1]),
+            scale.reshape(-1, scale.shape[-1]),
+            None,
+            w.view(-1, k),
+            bits,
+            group_size,
+        )
     return w
 
 

@@ -8,8 +8,8 @@ from rtn_tensor.kernels.triton.words import product, product_dx
 
 @triton.jit
 def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile number -> (tile along M, tile along N), down GROUP tiles of M before the next of N, so that those in flight together share
-    rows of x and of w in L2."""
+    """Tile number -> (tile along M, tile along N), down GROUP tiles of M before the next of N, so that those
+    in flight together share rows of x and of w in L2."""
     wide = GROUP * tiles_n
     start = tile // wide * GROUP
     height = tl.minimum(tiles_m - start, GROUP)
@@ -43,9 +43,10 @@ def linear_kernel(
 ):
     """`x [M, K]`, plane `w [N, B / 2]` int16, `s [N, G]`, `bias [N]` or None -> `y [M, N]`.
 
-    sx and sw are row strides in 16 bytes of a 2-byte type (8 elements), so that the compiler sees that rows are aligned; ss is in elements.
-    Where there is a `partial [split_k, M, N]`, that many programs share a tile: each writes its fp32 sums there, and the last to arrive
-    adds them up in order, so the result does not depend on who came last. It leaves its tile's `arrived` at 0, as it was found.
+    sx and sw are row strides in 16 bytes of a 2-byte type (8 elements), so that the compiler sees that rows
+    are aligned; ss is in elements. Where there is a `partial [split_k, M, N]`, that many programs share a
+    tile: each writes its fp32 sums there, and the last to arrive adds them up in order, so the result does
+    not depend on who came last. It leaves its tile's `arrived` at 0, as it was found.
     """
     tile, part, first, end = tl.program_id(0), 0, 0, K
     if partial_ptr is not None:
@@ -116,13 +117,26 @@ def linear_dx_kernel(
     BK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """`dy [M, N]`, plane `w [N, B / 2]` int16, `s [N, G]` -> `dx [M, K]`. The weights of a tile are rounded to dy's dtype, in registers;
-    strides as for `linear_kernel`."""
+    """`dy [M, N]`, plane `w [N, B / 2]` int16, `s [N, G]` -> `dx [M, K]`. The weights of a tile are rounded
+    to dy's dtype, in registers; strides as for `linear_kernel`."""
     tile_m, tile_k = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BK), 8)
     om = tile_m * BM + tl.arange(0, BM)
     ok = tile_k * BK + tl.arange(0, BK)
     acc = product_dx(
-        dy_ptr + om.to(tl.int64) * (sdy.to(tl.int64) * 8), om < M, w_ptr, s_ptr, tile_k * BK, N, K, sw, ss, BITS, G, BN, BK, ASM
+        dy_ptr + om.to(tl.int64) * (sdy.to(tl.int64) * 8),
+        om < M,
+        w_ptr,
+        s_ptr,
+        tile_k * BK,
+        N,
+        K,
+        sw,
+        ss,
+        BITS,
+        G,
+        BN,
+        BK,
+        ASM,
     )
     mask = (om[:, None] < M) & (ok[None, :] < K)
     tl.store(dx_ptr + om.to(tl.int64)[:, None] * K + ok[None, :], acc.to(dx_ptr.dtype.element_ty), mask=mask)

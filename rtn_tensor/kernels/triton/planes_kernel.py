@@ -1,4 +1,5 @@
-"""`quantize`, `dequantize` and `embedding`: between float rows and packed planes, in one pass over memory. Bit-exact with reference.py."""
+"""`quantize`, `dequantize` and `embedding`: between float rows and packed planes, in one pass over memory.
+Bit-exact with reference.py."""
 
 import triton
 import triton.language as tl
@@ -8,7 +9,8 @@ from rtn_tensor.kernels.triton.words import integers, rounded, scales
 
 @triton.jit
 def rounded_scale(exact, DTYPE: tl.constexpr):
-    """`reference.round_scale` of finite fp32: to nearest, but away from zero where that is subnormal and smaller, and never to inf."""
+    """`reference.round_scale` of finite fp32: to nearest, but away from zero where that is subnormal and
+    smaller, and never to inf."""
     scale = exact.to(DTYPE)
     if DTYPE == tl.float32:
         return scale
@@ -17,7 +19,8 @@ def rounded_scale(exact, DTYPE: tl.constexpr):
         INF: tl.constexpr = 0x7C00 if DTYPE == tl.float16 else 0x7F80
         bits = scale.to(tl.int16, bitcast=True)
         short = (tl.abs(exact) < TINY) & (tl.abs(scale.to(tl.float32)) < tl.abs(exact))
-        # One more in the bits of a float is the next one away from zero, one less the one before: of inf, the largest finite.
+        # One more in the bits of a float is the next one away from zero, one less the one before: of inf, the
+        # largest finite.
         bits = tl.where(short, bits + 1, tl.where((bits & 0x7FFF) == INF, bits - 1, bits)).to(tl.int16)
         return bits.to(DTYPE, bitcast=True)
 
@@ -46,14 +49,17 @@ def searched(
     TWENTIETHS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One of the scales that "search" tries, and its `reference._loss`. `w [BR, BK]` is the group where one step holds it."""
+    """One of the scales that "search" tries, and its `reference._loss`. `w [BR, BK]` is the group where one
+    step holds it."""
     divisor = divisor_of(exact * (TWENTIETHS / 20), extreme, bad, DTYPE)
     whole = tl.where(bad | (extreme == 0), 1.0, extreme)
     loss = tl.zeros(exact.shape, tl.int64)
     for step in tl.static_range(STEPS):
         column = step * BK + tl.arange(0, BK)
         if STEPS > 1:
-            w = tl.load(w_rows + (first + column)[None, :], mask=inside[:, None] & (column < end)[None, :], other=0.0).to(tl.float32)
+            w = tl.load(
+                w_rows + (first + column)[None, :], mask=inside[:, None] & (column < end)[None, :], other=0.0
+            ).to(tl.float32)
         level = tl.div_rn(w, tl.broadcast_to(divisor[:, None], w.shape))
         error = level - ((tl.minimum(tl.maximum(level, -HALF), HALF - 1) + 12582912.0) - 12582912.0)
         part = error * error * tl.abs(tl.div_rn(w, tl.broadcast_to(whole[:, None], w.shape))) * 65536.0
@@ -78,9 +84,11 @@ def quantize_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """`w [R, K]` of row stride sw -> plane `q [R, 8 * chunks]` int16 and `s [R, groups]`, as `reference.quantize`.
+    """`w [R, K]` of row stride sw -> plane `q [R, 8 * chunks]` int16 and `s [R, groups]`, as
+    `reference.quantize`.
 
-    A program has BR rows of one group of G columns, in steps of BK; a group of several steps is read a second time, from L2.
+    A program has BR rows of one group of G columns, in steps of BK; a group of several steps is read a second
+    time, from L2.
     """
     F: tl.constexpr = 16 // BITS
     HALF: tl.constexpr = 2 ** (BITS - 1)
@@ -94,7 +102,11 @@ def quantize_kernel(
     high = tl.zeros((BR,), tl.float32)
     for step in tl.static_range(STEPS):
         column = step * BK + k
-        w = tl.load(w_rows + (group * G + column)[None, :], mask=(row < R)[:, None] & (column < end)[None, :], other=0.0).to(tl.float32)
+        w = tl.load(
+            w_rows + (group * G + column)[None, :],
+            mask=(row < R)[:, None] & (column < end)[None, :],
+            other=0.0,
+        ).to(tl.float32)
         w_or_inf = tl.where(w == w, w, float("inf"))
         low = tl.minimum(low, tl.min(w_or_inf, 1))
         high = tl.maximum(high, tl.max(w_or_inf, 1))
@@ -106,21 +118,48 @@ def quantize_kernel(
         exact = extreme * (-1.0 / HALF)
     divisor = divisor_of(exact, extreme, bad, SCALE)
     if METHOD == "search":
-        least = searched(exact, extreme, bad, w, w_rows, row < R, group * G, end, STEPS, BK, HALF, 20, SCALE)[1]
+        least = searched(exact, extreme, bad, w, w_rows, row < R, group * G, end, STEPS, BK, HALF, 20, SCALE)[
+            1
+        ]
         for i in tl.static_range(1, 6):
-            other, loss = searched(exact, extreme, bad, w, w_rows, row < R, group * G, end, STEPS, BK, HALF, 20 - i if i < 5 else 21, SCALE)
+            other, loss = searched(
+                exact,
+                extreme,
+                bad,
+                w,
+                w_rows,
+                row < R,
+                group * G,
+                end,
+                STEPS,
+                BK,
+                HALF,
+                20 - i if i < 5 else 21,
+                SCALE,
+            )
             divisor = tl.where(loss < least, other, divisor)
             least = tl.minimum(loss, least)
-    tl.store(s_ptr + row.to(tl.int64) * groups + group, tl.where(bad, float("nan"), divisor).to(SCALE), mask=row < R)
+    tl.store(
+        s_ptr + row.to(tl.int64) * groups + group,
+        tl.where(bad, float("nan"), divisor).to(SCALE),
+        mask=row < R,
+    )
     for step in tl.static_range(STEPS):
         column = step * BK + k
         if STEPS > 1:
-            w = tl.load(w_rows + (group * G + column)[None, :], mask=(row < R)[:, None] & (column < end)[None, :], other=0.0).to(tl.float32)
+            w = tl.load(
+                w_rows + (group * G + column)[None, :],
+                mask=(row < R)[:, None] & (column < end)[None, :],
+                other=0.0,
+            ).to(tl.float32)
         v = tl.div_rn(w, tl.broadcast_to(divisor[:, None], (BR, BK)))
         v = tl.where(bad[:, None], 0.0, tl.minimum(tl.maximum(v, -HALF), HALF - 1))
         # v + 1.5 * 2^23 has the nearest integer, ties to even, in its low bits.
         q = (v + 12582912.0).to(tl.int32, bitcast=True) & (2 * HALF - 1)
-        fields = tl.permute(tl.reshape(q, (BR, BK // (8 * F), F, 8)), (0, 1, 3, 2)) << (tl.arange(0, F) * BITS)[None, None, None, :]
+        fields = (
+            tl.permute(tl.reshape(q, (BR, BK // (8 * F), F, 8)), (0, 1, 3, 2))
+            << (tl.arange(0, F) * BITS)[None, None, None, :]
+        )
         packed = tl.reshape(tl.sum(fields, 3), (BR, BK // F)).to(tl.int16)
         word = step * (BK // F) + tl.arange(0, BK // F)
         kept = (group * (G // F) + word < chunks * 8) & (word < G // F)
@@ -145,8 +184,8 @@ def dequantize_kernel(
     BK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Plane `w [N, B / 2]` int16 of row stride 8 sw, `s [N, G]` -> `y [R, K]` = q * S: row i is row index[i], or where that is None row i.
-    G = 0: one scale a row."""
+    """Plane `w [N, B / 2]` int16 of row stride 8 sw, `s [N, G]` -> `y [R, K]` = q * S: row i is row index[i],
+    or where that is None row i. G = 0: one scale a row."""
     tiles_k = tl.cdiv(K, BK)
     first = tl.program_id(0) % tiles_k * BK
     r = tl.program_id(0) // tiles_k * BR + tl.arange(0, BR)
@@ -156,7 +195,11 @@ def dequantize_kernel(
         tl.device_assert((row >= 0) & (row < N), "embedding index is out of range")
     word = first * BITS // 16 + tl.arange(0, BK * BITS // 16)
     CHUNK: tl.constexpr = 128 // BITS
-    w = tl.load(w_ptr + row[:, None] * (sw.to(tl.int64) * 8) + word[None, :], mask=word[None, :] < (K + CHUNK - 1) // CHUNK * 8, other=0)
+    w = tl.load(
+        w_ptr + row[:, None] * (sw.to(tl.int64) * 8) + word[None, :],
+        mask=word[None, :] < (K + CHUNK - 1) // CHUNK * 8,
+        other=0,
+    )
     scale = scales(s_ptr + row * ss, first, (K - 1) // (G if G > 0 else 1), G, BK)
     y = rounded(integers(w, BITS, tl.float32, ASM), scale, tl.float32).to(y_ptr.dtype.element_ty)
     k = first + tl.arange(0, BK)

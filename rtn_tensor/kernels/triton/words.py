@@ -1,15 +1,18 @@
-"""What every Triton kernel does with packed words: integers from words, scales beside them, and the loop along K.
+"""What every Triton kernel does with packed words: integers from words, scales beside them, and the loop
+along K.
 
-The plane is read as int16 words `[N, K * bits / 16]`; formats.py says which field of which word is which k. A plain 2-D tile of it becomes
-16-byte cp.async, ldmatrix and, as the left-hand side of `tl.dot`, wgmma with the weights in registers: after the inline assembly
-everything is a renaming of registers. tests/test_triton_sass.py holds the compiler to that.
+The plane is read as int16 words `[N, K * bits / 16]`; formats.py says which field of which word is which k. A
+plain 2-D tile of it becomes 16-byte cp.async, ldmatrix and, as the left-hand side of `tl.dot`, wgmma with the
+weights in registers: after the inline assembly everything is a renaming of registers.
+tests/test_triton_sass.py holds the compiler to that.
 """
 
 import triton
 import triton.language as tl
 
-# Two words at a time (pack=2), a field of both in each output. (w & 0xF) ^ 0x4308 is the bf16 136 + q of a two's complement nibble.
-# fma, as bf16 subtraction needs compute capability 9.0; both are one instruction there.
+# Two words at a time (pack=2), a field of both in each output. (w & 0xF) ^ 0x4308 is the bf16 136 + q of a
+# two's complement nibble. fma, as bf16 subtraction needs compute capability 9.0; both are one instruction
+# there.
 _INT4_BF16: tl.constexpr = tl.constexpr("""{
     .reg .b32 t, magic, one, less;
     mov.b32 magic, 0x43084308; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308;
@@ -25,10 +28,12 @@ _INT4_BF16: tl.constexpr = tl.constexpr("""{
     fma.rn.bf16x2 $2, $2, one, less;
     fma.rn.bf16x2 $3, $3, one, less;
 }""")
-# (w & 0xF) ^ 0x6408 is the fp16 1032 + q; (w & 0xF0) ^ 0x6480 is 1024 + 16 (q + 8), so every second field needs no shift.
+# (w & 0xF) ^ 0x6408 is the fp16 1032 + q; (w & 0xF0) ^ 0x6480 is 1024 + 16 (q + 8), so every second field
+# needs no shift.
 _INT4_FP16: tl.constexpr = tl.constexpr("""{
     .reg .b32 t, low, high, sixteenth, less;
-    mov.b32 low, 0x64086408; mov.b32 high, 0x64806480; mov.b32 sixteenth, 0x2C002C00; mov.b32 less, 0xD480D480;
+    mov.b32 low, 0x64086408; mov.b32 high, 0x64806480;
+    mov.b32 sixteenth, 0x2C002C00; mov.b32 less, 0xD480D480;
     shr.u32 t, $4, 8;
     lop3.b32 $0, $4, 0x000F000F, low, 0x6A;
     lop3.b32 $1, $4, 0x00F000F0, high, 0x6A;
@@ -70,8 +75,8 @@ def _field(w, i: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def integers(w, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """The integers q `[N, K]` in DTYPE of the words `w [N, K * BITS / 16]` int16. ASM: by PTX; else by plain shifts, for other makers'
-    GPUs. float32 goes through bfloat16, which holds every q."""
+    """The integers q `[N, K]` in DTYPE of the words `w [N, K * BITS / 16]` int16. ASM: by PTX; else by plain
+    shifts, for other makers' GPUs. float32 goes through bfloat16, which holds every q."""
     F: tl.constexpr = 16 // BITS
     FP16: tl.constexpr = DTYPE == tl.float16
     # join(join(f0, f2), join(f1, f3)) has field i at [i >> 1, i & 1].
@@ -79,17 +84,25 @@ def integers(w, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
         if not ASM:
             f0, f1, f2, f3 = _field(w, 0, BITS), _field(w, 1, BITS), _field(w, 2, BITS), _field(w, 3, BITS)
         elif FP16:
-            f0, f1, f2, f3 = tl.inline_asm_elementwise(_INT4_FP16, "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.float16,) * 4, is_pure=True, pack=2)
+            f0, f1, f2, f3 = tl.inline_asm_elementwise(
+                _INT4_FP16, "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+            )
         else:
-            f0, f1, f2, f3 = tl.inline_asm_elementwise(_INT4_BF16, "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2)
+            f0, f1, f2, f3 = tl.inline_asm_elementwise(
+                _INT4_BF16, "=&r,=&r,=&r,=&r,r", [w], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+            )
         fields = tl.join(tl.join(f0, f2), tl.join(f1, f3))
     else:
         if not ASM:
             f0, f1 = _field(w, 0, BITS), _field(w, 1, BITS)
         elif FP16:
-            f0, f1 = tl.inline_asm_elementwise(_INT8_FP16, "=&r,=&r,r", [w], dtype=(tl.float16,) * 2, is_pure=True, pack=2)
+            f0, f1 = tl.inline_asm_elementwise(
+                _INT8_FP16, "=&r,=&r,r", [w], dtype=(tl.float16,) * 2, is_pure=True, pack=2
+            )
         else:
-            f0, f1 = tl.inline_asm_elementwise(_INT8_BF16, "=&r,=&r,r", [w], dtype=(tl.bfloat16,) * 2, is_pure=True, pack=2)
+            f0, f1 = tl.inline_asm_elementwise(
+                _INT8_BF16, "=&r,=&r,r", [w], dtype=(tl.bfloat16,) * 2, is_pure=True, pack=2
+            )
         fields = tl.join(f0, f1)
     N: tl.constexpr = w.shape[0]
     W: tl.constexpr = w.shape[1]
@@ -105,7 +118,8 @@ def _scale(rows, k, last, G: tl.constexpr):
 
 @triton.jit
 def loaded_scales(rows, k, last, G: tl.constexpr, COLUMNS: tl.constexpr):
-    """The scales of columns [k, k + COLUMNS), four tensors `[N]`, of which `joined_scales` takes what there are. G > 0."""
+    """The scales of columns [k, k + COLUMNS), four tensors `[N]`, of which `joined_scales` takes what there
+    are. G > 0."""
     UNIT: tl.constexpr = COLUMNS if G % COLUMNS == 0 else (G if COLUMNS % G == 0 else 32)
     tl.static_assert(COLUMNS <= 4 * UNIT, "a step is four groups, or four times 32 columns, at most")
     s0 = _scale(rows, k, last, G)
@@ -117,8 +131,8 @@ def loaded_scales(rows, k, last, G: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def joined_scales(s0, s1, s2, s3, G: tl.constexpr, COLUMNS: tl.constexpr):
-    """`[N, 2 or 4]`, each for as many of the columns. Two at least: one scale a row that a loop carries, put straight on the weights, costs
-    a trip through shared memory, as loading them as one `[N, 4]` does."""
+    """`[N, 2 or 4]`, each for as many of the columns. Two at least: one scale a row that a loop carries, put
+    straight on the weights, costs a trip through shared memory, as loading them as one `[N, 4]` does."""
     UNIT: tl.constexpr = COLUMNS if G % COLUMNS == 0 else (G if COLUMNS % G == 0 else 32)
     if COLUMNS <= 2 * UNIT:
         return tl.join(s0, s1)
@@ -169,7 +183,8 @@ def product(
 ):
     """w' @ x^T over columns [first, end): fp32 `[BN, BM]`, tokens along the columns.
 
-    The weights are the left-hand side, which wgmma takes from registers; on the right they would be written back to shared memory.
+    The weights are the left-hand side, which wgmma takes from registers; on the right they would be written
+    back to shared memory.
 
     Args:
         x_rows, x_valid: `[BM]` addresses of the rows of x, and which of them are there.
@@ -178,8 +193,9 @@ def product(
         first, end: `first` is a multiple of BK.
         K: a multiple of 8.
         G: columns a scale is for; 0: one scale a row, which the caller applies to the result.
-        SCALE_AFTER: scale the fp32 sums of each step, of which G must hold a whole number, and keep the integers exact; else round q * S to
-            the dtype of x first, which costs less where there are many tokens.
+        SCALE_AFTER: scale the fp32 sums of each step, of which G must hold a whole number, and keep the
+            integers exact; else round q * S to the dtype of x first, which costs less where there are many
+            tokens.
         EVEN_K: every step is full.
     """
     BN: tl.constexpr = w_rows.shape[0]
@@ -241,8 +257,8 @@ def product_dx(
 ):
     """dy @ w' for columns [first, first + BK) of w: fp32 `[BM, BK]`.
 
-    `dy_rows`, `dy_valid` `[BM]` are as in `product`; `w_ptr`, `s_ptr` have row strides of sw 16-byte chunks and ss scales. The scale
-    changes along the sum, so the weights are rounded to dy's dtype.
+    `dy_rows`, `dy_valid` `[BM]` are as in `product`; `w_ptr`, `s_ptr` have row strides of sw 16-byte chunks
+    and ss scales. The scale changes along the sum, so the weights are rounded to dy's dtype.
     """
     BM: tl.constexpr = dy_rows.shape[0]
     DTYPE: tl.constexpr = dy_rows.dtype.element_ty
@@ -256,8 +272,12 @@ def product_dx(
     for n in range(0, N, BN):
         on = n + tl.arange(0, BN)
         rows = tl.minimum(on, N - 1).to(tl.int64)
-        w = tl.load(w_ptr + rows[:, None] * (sw.to(tl.int64) * 8) + word[None, :], mask=word[None, :] < words, other=0)
+        w = tl.load(
+            w_ptr + rows[:, None] * (sw.to(tl.int64) * 8) + word[None, :], mask=word[None, :] < words, other=0
+        )
         dy = tl.load(dy_rows[:, None] + on[None, :], mask=dy_valid[:, None] & (on < N)[None, :], other=0.0)
         scale = scales(s_ptr + rows * ss, first, last, G, BK)
-        acc = tl.dot(dy, rounded(integers(w, BITS, DTYPE, ASM), scale, DTYPE), acc=acc, input_precision=PRECISION)
+        acc = tl.dot(
+            dy, rounded(integers(w, BITS, DTYPE, ASM), scale, DTYPE), acc=acc, input_precision=PRECISION
+        )
     return acc
