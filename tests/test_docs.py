@@ -89,7 +89,7 @@ def test_page_has_only_kinds_of_blocks_that_are_run_here(page):
     assert set(re.findall(r"^```(\w*)$", text, re.M)) <= {"python", "sh", "text", ""}
     assert text.count("\n```") % 2 == 0
     shell = "".join(blocks(page, "sh")).splitlines()
-    assert {line.split()[0] for line in shell if line} <= {"make", "pip", "python", "rtn-tensor", "vllm"}
+    assert {line.split()[0] for line in shell if line} <= {"make", "pip", "python", "rtn-tensor", "vllm", "hf"}
     assert all((ROOT / line.split()[1]).is_file() for line in commands(page, "python"))
 
 

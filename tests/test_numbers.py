@@ -1,0 +1,152 @@
+"""The tables of README and docs/ hold the numbers that lie in benchmarks/results/, rounded."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def results(name: str):
+    return json.loads((ROOT / "benchmarks/results" / name).read_text())
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """Each table's rows of cells, its header first."""
+    found = re.findall(r"(?:^\|.*\n)+", (ROOT / page).read_text(encoding="utf-8"), re.M)
+    split = [[[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()] for table in found]
+    return [[rows[0], *rows[2:]] for rows in split]
+
+
+def table(page: str, *header: str) -> dict[str, dict[str, str]]:
+    """The one table of the page that has these columns: by the first cell of a row, its cells by column."""
+    (rows,) = (rows for rows in tables(page) if set(header) <= set(rows[0]))
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+
+
+def is_rounded(cell: str, value: float) -> bool:
+    """Whether `cell` is `value`, to the digits that it has; one that ends in 5 may have been rounded from more."""
+    cell = cell.replace(",", "")
+    return abs(float(cell) - value) <= 0.501 * 10.0 ** -len(cell.partition(".")[2])
+
+
+ACCURACY = {row["weights"]: row for row in results("accuracy.json")["rows"]}
+ALIASES = {  # what a row is called elsewhere
+    "int8, group_size 128": "int8 g128",
+    **{f"int4, group_size {size}, {method}": f"int4 g{size} {method}" for size in (32, 64) for method in ("absmax", "signed", "search")},
+    "int4, group_size 64, the paper's formula": "int4 g64 absmax",
+    "GPTQ, group_size 64, calibrated": "GPTQ g64",
+    "GPTQ g64, calibrated": "GPTQ g64",
+    "HQQ g64, asymmetric": "HQQ g64",
+    **{f"plan of {bits} bits": f"plan {bits}" for bits in ("4.25", "4.5", "5.0")},
+    "plan of 5.0 bits (some weights at int8)": "plan 5.0",
+}
+
+
+def score(row: dict, task: str) -> float | None:
+    """The acc_norm of a task, or the metric that it has."""
+    found = {s["metric"]: s["value"] for s in row["scores"] if s["task"] == task}
+    if task in ("wikipedia", "sotu"):
+        return found.get("perplexity")
+    value = found.get("acc_norm", found.get("acc"))
+    return None if value is None else 100 * value
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choose-a-format.md", "docs/accuracy.md"])
+def test_accuracy(page):
+    columns = {"perplexity": "wikipedia", "Wikipedia": "wikipedia", "State of the Union": "sotu"}
+    columns |= {"LAMBADA": "lambada", "HellaSwag": "hellaswag", "ARC-Easy": "arc_easy", "ARC-Ch.": "arc_challenge"}
+    columns |= {"PIQA": "piqa", "WinoG.": "winogrande"}
+    found = table(page, "bits per weight", "kept, %")
+    assert len(found) >= 7
+    for name, cells in found.items():
+        row = ACCURACY[ALIASES.get(name, name)]
+        assert not row["bits_per_weight"] or is_rounded(cells["bits per weight"], row["bits_per_weight"])
+        for column, task in columns.items():
+            if cells.get(column):
+                assert is_rounded(cells[column], score(row, task)), (name, column)
+        if "±" in cells["kept, %"]:
+            kept, error = cells["kept, %"].split(" ± ")
+            assert is_rounded(kept, 100 * row["average_recovery"]), name
+            assert is_rounded(error, 100 * row["average_recovery_stderr"]), name
+
+
+def test_selective():
+    rows = results("selective.json")["rows"]
+    found = table("docs/selective-precision.md", "weights", "bits per weight", "divergence")
+    found = {name.removesuffix(" at int8 g64"): cells for name, cells in found.items()}
+    assert set(found) == set(rows)
+    for name, cells in found.items():
+        assert is_rounded(cells["perplexity"], rows[name]["perplexity"]), name
+        assert is_rounded(cells["divergence"], rows[name]["divergence"]), name
+        assert is_rounded(cells["bits per weight"], rows[name].get("bits_per_weight", 16)), name
+
+
+def test_a_layer_on_a_cpu():
+    rows = results("cpu_linear.json")["rows"]
+    found = next(rows for rows in tables("docs/speed.md") if rows[0][:2] == ["weight", "1"])
+    names, shape = found[0][1:], ""
+    for name, *cells in found[1:]:
+        kernel = "rtn int4 g128" if name.startswith("[") else "aten int4 g128"
+        shape = name if name.startswith("[") else shape
+        over = {str(r["M"]): r["over_dense"] for r in rows if r["kernel"] == kernel and f"[{r['N']}, {r['K']}]" == shape}
+        assert all(is_rounded(cell, over[m]) for m, cell in zip(names, cells, strict=True)), (shape, kernel)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choose-a-format.md", "docs/speed.md"])
+def test_a_model_on_a_cpu(page):
+    rows = {(row["weights"], row["what"]): row for row in results("cpu_model.json")["rows"]}
+    columns = {"prefill of 512, eager": "prefill eager", "decode, eager": "decode eager", "tokens per second": "decode compiled"}
+    columns |= {"decoding, tokens per second": "decode compiled", "prefill of 512, tokens per second": "prefill compiled"}
+    checked = 0
+    for rows_of_page in tables(page):
+        for name, *cells in rows_of_page[1:]:
+            weights = {"bf16": "bf16"}.get(name, ALIASES.get(name, name).replace(", group_size ", " g"))
+            weights = {"int4 g32 search": "int4 g32", "int4 g32 absmax": "int4 g32"}.get(weights, weights)
+            for column, cell in zip(rows_of_page[0][1:], cells, strict=True):
+                if column in columns and cell and (weights, columns[column]) in rows:
+                    row = rows[weights, columns[column]]
+                    ours, _, over = cell.partition(" (")
+                    assert is_rounded(ours, row["ours"]), (name, column)
+                    assert not over or is_rounded(over.strip(")"), row["ours"] / row["llama.cpp"]), (name, column)
+                    checked += 1
+    assert checked >= 3
+
+
+def test_loading():
+    rows = {row["way"]: row for row in results("load.json")["rows"]}
+    ways = {"`load`, int4": "rtn_tensor.load int4", "`load`, int8": "rtn_tensor.load int8"}
+    ways |= {
+        "transformers, `TorchAoConfig(rtn_int4())`": "transformers, rtn_int4",
+        "transformers, torchao's int8": "transformers, torchao int8",
+    }
+    found = table("docs/load-and-save.md", "seconds, cached")
+    for name, way in ways.items():
+        assert is_rounded(found[name]["seconds, cached"], rows[way]["seconds"]), name
+        assert is_rounded(found[name]["seconds, disk"], rows[f"{way}, disk"]["seconds"]), name
+        assert is_rounded(found[name]["MB at most"].partition(" to ")[0], rows[way]["peak"] / 1e6), name
+
+
+def test_serving():
+    rows = {(row["weights"], row["batch"]): row["seconds"] for row in results("serving-cpu.json")["rows"]}
+    for name, cells in table("docs/serving.md", "1 prompt", "4 prompts").items():
+        weights = "int4 by vLLM (GPTQ)" if "vLLM" in name else name
+        assert is_rounded(cells["1 prompt"], rows[weights, 1]), name
+        assert is_rounded(cells["4 prompts"], rows[weights, 4]), name
+
+
+def test_experts():
+    rows = results("moe.json")["rows"]
+    peers = {"int4, group_size 128": "rtn int4 g128", "int8, group_size 128": "rtn int8 g128", "torchao's int8": "torchao int8"}
+    found = table("docs/mixture-of-experts.md", "16", "MB of weights")
+    for name, cells in found.items():
+        layer = "Mixtral-8x7B" if name.startswith("Mixtral") else "Qwen3-30B-A3B"
+        short = name.removeprefix("Mixtral: ")
+        peer = peers.get(short, short.replace(", `", " ").replace("`", ""))
+        over = {
+            str(row["tokens"]): row["over_bf16"] for row in rows if row["layer"] == layer and row["peer"] == peer and "over_bf16" in row
+        }
+        assert over, (layer, peer)
+        assert all(is_rounded(cell, over[m]) for m, cell in cells.items() if m in over and cell), name
