@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft_version import skip_if_transformers_refuses_it
 
 import rtn_tensor
 from benchmarks.real_model import CACHE, ModelUnavailable, smollm2, state_of_the_union, task_data
@@ -80,6 +81,8 @@ def failures(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
 def test_python(page, failures):
     assert "from rtn_tensor import" in blocks(page, "python")[0]  # a page can be read by itself
+    if page.stem in failures and "add_adapter" in failures[page.stem]:
+        skip_if_transformers_refuses_it()
     assert page.stem not in failures, failures[page.stem]
 
 
@@ -174,8 +177,11 @@ def test_the_page_of_the_command_line_is_current():
 
 @pytest.mark.parametrize("tutorial", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem)
 def test_tutorial(tutorial, tmp_path):
-    lines = tutorial.read_text(encoding="utf-8").splitlines()
+    text = tutorial.read_text(encoding="utf-8")
+    lines = text.splitlines()
     assert len(lines) < 80
+    if "add_adapter" in text:
+        skip_if_transformers_refuses_it()
     how, file = lines[2].rsplit(maxsplit=1)
     assert file == f"tutorials/{tutorial.name}"
     if how == "python":

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from packaging.version import Version
+from peft_version import skip_if_transformers_refuses_it
 from tiny_llama import tiny_llama
 from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, rtn, rtn_int4, rtn_int8
 
@@ -15,10 +14,6 @@ peft = pytest.importorskip("peft")
 
 # PEFT still asks transformers for it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-by_transformers_alone = pytest.mark.skipif(
-    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason=f"this transformers takes PEFT {MIN_PEFT_VERSION} and later"
-)
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 64], [8, 9, 64, 3, 17, 300]])
 BITS = pytest.mark.parametrize("bits", [4, 8])
@@ -172,10 +167,10 @@ def test_trainer(folder, door, bits):
     assert_untouched(model, before)
 
 
-@by_transformers_alone
 @BITS
 def test_trainer_over_an_adapter_that_transformers_put_there(folder, bits):
     model = by_transformers(folder, rtn(bits, 64))
+    skip_if_transformers_refuses_it()
     model.add_adapter(lora())
     before = planes(model)
     trained = trainer(model, folder)
@@ -487,9 +482,9 @@ def test_adapter_there_and_back(folder, tmp_path, door, bits):
         assert torch.equal(logits(again), logits(door(folder, rtn(bits, 64))))
 
 
-@by_transformers_alone
 def test_adapter_of_transformers_there_and_back(folder, tmp_path):
     model = by_transformers(folder, rtn_int4(64))
+    skip_if_transformers_refuses_it()
     model.add_adapter(lora(init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
     assert sorted(file.name for file in (tmp_path / "adapter").glob("*.safetensors")) == ["adapter_model.safetensors"]
