@@ -1,9 +1,10 @@
-"""Resident memory over time while a checkpoint is loaded and quantized: streamed by `load`, and float first, then `quantize_`.
+"""Memory over time while a checkpoint is loaded and quantized: streamed by `load`, or float first.
 
     python -m benchmarks.memory [--json FILE] [--layers 8] [--threads 2]
 
-The checkpoint is `benchmarks.load`'s, a Llama of random bf16 weights, in shards; each way is a process of its own, sampled while it runs.
-"Anonymous" memory is the process's own. "Resident" memory counts pages of mapped files, too, which the system can take back.
+The checkpoint is `benchmarks.load`'s, a Llama of random bf16 weights, in shards; each way is a process of its
+own, sampled while it runs. "Anonymous" memory is the process's own. "Resident" memory counts pages of mapped
+files, too, which the system can take back.
 """
 
 import argparse
@@ -35,7 +36,8 @@ def float_first(folder: str):
 
 
 def copied_first(folder: str):
-    """As where the weights come from a pickle, from another dtype or from training: the float model is in memory, and no map of files."""
+    """As where the weights come from a pickle, from another dtype or from training: the float model is in memory,
+    and no map of files."""
     model = bf16(folder)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -63,7 +65,8 @@ def memory() -> tuple[int, int]:
 
 
 def measure(way: str, folder: str) -> dict:
-    """Samples (seconds, bytes of anonymous memory, bytes of resident memory), both above what the process had before."""
+    """Samples (seconds, bytes of anonymous memory, bytes of resident memory), both above what the process had
+    before."""
     import transformers
     from transformers import LlamaForCausalLM  # noqa: F401  (imports what every way needs)
 
@@ -107,7 +110,7 @@ def main() -> None:
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             rows.append(json.loads(found.splitlines()[-1]))
             most = [max(sample[i] for sample in rows[-1]["samples"]) / 1e6 for i in (1, 2)]
-            print(f"{way:>40}  {rows[-1]['seconds']:6.2f} s  at most {most[0]:6,.0f} MB anonymous, {most[1]:6,.0f} MB resident", flush=True)
+            print(f"{way:>40}  {rows[-1]['seconds']:6.2f} s, MB at most: anonymous {most[0]:6,.0f}, resident {most[1]:6,.0f}", flush=True)
     if args.json:
         about = machine() | {"instruction_set": cpu.isa()}
         args.json.write_text(json.dumps({"machine": about, "bytes": size, "rows": rows}) + "\n")

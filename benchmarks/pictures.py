@@ -1,8 +1,9 @@
-"""Draws every picture of README and docs from the JSON under `benchmarks/results/`, in one style, 600 pixels wide.
+"""Draws every picture of README and docs from `benchmarks/results/`, in one style, 600 pixels wide.
 
     python -m benchmarks.pictures [NAME ...] [--results benchmarks/results] [--to docs/pictures]
 
-The same numbers give the same file, byte for byte. What `benchmarks/gpu.py` wrote is drawn as soon as a `gpu-*.json` is there.
+The same numbers give the same file, byte for byte. What `benchmarks/gpu.py` wrote is drawn as soon as a
+`gpu-*.json` is there.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def machine(data: dict) -> str:
     return f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, torch {about['torch']}"
 
 
-# ------------------------------------------------------------------------------------------- accuracy
+# ---------------------------------------------------------------------- accuracy
 
 PEERS = {"GPTQ g64": 4 + 16 / 64, "HQQ g64": 4 + 32 / 64}  # bits per weight: a 16-bit scale per group, and for HQQ a zero point, too
 
@@ -159,7 +160,7 @@ def plan(data: dict) -> Figure:
     return made
 
 
-# ------------------------------------------------------------------------------------------- speed
+# ---------------------------------------------------------------------- speed
 
 
 def linear(data: dict) -> Figure:
@@ -205,15 +206,18 @@ CLOCKS = {"graph": "CUDA graph, weights from memory", "do_bench": "do_bench, lau
 
 
 def roofline(row: dict, clock: str, kernel: str, ceilings: dict) -> float:
-    """The speed-up that `kernel`'s weight allows at most, over cuBLAS's `row`: the time that cuBLAS took over the least that the product
-    can take, its packed weight at the speed of a copy, or its operations at the speed of a large dense product, whichever is longer."""
+    """The speed-up that `kernel`'s weight allows at most, over cuBLAS's `row`.
+
+    It is the time that cuBLAS took over the least that the product can take: its packed weight at the speed of a
+    copy, or its operations at the speed of a large dense product, whichever is longer.
+    """
     n, k, m = row["N"], row["K"], row["M"]
     least = max(KERNELS[kernel].bytes(n, k) / ceilings["copy_bytes_per_s"], 2 * m * n * k / ceilings["matmul_flop_per_s"])
     return row[clock]["seconds"] / least
 
 
 def gpu(data: dict) -> Figure:
-    """Speed-up over cuBLAS bf16 against the rows of x, by both clocks, from what `benchmarks/gpu.py` wrote; and the roofline."""
+    """Speed-up over cuBLAS bf16 against the rows of x, by both clocks of `benchmarks/gpu.py`, and the roofline."""
     rows = [row for row in data["linear"] if "M" in row]
     panels = [(shape, clock) for shape in dict.fromkeys((row["N"], row["K"]) for row in rows) for clock in CLOCKS]
     names = list(dict.fromkeys(row["kernel"] for row in rows if row["kernel"] != CUBLAS))
@@ -243,7 +247,7 @@ def gpu(data: dict) -> Figure:
     return made
 
 
-# ------------------------------------------------------------------------------------------- layout
+# ---------------------------------------------------------------------- layout
 
 
 def layout(_: dict | None = None) -> Figure:

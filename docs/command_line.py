@@ -1,4 +1,6 @@
-"""Writes the second half of docs/command-line.md, what each command takes, from the parser itself; what stands above it is written by hand.
+"""Writes the second half of docs/command-line.md, what each command takes, from the parser itself.
+
+What stands above it there is written by hand.
 
 python docs/command_line.py
 """

@@ -1,4 +1,4 @@
-"""Every block of README and docs/ and every tutorial runs as it stands, links lead somewhere, and what is generated is current."""
+"""Every block of README and docs/ and every tutorial runs as it stands; links and what is generated hold."""
 
 import json
 import os
@@ -23,7 +23,8 @@ ALLOWED = [
     "ignore:rtn_tensor runs quantized layers in plain torch:UserWarning",
 ]
 STRICT = ["-W", "error", *(argument for allowed in ALLOWED for argument in ("-W", allowed))]
-# All pages in one process, one after another, each in a folder and a namespace of its own: most of the time would go into imports.
+# All pages in one process, one after another, each in a folder and a namespace of its own: most of the time
+# would go into imports.
 RUNNER = """
 import contextlib, io, json, os, sys, traceback
 
@@ -59,14 +60,14 @@ def named(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-# ------------------------------------------------------------------------------------------- Python and commands
+# ---------------------------------------------------------------------- Python and commands
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> dict[str, str]:
-    """By page, the traceback of its Python blocks, run in order as a reader would type them, beside a folder `my-model`."""
+    """By page, the traceback of its Python blocks, run in order as a reader would type them, beside `my-model`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     top = tmp_path_factory.mktemp("pages")
@@ -125,7 +126,7 @@ def test_every_command_is_shown():
     assert {"quantize", "inspect", "generate", "perplexity", "evaluate", "explain"} <= shown
 
 
-# ------------------------------------------------------------------------------------------- links, and what is generated
+# ---------------------------------------------------------------------- links, and what is generated
 
 
 def anchors(page: Path) -> set[str]:
@@ -172,7 +173,7 @@ def test_the_page_of_the_command_line_is_current():
     assert command_line.PAGE.read_text(encoding="utf-8") == command_line.page(), "`python docs/command_line.py` writes it anew"
 
 
-# ------------------------------------------------------------------------------------------- tutorials
+# ---------------------------------------------------------------------- tutorials
 
 
 @pytest.mark.parametrize("tutorial", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem)

@@ -27,7 +27,7 @@ def table(page: str, *header: str) -> dict[str, dict[str, str]]:
 
 
 def is_rounded(cell: str, value: float) -> bool:
-    """Whether `cell` is `value`, to the digits that it has; one that ends in 5 may have been rounded from more."""
+    """Whether `cell` is `value`, to the digits that it has."""
     cell = cell.replace(",", "")
     return abs(float(cell) - value) <= 0.501 * 10.0 ** -len(cell.partition(".")[2])
 

@@ -1,6 +1,7 @@
-"""docs/questions.md tells what a user sees: each message that heads a section there is provoked here."""
+"""docs/ says what a user sees: each message that heads a section of questions.md, or stands in a table, is provoked."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,21 +21,28 @@ from rtn_tensor.kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADINGS = re.findall(r"^### `(.+)`$", (ROOT / "docs/questions.md").read_text(encoding="utf-8"), re.M)
+TABLES = re.findall(
+    r"^\|[^|\n]*\|(.*`[^|\n]*`[^|\n]*)\|$",
+    "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("load-and-save.md", "support-tables.md")),
+    re.M,
+)
+QUOTED = [message for cell in TABLES for message in re.findall(r"`([^`]+)`", cell) if ";" in message or "..." in message]
 PROVOKED: dict[str, Callable] = {}
 
 
-def provokes(*start: str) -> Callable:
-    """Of a function whose error or last warning is the message that has this in its heading."""
-    (found,) = (heading for heading in HEADINGS if all(part in heading for part in start))
+def provokes(part: str) -> Callable:
+    """Of a function whose error, last warning or return is each message that has this in it."""
+    found = [message for message in [*HEADINGS, *QUOTED] if part in message]
+    assert found, f"no page has {part}"
 
     def register(function: Callable) -> Callable:
-        PROVOKED[found] = function
+        PROVOKED.update(dict.fromkeys(found, function))
         return function
 
     return register
 
 
-@pytest.mark.parametrize("heading", HEADINGS)
+@pytest.mark.parametrize("heading", [*HEADINGS, *QUOTED])
 def test_message(heading, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(record=True) as warned:
@@ -50,7 +58,7 @@ def test_message(heading, tmp_path, monkeypatch):
 
 def test_the_most_likely_messages_are_there():
     assert len(HEADINGS) >= 20
-    assert set(HEADINGS) == set(PROVOKED)
+    assert {*HEADINGS, *QUOTED} == set(PROVOKED)
 
 
 def small() -> nn.Module:
@@ -121,6 +129,23 @@ def _(_):
 @provokes("only plain")
 def _(_):
     quantize_(small().double(), rtn_int4())
+
+
+@provokes("max_norm")
+def _(_):
+    model = nn.Sequential(nn.Embedding(64, 64, max_norm=1.0))
+    quantize_(model, rtn_int4(), filter_fn=lambda module, name: isinstance(module, nn.Embedding))
+
+
+@provokes("computes another weight")
+def _(_):
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)))
+    quantize_(model, [("0.parametrizations.weight.original1", rtn_int4())])
+
+
+@provokes("is uninitialized")
+def _(_):
+    quantize_(nn.Sequential(nn.LazyLinear(64)), rtn_int4())
 
 
 @provokes("nn.LSTM")
@@ -194,6 +219,34 @@ def _(_):
 @provokes("quantized by GPTQ")
 def _(_):
     load(folder(quantization_config={"quant_method": "gptq", "bits": 4}), rtn_int4())
+
+
+@provokes("auto_map")
+def _(_):
+    path = Path(folder(auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}, model_type="x"))
+    load(path, rtn_int4())
+
+
+@provokes("posix.system")
+def _(_):
+    class Command:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    path = Path(folder())
+    (path / "model.safetensors").unlink()
+    torch.save({"w": Command()}, path / "pytorch_model.bin")
+    load(path, rtn_int4())
+
+
+@provokes("bits=2")
+def _(_):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(64, 32))
+    quantize_(model, rtn_int4(), filter_fn=lambda module, name: name == "1")
+    save(model, "lies")
+    path = Path("lies/model.safetensors")
+    path.write_bytes(path.read_bytes().replace(rb"\"bits\": 4", rb"\"bits\": 2"))
+    load("lies", model=nn.Sequential(nn.Linear(32, 32), nn.Linear(64, 32)))
 
 
 @provokes("is quantized already; load it")
