@@ -223,7 +223,7 @@ def _(_):
 
 @provokes("auto_map")
 def _(_):
-    path = Path(folder(auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}, model_type="x"))
+    path = Path(folder(auto_map={"AutoModelForCausalLM": "own.Own"}, architectures=["Own"]))
     load(path, rtn_int4())
 
 
