@@ -1,7 +1,7 @@
 """SmolLM2-135M by other 4-bit methods, each as a bf16 transformers folder of its dequantized weights, for `benchmarks.accuracy --peer`.
 
-    python -m benchmarks.accuracy_peers gptq FOLDER    llm-compressor: symmetric, group_size 64, 4.25 bits a weight, calibrated
-    python -m benchmarks.accuracy_peers hqq FOLDER     hqq: asymmetric, group_size 64, 4.5 bits a weight, no data
+    python -m benchmarks.accuracy_peers gptq FOLDER    llm-compressor: symmetric, group_size 64, 4.25 bits per weight, calibrated
+    python -m benchmarks.accuracy_peers hqq FOLDER     hqq: asymmetric, group_size 64, 4.5 bits per weight, no data
 
 Needs llmcompressor or hqq, which may want other versions of transformers than ours, and none of our code. GPTQ is calibrated on 64 runs of
 512 tokens of the Wikipedia text, from where the 8192 tokens that `benchmarks.accuracy` measures have long ended.
