@@ -37,6 +37,10 @@ from torch._C import _is_torch_function_enabled as overrides_are_on  # noqa: F40
 # Whether a TorchDispatchMode is at work: it has to see the ops.
 from torch._C import _len_torch_dispatch_stack as modes_at_work
 from torch._C._functorch import is_batchedtensor  # noqa: F401  (a sample of vmap)
+
+# Has a function run as it stands where Dynamo would compile it by itself, and traced where what is compiled
+# calls it; `torch.compiler.disable` would break the graph there.
+from torch._dynamo.eval_frame import skip_code as never_compile_alone  # noqa: F401
 from torch.autograd import forward_ad, grad_mode, profiler
 from torch.compiler import is_compiling
 

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 
+from rtn_tensor import _torch
+
 _LOGGERS = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
 
 
@@ -24,6 +26,7 @@ HAS_NUMPY = find_spec("numpy") is not None
 try:
     import torchao.quantization
     from torchao.core.config import ALLOWED_AO_MODULES
+    from torchao.utils import TorchAOBaseTensor
 
     if HAS_NUMPY:
         import torchao.prototype.safetensors.safetensors_support
@@ -31,6 +34,10 @@ finally:
     for _logger in _LOGGERS:
         _logger.removeFilter(_drop)
 
+
+# Of a frame that it gave up (a graph break in a loop, say) Dynamo compiles each function that it calls. On
+# the one that finds our handlers Dynamo of torch 2.11 ends in an error of its own.
+_torch.never_compile_alone(TorchAOBaseTensor.__torch_function__.__code__)
 
 # torchao keeps its lists of classes to itself: none of them has a function to add one.
 
