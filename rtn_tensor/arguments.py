@@ -77,7 +77,7 @@ def _rows(op: str, name: str, x: Tensor, columns: Any, qdata: Tensor, dims: int 
     )
 
 
-def linear(x, qdata, scale, bias, bits, group_size):
+def check_linear(x, qdata, scale, bias, bits, group_size):
     torch._check(x.dim() >= 1, lambda: "rtn::linear: x has no dims; it must be [..., K]")
     k = x.shape[-1]
     _weight("linear", qdata, scale, bits, group_size, k, 2)
@@ -85,12 +85,12 @@ def linear(x, qdata, scale, bias, bits, group_size):
     _like("linear", "bias", bias, (qdata.shape[0],), qdata)
 
 
-def linear_dx(dy, qdata, scale, bits, group_size, k):
+def check_linear_dx(dy, qdata, scale, bits, group_size, k):
     _weight("linear_dx", qdata, scale, bits, group_size, k, 2)
     _rows("linear_dx", "dy", dy, qdata.shape[0], qdata)
 
 
-def grouped(x, qdata, scale, offs, bits, group_size):
+def check_grouped(x, qdata, scale, offs, bits, group_size):
     torch._check(x.dim() == 2, lambda: f"rtn::grouped: x is {list(x.shape)}; it must be [M, K]")
     k = x.shape[-1]
     _weight("grouped", qdata, scale, bits, group_size, k, 3)
@@ -98,13 +98,13 @@ def grouped(x, qdata, scale, offs, bits, group_size):
     _like("grouped", "offs", offs, (qdata.shape[0],), qdata, integer=True)
 
 
-def grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
+def check_grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
     _weight("grouped_dx", qdata, scale, bits, group_size, k, 3)
     _rows("grouped_dx", "dy", dy, qdata.shape[1], qdata, 2)
     _like("grouped_dx", "offs", offs, (qdata.shape[0],), qdata, integer=True)
 
 
-def routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
+def check_routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
     torch._check(x.dim() == 2, lambda: f"rtn::routed: x is {list(x.shape)}; it must be [T, K]")
     k = x.shape[-1]
     _weight("routed", qdata, scale, bits, group_size, k, 3)
@@ -127,12 +127,12 @@ def routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activatio
     _like("routed", "router", router, (count,), qdata)
 
 
-def embedding(indices, qdata, scale, bits, group_size, k):
+def check_embedding(indices, qdata, scale, bits, group_size, k):
     _weight("embedding", qdata, scale, bits, group_size, k, 2)
     _like("embedding", "indices", indices, indices.shape, qdata, integer=True)
 
 
-def quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
+def check_quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     check_format(bits, group_size, scale_method)
     torch._check(
         w.dim() >= 1 and w.dtype in FLOAT_DTYPES and scale_dtype in FLOAT_DTYPES,
@@ -152,7 +152,7 @@ def quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
         )
 
 
-def dequantize(qdata, scale, bits, group_size, k, dtype):
+def check_dequantize(qdata, scale, bits, group_size, k, dtype):
     _weight("dequantize", qdata, scale, bits, group_size, k)
     torch._check(
         dtype.is_floating_point, lambda: f"rtn::dequantize: dtype is {dtype}; it must be one of floats"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rtn_tensor.commands import (
-    DTYPES,
+    DTYPE_NAMES,
     FORESEEN,
     discard,
     named,
@@ -59,13 +59,13 @@ def _tasks(text: str) -> list[str]:
     return names
 
 
-def _count(text: str) -> int:
+def _positive(text: str) -> int:
     if not (text.isdecimal() and len(text) < 20) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
     return int(text)
 
 
-def _device(text: str) -> torch.device:
+def _device_argument(text: str) -> torch.device:
     try:
         return device_of(text)
     except ValueError as error:
@@ -149,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", metavar="FILE", type=_path, required=True, help="UTF-8 text")
     sub.add_argument("--window", type=int, default=1024, help="tokens the model sees at once")
     sub.add_argument("--stride", type=int, default=512, help="tokens from one window to the next")
-    sub.add_argument("--max-tokens", type=_count, help="use only the first tokens of the text")
+    sub.add_argument("--max-tokens", type=_positive, help="use only the first tokens of the text")
 
     sub = command(
         "evaluate",
@@ -170,21 +170,23 @@ def parser() -> argparse.ArgumentParser:
         type=_path,
         help="a model of which to give the recovery rate, scored on the same items",
     )
-    sub.add_argument("--limit", metavar="N", type=_count, help="use only the first items of each task")
+    sub.add_argument("--limit", metavar="N", type=_positive, help="use only the first items of each task")
     sub.add_argument(
         "--data",
         metavar="FOLDER",
         type=_path,
         help="folder of TASK.jsonl, the rows of each dataset; else they come from the hub",
     )
-    sub.add_argument("--batch-size", metavar="B", type=_count, default=8, help="options scored at once")
+    sub.add_argument("--batch-size", metavar="B", type=_positive, default=8, help="options scored at once")
     sub.add_argument(
         "--text",
         metavar="FILE",
         type=_path,
         help="UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart",
     )
-    sub.add_argument("--max-tokens", metavar="T", type=_count, help="use only the first tokens of the text")
+    sub.add_argument(
+        "--max-tokens", metavar="T", type=_positive, help="use only the first tokens of the text"
+    )
 
     sub = command("generate", run_generate, "Continue a prompt, greedily.")
     sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
@@ -197,8 +199,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command("explain", run_explain, "Say which kernel runs a layer, and why each other does not.")
     add_format(sub)
     sub.add_argument("--op", default="linear", help="linear, linear_dx, grouped, embedding, quantize, ...")
-    sub.add_argument("--device", type=_device, default="cpu", help="device of the weight")
-    sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the activations")
+    sub.add_argument("--device", type=_device_argument, default="cpu", help="device of the weight")
+    sub.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="dtype of the activations")
     sub.add_argument("--m", type=int, default=1, help="rows of activations")
     sub.add_argument("--n", type=int, default=4096, help="out_features")
     sub.add_argument("--k", type=int, default=4096, help="in_features")
@@ -226,9 +228,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add_format(sub)
     sub.add_argument(
-        "--tokens", metavar="M", type=_count, nargs="+", default=TOKENS, help="rows of activations"
+        "--tokens", metavar="M", type=_positive, nargs="+", default=TOKENS, help="rows of activations"
     )
-    sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the activations")
+    sub.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="dtype of the activations")
     sub.add_argument("--device", default="cuda", help="GPU to measure on")
     return top
 

@@ -41,7 +41,7 @@ from rtn_tensor.quantize.selection import parse_rule, rules_from_json
 from rtn_tensor.text_table import table
 from rtn_tensor.tuning import tune, tuned_folder
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 FORESEEN = OSError, ValueError, TypeError  # kinds whose messages are for a user
 
 
@@ -65,7 +65,7 @@ def progress(unit: str) -> Any:
     return lambda items: tqdm(items, unit=unit, disable=None)  # None: no bar where stderr is not a terminal
 
 
-def _load(path: str) -> Any:
+def _load_model(path: str) -> Any:
     say(f"Loading {path}")
     return load(path)
 
@@ -94,7 +94,7 @@ def _ids(tokenizer: Any, text: str, most: int | None) -> torch.Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)[:most]
 
 
-def _read(path: str, wanted: str = "--text takes a UTF-8 text file") -> str:
+def _read_text(path: str, wanted: str = "--text takes a UTF-8 text file") -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -116,7 +116,7 @@ def _rules(args: argparse.Namespace) -> Any:
         parse_rule(text, rest) for text in args.rule
     ]
     if args.rules:
-        text = _read(args.rules, "--rules takes a JSON file")
+        text = _read_text(args.rules, "--rules takes a JSON file")
         try:
             given = parse_json(text)
         except ValueError as error:
@@ -170,13 +170,13 @@ def _any_layer(name: str) -> str:
 
 
 def run_inspect(args: argparse.Namespace) -> tuple[Any, str]:
-    result = report(_load(args.path))
+    result = report(_load_model(args.path))
     return result.to_dict(), str(result)
 
 
 def run_perplexity(args: argparse.Namespace) -> tuple[Any, str]:
-    text, tokenizer = _read(args.text), _tokenizer(args.path)
-    model = _load(args.path)
+    text, tokenizer = _read_text(args.text), _tokenizer(args.path)
+    model = _load_model(args.path)
     ids = _ids(tokenizer, text, args.max_tokens)
     value = perplexity(model, ids, args.window, args.stride, progress=progress("window"))
     return {
@@ -190,7 +190,7 @@ def run_perplexity(args: argparse.Namespace) -> tuple[Any, str]:
 def run_evaluate(args: argparse.Namespace) -> tuple[Any, str]:
     if ("perplexity" in args.tasks) != bool(args.text):
         raise ValueError("the task perplexity and --text FILE go together; add the one that is missing")
-    text = _read(args.text) if args.text else ""
+    text = _read_text(args.text) if args.text else ""
     others = [task for task in args.tasks if task != "perplexity"]
     if others:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -212,7 +212,7 @@ def run_evaluate(args: argparse.Namespace) -> tuple[Any, str]:
         )
 
     def scores(i: int) -> list[Score]:
-        model, done = _load(paths[i]), []
+        model, done = _load_model(paths[i]), []
         if args.text:
             done.append(text_score("perplexity", token_losses(model, ids[i], progress=progress("window"))))
         return done + (
@@ -228,7 +228,7 @@ def run_evaluate(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def run_generate(args: argparse.Namespace) -> tuple[Any, str]:
-    model = _load(args.path)
+    model = _load_model(args.path)
     result = generate(model, _tokenizer(args.path), args.prompt, args.max_new_tokens, args.compile)
     return {"text": result.text, "tokens": result.tokens, "seconds": result.seconds}, result.text
 
@@ -237,7 +237,7 @@ def run_explain(args: argparse.Namespace) -> tuple[Any, str]:
     result = explain(
         op=args.op,
         device=args.device,
-        dtype=DTYPES[args.dtype],
+        dtype=DTYPE_NAMES[args.dtype],
         bits=args.bits,
         group_size=args.group_size,
         M=args.m,
@@ -262,7 +262,7 @@ def run_tune(args: argparse.Namespace) -> tuple[Any, str]:
         dict.fromkeys(sizes),
         args.bits,
         args.group_size,
-        DTYPES[args.dtype],
+        DTYPE_NAMES[args.dtype],
         args.tokens,
         args.device,
         progress=progress("shape"),

@@ -19,7 +19,7 @@ from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import make_problem
 from rtn_tensor.kernels.registry import choose, forget
 from rtn_tensor.registration import (
-    LIBRARY,
+    OPS,
     batch_first,
     define,
     differentiable,
@@ -360,7 +360,7 @@ def _embedding_vmap(info, in_dims, indices, qdata, scale, bits, group_size, k):
     return embedding(batch_first(info, in_dims[0], indices), qdata, scale, bits, group_size, k), 0
 
 
-torch.library.register_vmap("rtn::embedding", _embedding_vmap, lib=LIBRARY)
+torch.library.register_vmap("rtn::embedding", _embedding_vmap, lib=OPS)
 
 
 @define(
@@ -436,7 +436,7 @@ def _dequantize_vmap(info, in_dims, qdata, scale, bits, group_size, k, dtype):
     return dequantize(qdata, scale, bits, group_size, k, dtype), 0
 
 
-torch.library.register_vmap("rtn::dequantize", _dequantize_vmap, lib=LIBRARY)
+torch.library.register_vmap("rtn::dequantize", _dequantize_vmap, lib=OPS)
 
 
 # ------------------------------------------------------------- what FlopCounterMode counts

@@ -9,16 +9,16 @@ from torch import Tensor
 from rtn_tensor import arguments
 from rtn_tensor._torch import autocast_is_enabled, without_autocast
 
-LIBRARY = torch.library.Library("rtn", "DEF")
+OPS = torch.library.Library("rtn", "DEF")
 rtn_ops = torch.ops.rtn
 
 
 def define(schema: str):
     """Registers the decorated function, after a check of its arguments, as the implementation of an op on
     every backend."""
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    OPS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
-    check = getattr(arguments, name)
+    check = getattr(arguments, f"check_{name}")
 
     def register(fn):
         @functools.wraps(fn)
@@ -29,7 +29,7 @@ def define(schema: str):
             with without_autocast():  # else it redoes the fp32 products inside a kernel in its own dtype
                 return fn(*args)
 
-        LIBRARY.impl(name, dispatched(name, run), "CompositeExplicitAutograd")
+        OPS.impl(name, dispatched(name, run), "CompositeExplicitAutograd")
         return run
 
     return register
@@ -37,7 +37,7 @@ def define(schema: str):
 
 def fake(name: str):
     """Registers the decorated function as what `rtn::name` gives on fake tensors, after the same check."""
-    check = getattr(arguments, name)
+    check = getattr(arguments, f"check_{name}")
 
     def register(fn):
         @functools.wraps(fn)
@@ -45,7 +45,7 @@ def fake(name: str):
             check(*args)
             return fn(*args)
 
-        torch.library.register_fake(f"rtn::{name}", run, lib=LIBRARY)
+        torch.library.register_fake(f"rtn::{name}", run, lib=OPS)
         return run
 
     return register
@@ -92,7 +92,7 @@ def differentiable(name: str, forward, setup, backward, jvp, vmap) -> Any:
     torch.func and forward-mode AD: those refuse what register_autograd makes, or take it for a constant.
     `forward` calls the op, with the op's own parameters: Dynamo, where it gives up the frame around a
     product, traces it by itself and cannot take `*args`."""
-    torch.library.register_autograd(f"rtn::{name}", backward, setup_context=setup, lib=LIBRARY)
+    torch.library.register_autograd(f"rtn::{name}", backward, setup_context=setup, lib=OPS)
     members = {"forward": forward, "setup_context": setup, "backward": backward, "jvp": jvp, "vmap": vmap}
     return type(
         f"_{name}",

@@ -22,7 +22,7 @@ from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, tuned_folder
 Run = Callable[[], object]
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024)
 CACHE_BYTES = 200 << 20  # twice the L2 of the GPUs there are
-DENSE_FROM = 256  # rows; with fewer, dequantizing first is not worth measuring
+DENSE_ROWS = 256  # rows; with fewer, dequantizing first is not worth measuring
 
 
 def candidates(shape: Shape, gpu: Gpu) -> list[Config]:
@@ -164,7 +164,7 @@ def tune(
 
         rule = configs.by_rule(shape, gpu)
         before = measure(partial(run, rule))
-        others: list[Config | None] = [*candidates(shape, gpu), *([None] if m >= DENSE_FROM else [])]
+        others: list[Config | None] = [*candidates(shape, gpu), *([None] if m >= DENSE_ROWS else [])]
         config, seconds = fastest(
             measure, run, [config for config in others if config != rule], (rule, before)
         )
@@ -176,16 +176,16 @@ def tune(
                 "rule_microseconds": round(1e6 * before / copies, 2),
             }
         )
-    write(gpu, rows)
+    write_table(gpu, rows)
     return rows
 
 
-def write(gpu: Gpu, rows: list[dict[str, Any]]) -> None:
+def write_table(gpu: Gpu, rows: list[dict[str, Any]]) -> None:
     """Adds `rows` to the table of `gpu` in `tuned_folder()`, over those of the same shapes."""
     folder = tuned_folder()
     file = folder / gpu.file_name
-    configs.table.cache_clear()
-    configs.table(gpu.file_name)  # raises where the file is not one of ours
+    configs.tuned_table.cache_clear()
+    configs.tuned_table(gpu.file_name)  # raises where the file is not one of ours
     kept = json.loads(file.read_text())["rows"] if file.exists() else []
     new = [row["shape"] for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,6 +195,6 @@ def write(gpu: Gpu, rows: list[dict[str, Any]]) -> None:
         f'{{"gpu": {json.dumps(gpu.name)}, "triton": {json.dumps(gpu.triton)}, "rows": [\n{lines}\n]}}\n'
     )
     partial.replace(file)
-    configs.table.cache_clear()
+    configs.tuned_table.cache_clear()
     configs.configure.cache_clear()
     registry.forget()

@@ -24,7 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels.problem import bucket
 from rtn_tensor.kernels.triton import grouped_kernel, launch, linear_kernel, planes_kernel
-from rtn_tensor.kernels.triton.config import SHIPPED, Config, Gpu, Shape, configure, table
+from rtn_tensor.kernels.triton.config import SHIPPED, Config, Gpu, Shape, configure, tuned_table
 from rtn_tensor.reference import ACTIVATIONS
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -156,7 +156,7 @@ def tuned_cases() -> list[Case]:
         gpu = Gpu(file.stem.removesuffix(f"-triton-{VERSION}"), 0, 0, VERSION)
         assert gpu.file_name == file.name
         arch = next(arch for name, arch in (("H100", 90), ("H200", 90), ("GH200", 90), ("A100", 80), ("B200", 100)) if name in gpu.name)
-        for shape, config in table(file.name).items():
+        for shape, config in tuned_table(file.name).items():
             hows = LINEAR[:1] if shape.op == "linear" else GROUPED[:1]
             dtypes = [torch.float32] if shape.itemsize == 4 else [torch.bfloat16, torch.float16]
             found += [Case(arch, gpu, how, *shape[1:3], dtype, *shape[4:]) for how, dtype in product(hows, dtypes) if config]

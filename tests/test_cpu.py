@@ -30,7 +30,7 @@ _spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
 setup = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup)
 
-DTYPES = list(cpu.DTYPES)
+DTYPES = list(cpu.DTYPE_CODES)
 GROUP_SIZES = [32, 64, 96, 128, -1]
 # Tokens below, at and above a tile of every instruction set, then more than a block of them and than a block of K.
 SHAPES = [*product((0, 1, 2, 3, 12, 13, 17, 24, 25, 200), (1, 5, 33, 100), (32, 100, 576, 1000))]

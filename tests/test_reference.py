@@ -1,5 +1,7 @@
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,3 +345,16 @@ def test_embedding(bits, group_size, dtype, index_dtype):
         indices = indices.to(index_dtype)
         got = reference.embedding(indices, w.qdata, w.scale, bits, group_size, 100)
         assert torch.equal(got, table[indices])
+
+
+def test_every_kernel_searches_the_same_scales():
+    """The table stands in three languages, which share no source."""
+    kernels = Path(reference.__file__).with_name("kernels")
+    tried = re.search(r"TWENTIETHS\[TRIED\] = \{([\d, ]+)\}", (kernels / "csrc" / "planes.h").read_text())
+    assert tuple(map(int, tried[1].split(","))) == reference.SEARCHED
+    loop = re.search(
+        r"for i in tl\.static_range\(1, (\d)\):.*?HALF,\s+(20 - i if i < 5 else 21),\s+SCALE",
+        (kernels / "triton" / "planes_kernel.py").read_text(),
+        re.DOTALL,
+    )
+    assert (20, *(eval(loop[2], {"i": i}) for i in range(1, int(loop[1])))) == reference.SEARCHED

@@ -28,7 +28,7 @@ def _folder(tmp_path, monkeypatch):
 
 
 def forget():
-    configs.table.cache_clear()
+    configs.tuned_table.cache_clear()
     configs.configure.cache_clear()
     registry.forget()
 
@@ -127,7 +127,7 @@ def test_table_that_is_not_one_is_refused_by_name(tmp_path, text):
     with pytest.raises(ValueError, match=f"{file} is not a table"):
         configs.configure(SHAPE, H100)
     with pytest.raises(ValueError, match=f"{file} is not a table"):
-        tuning.write(H100, [])
+        tuning.write_table(H100, [])
     assert file.read_text() == text
 
 
@@ -165,7 +165,7 @@ def test_fastest_is_remembered_and_used(tmp_path):
     first = (tmp_path / "tuned" / gpu.file_name).read_text()
     # Another size is added, the same size replaced.
     tuning.tune([(512, 1024), (64, 64)], tokens=[4], device="cpu", measure=lambda run: 1 - wide_is_fast(run))
-    table = configs.table(gpu.file_name)
+    table = configs.tuned_table(gpu.file_name)
     assert {(s.M, s.N) for s in table} == {(4, 512), (512, 512), (4, 64)}
     assert len(json.loads((tmp_path / "tuned" / gpu.file_name).read_text())["rows"]) == 3
     assert json.loads(first)["rows"][1] in json.loads((tmp_path / "tuned" / gpu.file_name).read_text())["rows"]

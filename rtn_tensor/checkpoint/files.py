@@ -111,7 +111,7 @@ def _there(file: Path) -> bool:
     return file.exists() or file.is_symlink()
 
 
-def is_plain(name: Any) -> bool:
+def is_file_name(name: Any) -> bool:
     """Whether `name` names a file in a folder, without a way out of it."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
         return False
@@ -125,7 +125,7 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} has no weight_map of names to files; copy or download it again")
     for tensor, name in names.items():
-        if not is_plain(name):
+        if not is_file_name(name):
             raise ValueError(
                 f"{index}: weight_map gives {name!r} for {tensor}; it must be the name of a "
                 "file beside it, without a folder"
@@ -193,7 +193,7 @@ def _named_by_config(path: Path) -> list[Path] | None:
         or (name := read_json(path / "config.json").get("transformers_weights")) is None
     ):
         return None
-    if not is_plain(name) or not name.endswith((".safetensors", ".safetensors.index.json")):
+    if not is_file_name(name) or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise ValueError(
             f"{path / 'config.json'}: transformers_weights is {name!r}; it must be the name of "
             "a safetensors file beside it"

@@ -43,8 +43,10 @@ from rtn_tensor.tensor.quantized import RTNQuantizedTensor, user_attributes
 def _empty(t: Tensor, config: RTNConfig | None, transposed: bool, device: torch.device) -> Tensor:
     if config is None:
         return torch.empty(t.shape, dtype=t.dtype, device=device)
-    format = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
-    w = RTNQuantizedTensor.empty(*(t.mT if transposed else t).shape, **format, dtype=t.dtype, device=device)
+    arguments = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
+    w = RTNQuantizedTensor.empty(
+        *(t.mT if transposed else t).shape, **arguments, dtype=t.dtype, device=device
+    )
     return w.mT if transposed else w
 
 
@@ -116,7 +118,7 @@ def load(
         read_config(path)
     check_idle(model)
     pieces = _pieces(path, model, rename or {}, fuse or {})
-    places, apart = _untied(
+    places, apart = _with_own_tensors(
         list(tensors_of(model, buffers=True)), pieces, all_ties(model) if is_pretrained(model) else {}
     )
     state = {fqn: t for fqn, _, _, t in places}
@@ -158,7 +160,7 @@ def load(
     for fqn, t in state.items():
         fqns[id(t)].append(fqn)
     with together(next((ranks_of(t) for t in state.values() if held(t) is not t), None)):
-        new = _read(
+        new = _read_into(
             pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress)
         )
     put(places, new, configs, fqns if config is not None else {}, apart)
@@ -173,7 +175,7 @@ def load(
     return model
 
 
-def _untied(
+def _with_own_tensors(
     places: list[tuple[str, nn.Module, str, Tensor]], pieces: list[Piece], ties: Mapping[str, str]
 ) -> tuple[list[tuple[str, nn.Module, str, Tensor]], dict[str, list[str]]]:
     """`places`, with tensors of their own where the checkpoint has different ones for names that share one;
@@ -233,7 +235,7 @@ def without_place(path: Path, model: nn.Module) -> tuple[list[str], set[Path]]:
     }
 
 
-def _read(
+def _read_into(
     pieces: list[Piece],
     state: Mapping[str, Tensor],
     fqns: Mapping[int, list[str]],
@@ -252,7 +254,7 @@ def _read(
         old = state[piece.target]
         to = torch.device(device or ("cpu" if old.is_meta else old.device))
         if config is None and not piece.index and (piece.source.quantized or piece.source.dtype == old.dtype):
-            t = piece.source.map()
+            t = piece.source.private()
             t = t if held(old) is old else piece.cut(t, place(old)).contiguous()
             if isinstance(t, RTNQuantizedTensor):  # of what is float nothing is read here
                 check_finite(piece.source, t.scale)

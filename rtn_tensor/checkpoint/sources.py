@@ -20,7 +20,7 @@ from rtn_tensor.checkpoint.files import Entry, check_regular, parse_json, read_h
 from rtn_tensor.formats import VERSION, check_version
 from rtn_tensor.tensor import RTNQuantizedTensor
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     **{
         "F64": torch.float64,
         "F32": torch.float32,
@@ -52,16 +52,16 @@ READ_AHEAD = 128 << 10
 class Source:
     """A tensor of a checkpoint, which stays on disk.
 
-    `view` gives it to be read only, and so of no weight where a process's own memory is limited; `map` as a
-    private copy, of which only the pages that are written to take memory. `read_soon` has the system bring a
-    part of `view` into its cache meanwhile.
+    `view` gives it to be read only, and so of no weight where a process's own memory is limited; `private` as
+    a private copy, of which only the pages that are written to take memory. `read_soon` has the system bring
+    a part of `view` into its cache meanwhile.
     """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    map: Callable[[], Tensor]
+    private: Callable[[], Tensor]
     view: Callable[[], Tensor]
     read_soon: Callable[[Tensor], None] = lambda part: None
     quantized: bool = False
@@ -177,42 +177,44 @@ def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
                 formats[name] = attributes
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-    private, read_only = (
+    opened, read_only = (
         functools.cache(lambda: safe_open(file, "pt")),
         functools.cache(lambda: _ReadOnly(file)),
     )
     tensors = []
     for entry in entries:
-        if (dtype := DTYPES.get(entry.dtype)) is None:
+        if (dtype := SAFETENSORS_DTYPES.get(entry.dtype)) is None:
             raise ValueError(f"{file}: {entry.name} is {entry.dtype}, which this torch has no dtype for")
 
         def view(entry: Entry = entry, dtype: torch.dtype = dtype) -> Tensor:
             return read_only().tensor(dtype, entry.shape, entry.start)
 
-        def map(
+        def private(
             entry: Entry = entry, dtype: torch.dtype = dtype, view: Callable[[], Tensor] = view
         ) -> Tensor:
             # torch maps no tensor that begins inside an element, and kernels read planes in words of 8 bytes.
             aligned = entry.start % (8 if dtype == torch.uint8 else dtype.itemsize) == 0
-            return private().get_tensor(entry.name) if aligned else view().clone()
+            return opened().get_tensor(entry.name) if aligned else view().clone()
 
         tensors.append(
-            Source(file, entry.name, entry.shape, dtype, map, view, lambda part: read_only().read_soon(part))
+            Source(
+                file, entry.name, entry.shape, dtype, private, view, lambda part: read_only().read_soon(part)
+            )
         )
     return tensors, formats
 
 
-def _quantized(qdata: Source, scale: Source, fqn: str, attributes: dict) -> Source:
+def _quantized_source(qdata: Source, scale: Source, fqn: str, attributes: dict) -> Source:
     planes = (torch.empty(plane.shape, dtype=plane.dtype, device="meta") for plane in (qdata, scale))
     try:
         shape = RTNQuantizedTensor(*planes, **attributes).shape
     except (TypeError, ValueError) as error:
         raise ValueError(f"{qdata.file}: {fqn}: {error}") from None
 
-    def map() -> Tensor:
-        return RTNQuantizedTensor(qdata.map(), scale.map(), **attributes)
+    def private() -> Tensor:
+        return RTNQuantizedTensor(qdata.private(), scale.private(), **attributes)
 
-    return Source(qdata.file, fqn, tuple(shape), scale.dtype, map, map, quantized=True)
+    return Source(qdata.file, fqn, tuple(shape), scale.dtype, private, private, quantized=True)
 
 
 def _torch_file(file: Path) -> list[Source]:
@@ -277,7 +279,7 @@ def state_sources(state: Mapping[str, Any], file: Path) -> list[Source]:
     ]
 
 
-def _read(path: Path) -> tuple[dict[str, Source], dict[str, dict]]:
+def _read_files(path: Path) -> tuple[dict[str, Source], dict[str, dict]]:
     """The tensors as they lie in the files of a checkpoint, and the attributes of each quantized weight, by
     name."""
     found: dict[str, Source] = {}
@@ -300,7 +302,7 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
         ValueError: a file of it is truncated or corrupt, is no regular file, names a tensor that another has,
             or says of a quantized weight what its planes are not.
     """
-    found, formats = _read(Path(path))
+    found, formats = _read_files(Path(path))
     # transformers writes a tensor under the name that its model once had for it, and in the metadata as it
     # has now.
     names = {new(name): name for name in found} if formats else {}
@@ -311,7 +313,7 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
                 raise found[fqn].error(
                     f"is there twice, quantized as {qdata.name}, too; remove one of the two"
                 )
-            found[fqn] = _quantized(qdata, scale, fqn, attributes)
+            found[fqn] = _quantized_source(qdata, scale, fqn, attributes)
         elif source := qdata or scale:
             raise source.error(
                 f"is one of the two planes of {fqn}, and the other is missing; download the checkpoint again"
@@ -331,7 +333,7 @@ def tensor_names(path: str | os.PathLike) -> set[str]:
     Raises:
         FileNotFoundError, ValueError: as `sources`.
     """
-    return set(_read(Path(path))[0])
+    return set(_read_files(Path(path))[0])
 
 
 def saved_attributes(
@@ -343,7 +345,7 @@ def saved_attributes(
     Raises:
         FileNotFoundError, ValueError: as `sources`.
     """
-    found, formats = _read(Path(path))
+    found, formats = _read_files(Path(path))
     names = {name: name for name in found}
     if not {plane_names(fqn)[0] for fqn in formats} <= set(names):
         new = renaming()
@@ -352,7 +354,7 @@ def saved_attributes(
     for fqn in formats:
         qdata, scale = (found.get(names.get(plane, "")) for plane in plane_names(fqn))
         if qdata and scale:  # else the weight is shared, and saved under its other name
-            _quantized(qdata, scale, fqn, formats[fqn])
+            _quantized_source(qdata, scale, fqn, formats[fqn])
             module, _, name = qdata.name.rpartition(".")
             attributes[f"{module}.{name.removeprefix('_').removesuffix('_qdata')}"] = formats[fqn]
     return attributes

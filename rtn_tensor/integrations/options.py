@@ -48,9 +48,9 @@ def _from_environment(name: str, default: int) -> int:
 def _default_format() -> dict[str, int]:
     """What RTN_NUM_BITS and RTN_GROUP_SIZE say, or their defaults."""
     bits, group_size = _from_environment("RTN_NUM_BITS", 8), _from_environment("RTN_GROUP_SIZE", 128)
-    for name, format in (("RTN_NUM_BITS", (bits, 128)), ("RTN_GROUP_SIZE", (8, group_size))):
+    for name, asked in (("RTN_NUM_BITS", (bits, 128)), ("RTN_GROUP_SIZE", (8, group_size))):
         try:
-            rtn(*format)
+            rtn(*asked)
         except ValueError as error:
             raise ValueError(f"{name}={os.environ[name]}: {error}, or unset {name}") from None
     return {"bits": bits, "group_size": group_size}
@@ -120,7 +120,7 @@ class Options:
         found = {part: self._of_part(part, name, by_default) for part in parts or (name,)}
         if len(set(found.values())) > 1:
             each = ", ".join(
-                f"{part.rpartition('.')[2]} {describe(config)}" for part, config in found.items()
+                f"{part.rpartition('.')[2]} {format_text(config)}" for part, config in found.items()
             )
             how = (
                 "quantize the folder again with one format"
@@ -222,7 +222,7 @@ class Options:
             k = weights // rows
             groups = 1 if config.group_size == -1 else -(-k // config.group_size)
             after = rows * (FORMATS[config.bits].row_bytes(k) + groups * itemsize)
-            self._formats[describe(config)] += 1
+            self._formats[format_text(config)] += 1
         self._bytes[0] += before
         self._bytes[1] += after
 
@@ -242,7 +242,7 @@ class Options:
         )
 
 
-def describe(config: RTNConfig | None) -> str:
+def format_text(config: RTNConfig | None) -> str:
     """As in "int4 g128"."""
     if config is None:
         return "float"

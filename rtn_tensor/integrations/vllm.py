@@ -41,7 +41,7 @@ from rtn_tensor.integrations.options import (
     activation_of,
     check_cut,
     check_router,
-    describe,
+    format_text,
     has_own_output,
     is_saved,
     saved_formats,
@@ -51,7 +51,7 @@ from rtn_tensor.tensor import RTNQuantizedTensor
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows no others
 
-KERNELS = {
+ENGINE_KERNELS = {
     "rtn": "this library's",
     "vllm": "vLLM's for mixed precision: Machete or Marlin on CUDA, its own int4 on a CPU; --linear-backend "
     "names one",
@@ -70,8 +70,8 @@ class RTNQuantizationConfig(QuantizationConfig):
 
     def __init__(self, options: Options | None = None, kernel: str = "rtn"):
         super().__init__()
-        if kernel not in KERNELS:
-            allowed = ", or ".join(f"{name!r} ({whose})" for name, whose in KERNELS.items())
+        if kernel not in ENGINE_KERNELS:
+            allowed = ", or ".join(f"{name!r} ({whose})" for name, whose in ENGINE_KERNELS.items())
             raise ValueError(f"quantization_config: kernel={kernel!r} is not supported; use {allowed}")
         self.options = Options.read({}) if options is None else options
         self.kernel = kernel
@@ -197,7 +197,7 @@ class RTNQuantizationConfig(QuantizationConfig):
 # ------------------------------------------------------------------------------ parameters
 
 
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str | None = None) -> Any:
+def _empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str | None = None) -> Any:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
@@ -216,7 +216,7 @@ def _add_planes(
     `name`_qdata and `name`_scale."""
     planes = {}
     for plane, plane_shape in _plane_shapes(shape, config).items():
-        planes[plane] = _parameter(plane_shape, torch.uint8 if plane == "qdata" else dtype)
+        planes[plane] = _empty_parameter(plane_shape, torch.uint8 if plane == "qdata" else dtype)
         layer.register_parameter(f"{name}_{plane}", planes[plane])
     return planes
 
@@ -228,7 +228,7 @@ def _take_planes(layer: Any, name: str, k: int, config: RTNConfig, fqn: str) -> 
     return RTNQuantizedTensor(qdata, scale, config.bits, config.group_size, config.scale_method, k)
 
 
-def _quantized(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
+def _of_float(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
     if (
         not get_layerwise_info(layer).load_numel
         and get_current_vllm_config().load_config.load_format != "dummy"
@@ -318,7 +318,7 @@ class RTNLinearMethod(LinearMethodBase):
         if self.saved:
             w = _take_planes(layer, "_weight", self.in_features, self.config, fqn)
         else:
-            w = _quantized(layer, layer.weight.data, self.config, fqn)
+            w = _of_float(layer, layer.weight.data, self.config, fqn)
         if self.kernel is None:
             _put(layer, "weight", w, fqn, output_dim=0, input_dim=1, weight_loader=self.weight_loader)
         else:
@@ -346,7 +346,7 @@ class RTNLinearMethod(LinearMethodBase):
                 problem, "weight_packed", "weight_scale", "weight_zero_point"
             )
         except ValueError as error:
-            what = describe(self.config)
+            what = format_text(self.config)
             raise ValueError(
                 f"{self.name}: vLLM has no kernel for this layer in {what}; name it in ignore, give it "
                 "another format, or drop "
@@ -415,7 +415,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
             )
             device = "meta" if self.uses_meta_device else None
             if self.at_once:
-                format = {
+                asked = {
                     "bits": config.bits,
                     "group_size": config.group_size,
                     "scale_method": config.scale_method,
@@ -423,7 +423,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
                 _put(
                     layer,
                     f"{w}_weight",
-                    RTNQuantizedTensor.empty(*shape, **format, dtype=params_dtype),
+                    RTNQuantizedTensor.empty(*shape, **asked, dtype=params_dtype),
                     self._fqn(w),
                 )
                 parameters = [getattr(layer, f"{w}_weight")]
@@ -433,10 +433,10 @@ class RTNExpertsMethod(FusedMoEMethodBase):
                 planes["scale"].quant_method = FusedMoeWeightScaleSupported[kind].value
                 parameters = list(planes.values())
             else:
-                parameters = [_parameter(shape, params_dtype, device)]
+                parameters = [_empty_parameter(shape, params_dtype, device)]
                 layer.register_parameter(f"{w}_weight", parameters[0])
             if self.moe.has_bias:
-                parameters.append(_parameter(shape[:2], params_dtype, device))
+                parameters.append(_empty_parameter(shape[:2], params_dtype, device))
                 layer.register_parameter(f"{w}_bias", parameters[-1])
             for parameter in parameters:
                 set_weight_attrs(parameter, extra_weight_attrs)
@@ -462,7 +462,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
             if self.saved:
                 q = _take_planes(layer, f"{w}_weight", self.shapes[w][-1], config, fqn)
             else:
-                q = _quantized(layer, getattr(layer, f"{w}_weight").data, config, fqn)
+                q = _of_float(layer, getattr(layer, f"{w}_weight").data, config, fqn)
             _put(layer, f"{w}_weight", q, fqn, weight_loader=self.weight_loader)
         layer._already_called_process_weights_after_loading = True
 

@@ -18,7 +18,7 @@ from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups
 from rtn_tensor.kernels.problem import Kernel, Problem
 
 LIBRARY = Path(__file__).with_name("librtn.so")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling
 # a ctypes.Structure 4.
@@ -199,8 +199,8 @@ def _linear(
         experts,
         bits,
         group_size,
-        DTYPES[x.dtype],
-        DTYPES[scale.dtype],
+        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[scale.dtype],
         x.stride(0),
         n,
         qdata.stride(-2),
@@ -252,8 +252,8 @@ def _planes(
         *w.shape,
         bits,
         group_size,
-        DTYPES[w.dtype],
-        DTYPES[scale.dtype],
+        DTYPE_CODES[w.dtype],
+        DTYPE_CODES[scale.dtype],
         w.stride(0),
         qdata.stride(0),
         scale.stride(0),
@@ -325,7 +325,7 @@ def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_si
 def why_not(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return "It runs on the CPU only."
-    if problem.dtype not in DTYPES or problem.scale_dtype not in DTYPES:
+    if problem.dtype not in DTYPE_CODES or problem.scale_dtype not in DTYPE_CODES:
         return (
             f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of "
             f"{problem.scale_dtype}."

@@ -218,9 +218,9 @@ def plan(
     for t in targets:
         if not all(math.isfinite(cost) for cost in costs[t.fqn].values()):
             raise ValueError(
-                f"{t.fqn}: its gradients overflow in {t.parameter.dtype}; load the model in "
-                "bfloat16 or float32"
-            )  # type: ignore[union-attr]
+                f"{t.fqn}: its gradients overflow in {parameters[0].dtype}; load the model in bfloat16 or "
+                "float32"
+            )
     return Plan(bits_per_weight, replace(sizes, sensitivity=costs, tokens=tokens))
 
 

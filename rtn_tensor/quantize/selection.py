@@ -301,10 +301,10 @@ def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNCon
     Raises:
         ValueError: another form, or an unfit value.
     """
-    pattern, _, format = text.rpartition("=")
-    if pattern and format == "float":
+    pattern, _, given = text.rpartition("=")
+    if pattern and given == "float":
         return pattern, None
-    values: list[Any] = format.split(",")
+    values: list[Any] = given.split(",")
     try:
         values[:2] = map(int, values[:2])
     except ValueError:

@@ -454,11 +454,11 @@ def _as_parameter(cls: type[RTNQuantizedTensor], tensor: Tensor, attributes: dic
                 "group_size), or copy_ the tensor into "
                 "the quantized weight, which keeps its format"
             )
-        format = {
+        arguments = {
             name: attributes[name] for name in ("bits", "group_size", "scale_method") if name in attributes
         }
         turned = attributes.get("transposed", False)
-        tensor = cls.from_float(tensor.mT if turned else tensor, **format)
+        tensor = cls.from_float(tensor.mT if turned else tensor, **arguments)
         tensor = tensor.mT if turned else tensor
     new = nn.Parameter(tensor, requires_grad=False)
     vars(new).update((name, value) for name, value in attributes.items() if name not in _OWN)

@@ -34,7 +34,7 @@ def fuzz(data: bytes) -> str:
                 weight_files(Path(folder))
             else:
                 for source in sources(file).values():
-                    source.map()
+                    source.private()
                     source.view()
         except (ValueError, FileNotFoundError) as error:
             if type(error) not in (ValueError, FileNotFoundError) or folder not in str(error):  # as a JSONDecodeError, which names no file

@@ -106,9 +106,9 @@ def test_scales_that_are_no_numbers(tmp_path, value, end):
 
 def values(file):
     found = sources(file)
-    w = found[QUANTIZED].map()
+    w = found[QUANTIZED].private()
     y = torch.nn.functional.linear(torch.ones(3, 96), w)
-    return [t.flatten().tolist() for t in (w.dequantize(), y, found["0.weight"].map(), found["0.weight"].view())]
+    return [t.flatten().tolist() for t in (w.dequantize(), y, found["0.weight"].private(), found["0.weight"].view())]
 
 
 def test_planes_at_odd_addresses(tmp_path):

@@ -71,7 +71,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _untied(model: Any) -> set[str]:
+def _undone_ties(model: Any) -> set[str]:
     """The names that a new model ties, and that are not, or not all, one tensor in `model`."""
     tensors, ties = _tensors(model), all_ties(model)
 
@@ -89,12 +89,12 @@ def _untied(model: Any) -> set[str]:
     }
 
 
-def _to_write(model: Any) -> dict[str, Tensor]:
+def _state_to_write(model: Any) -> dict[str, Tensor]:
     """The tensors of a state_dict that a file must hold for a new model of this class to be filled by it: one
     of those that are tied, and each of those that are not tied any more."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    tensors, untied = _tensors(model), _untied(model)
+    tensors, untied = _tensors(model), _undone_ties(model)
     state = model.state_dict()
     first: dict[int, str] = {}
     floats: dict[str, Tensor] = {}
@@ -197,7 +197,7 @@ def _quantizer_class() -> type:
             # too.
             _set([(submodel.config, "quantization_config", None) for _, submodel in _submodels(model)])
             _set([(model.config, "quantization_config", _in_config(_quantization_config(model)))])
-            return _under_old_names(model, _to_write(model), self.conversions)
+            return _under_old_names(model, _state_to_write(model), self.conversions)
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
             dequantize_(model)

@@ -70,7 +70,7 @@ def tuned_folder() -> Path:
 
 
 @lru_cache
-def table(file_name: str) -> dict[Shape, Config | None]:
+def tuned_table(file_name: str) -> dict[Shape, Config | None]:
     """What was measured on a GPU: `None` where dequantizing the weight and multiplying it densely was faster.
 
     Raises:
@@ -169,5 +169,5 @@ def by_rule(shape: Shape, gpu: Gpu) -> Config | None:
 @lru_cache(maxsize=4096)
 def configure(shape: Shape, gpu: Gpu) -> Config | None:
     """The configuration to launch with; None: dequantize, then multiply densely."""
-    measured = table(gpu.file_name)
+    measured = tuned_table(gpu.file_name)
     return measured[shape] if shape in measured else by_rule(shape, gpu)
