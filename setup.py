@@ -1,7 +1,7 @@
 """Builds the C++ library of the CPU kernels; the rest of the project's description is in pyproject.toml.
 
-It is a plain shared library, with no Python or torch headers, so one wheel serves every version of both. Where there is no working
-compiler the installation goes on without it, and the pure-torch kernels run.
+It is a plain shared library, with no Python or torch headers, so one wheel serves every version of both.
+Where there is no working compiler the installation goes on without it, and the pure-torch kernels run.
 """
 
 import os
@@ -31,12 +31,14 @@ PORTABLE: dict[str, list[str]] = {"isa_generic.cpp": [], "rtn.cpp": [], "threads
 
 
 def sources(machine: str) -> dict[str, list[str]]:
-    """The files of the library for a `platform.machine()`, each with the flags that it alone is compiled with."""
+    """The files of the library for a `platform.machine()`, each with the flags that it alone is compiled
+    with."""
     return {str(CSRC / name): flags for name, flags in (FLAGS.get(machine, {}) | PORTABLE).items()}
 
 
 def target() -> str:
-    """The `platform.machine()` that is built for, which _PYTHON_HOST_PLATFORM changes where a compiler for another one is in CXX."""
+    """The `platform.machine()` that is built for, which _PYTHON_HOST_PLATFORM changes where a compiler for
+    another one is in CXX."""
     return sysconfig.get_platform().rpartition("-")[2]
 
 
@@ -73,8 +75,18 @@ class BuildLibrary(build_ext):
         for folder in (objects, output.parent):
             folder.mkdir(parents=True, exist_ok=True)
         compiled = compile_all([*compiler, *flags], sources(target()), objects)
-        # -lgcc: the conversions of half floats from the compiler's own archive, as libgcc_s.so.1 has them from GCC 12 on only.
-        run(*compiler, "-shared", *shlex.split(os.environ.get("LDFLAGS", "")), *compiled, "-o", str(output), "-lgcc", "-ldl")
+        # -lgcc: the conversions of half floats from the compiler's own archive, as libgcc_s.so.1 has them
+        # from GCC 12 on only.
+        run(
+            *compiler,
+            "-shared",
+            *shlex.split(os.environ.get("LDFLAGS", "")),
+            *compiled,
+            "-o",
+            str(output),
+            "-lgcc",
+            "-ldl",
+        )
 
 
 class Wheel(bdist_wheel):

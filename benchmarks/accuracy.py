@@ -1,9 +1,12 @@
-"""What SmolLM2-135M keeps of its accuracy: zero-shot tasks and perplexity on two texts, beside bf16's, item by item.
+"""What SmolLM2-135M keeps of its accuracy: zero-shot tasks and perplexity on two texts, beside bf16's, item
+by item.
 
-    python -m benchmarks.accuracy [--peer NAME=FOLDER ...] [--only NAME ...] [--limit 100] [--json FILE] [--threads 2]
+    python -m benchmarks.accuracy [--peer NAME=FOLDER ...] [--only NAME ...] [--limit 100] [--json FILE]
+    [--threads 2]
 
-Every linear layer but lm_head is quantized. A peer is a transformers folder of the same model by another method, as
-`benchmarks.accuracy_peers` makes them; it is measured as it is. Needs the extra `evaluate`, pyarrow and mwparserfromhell.
+Every linear layer but lm_head is quantized. A peer is a transformers folder of the same model by another
+method, as `benchmarks.accuracy_peers` makes them; it is measured as it is. Needs the extra `evaluate`,
+pyarrow and mwparserfromhell.
 """
 
 import argparse
@@ -58,12 +61,35 @@ def measure(model, tokenizer, limit: int) -> list[Score]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--peer", metavar="NAME=FOLDER", action="append", default=[], help="also measure this folder; may repeat")
-    parser.add_argument("--only", metavar="NAME", action="append", default=[], help="of ours, only bf16 and these; may repeat")
-    parser.add_argument("--limit", type=int, default=100, metavar="N", help="items a task; 0: perplexities only (default: 100)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write each row there when it is done; others in it are kept")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--peer",
+        metavar="NAME=FOLDER",
+        action="append",
+        default=[],
+        help="also measure this folder; may repeat",
+    )
+    parser.add_argument(
+        "--only", metavar="NAME", action="append", default=[], help="of ours, only bf16 and these; may repeat"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=100,
+        metavar="N",
+        help="items a task; 0: perplexities only (default: 100)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write each row there when it is done; others in it are kept",
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
@@ -72,7 +98,11 @@ def main() -> None:
     ours = ["bf16", *(name for name in (*UNIFORM, *PLANS) if not args.only or name in args.only)]
     folders = dict.fromkeys(ours, str(smollm2())) | dict(peer.split("=", 1) for peer in args.peer)
     about = {"machine": machine(), "model": "SmolLM2-135M-Instruct"}
-    about |= {"tokens": {name: tokens for name, (_, tokens) in TEXTS.items()}, "window": WINDOW, "stride": STRIDE}
+    about |= {
+        "tokens": {name: tokens for name, (_, tokens) in TEXTS.items()},
+        "window": WINDOW,
+        "stride": STRIDE,
+    }
     kept = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     results, reference = {row["weights"]: row for row in kept}, None
     for name, folder in folders.items():
@@ -86,7 +116,12 @@ def main() -> None:
         scores = measure(model, tokenizer, args.limit)
         reference = reference or scores
         print(show(scores, reference), flush=True)
-        row = {"weights": name, "bits_per_weight": bits, "limit": args.limit, "scores": rows(scores, reference)}
+        row = {
+            "weights": name,
+            "bits_per_weight": bits,
+            "limit": args.limit,
+            "scores": rows(scores, reference),
+        }
         row["seconds"] = time.perf_counter() - started
         if args.limit:
             row["average_recovery"], row["average_recovery_stderr"] = average_recovery(scores, reference)

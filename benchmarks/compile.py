@@ -1,9 +1,11 @@
-"""What a compiled call costs around the products: a 4-layer Llama so small that it computes next to nothing, by what its weights are.
+"""What a compiled call costs around the products: a 4-layer Llama so small that it computes next to nothing,
+by what its weights are.
 
     python -m benchmarks.compile [--json FILE] [--turns 30]
 
-float: plain parameters, torch's own products. planes: the quantized product on plain tensors, which is what quantized weights are once
-unwrapped. quantized: `RTNQuantizedTensor` parameters. Quantized over planes is the cost of the tensor subclass: its guards and unwrapping.
+float: plain parameters, torch's own products. planes: the quantized product on plain tensors, which is what
+quantized weights are once unwrapped. quantized: `RTNQuantizedTensor` parameters. Quantized over planes is the
+cost of the tensor subclass: its guards and unwrapping.
 """
 
 import argparse
@@ -64,7 +66,8 @@ def models() -> dict[str, nn.Module]:
 
 
 def measure(mode: str, turns: int, calls: int = 100) -> dict:
-    """Microseconds a call, each kind's median over `turns`, the three in turn; ratios are medians of those within a turn."""
+    """Microseconds a call, each kind's median over `turns`, the three in turn; ratios are medians of those
+    within a turn."""
     ids = torch.tensor([[3]])
 
     def seconds(run: Callable) -> float:
@@ -79,7 +82,10 @@ def measure(mode: str, turns: int, calls: int = 100) -> dict:
         for run in compiled.values():
             seconds(run)
         times = [{name: seconds(run) for name, run in compiled.items()} for _ in range(turns)]
-    row = {"mode": mode, "weights": sum(isinstance(p, RTNQuantizedTensor) for p in every["quantized"].parameters())}
+    row = {
+        "mode": mode,
+        "weights": sum(isinstance(p, RTNQuantizedTensor) for p in every["quantized"].parameters()),
+    }
     for name in compiled:
         row[f"{name}_us"] = 1e6 * statistics.median(t[name] for t in times)
     for base in ("float", "planes"):
@@ -88,9 +94,15 @@ def measure(mode: str, turns: int, calls: int = 100) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--turns", type=int, default=30, metavar="R", help="of which the medians are taken (default: 30)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compile", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--turns", type=int, default=30, metavar="R", help="of which the medians are taken (default: 30)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -99,11 +111,19 @@ def main() -> None:
     print(
         table(
             headers,
-            [[f"{v:.2f}" if k.startswith("over") else f"{v:.0f}" if k.endswith("us") else str(v) for k, v in r.items()] for r in rows],
+            [
+                [
+                    f"{v:.2f}" if k.startswith("over") else f"{v:.0f}" if k.endswith("us") else str(v)
+                    for k, v in r.items()
+                ]
+                for r in rows
+            ],
         )
     )
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "turns": args.turns, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": machine(), "turns": args.turns, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

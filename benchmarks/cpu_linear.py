@@ -1,13 +1,17 @@
-"""Linear layers on the CPU: every kernel of ours, torch's own int4 and int8, torchao's, and the dense layer, in one run.
+"""Linear layers on the CPU: every kernel of ours, torch's own int4 and int8, torchao's, and the dense layer,
+in one run.
 
-    python -m benchmarks.cpu_linear [--json FILE] [--shapes 4096x4096,...] [--tokens 1,4,...] [--dtypes bfloat16,...] [--threads 2]
+    python -m benchmarks.cpu_linear [--json FILE] [--shapes 4096x4096,...] [--tokens 1,4,...] [--dtypes
+    bfloat16,...] [--threads 2]
 
-Each call takes the next of several weights, which together do not fit the last-level cache, as the layers of a model would. The peers take
-turns, each with a few calls in a row, of which the first half, which find what the peer before left behind, are not counted (after the
-dense layer, rtn int4 takes 0.62 ms at its first call and 0.44 from the eighth on). A ratio is the median over turns of dense time / own
-time, so that a slow moment of the machine hits all alike.
+Each call takes the next of several weights, which together do not fit the last-level cache, as the layers of
+a model would. The peers take turns, each with a few calls in a row, of which the first half, which find what
+the peer before left behind, are not counted (after the dense layer, rtn int4 takes 0.62 ms at its first call
+and 0.44 from the eighth on). A ratio is the median over turns of dense time / own time, so that a slow moment
+of the machine hits all alike.
 
-Then the way in: a layer so small that what Python does around the kernel is what is measured, layer by layer of the library.
+Then the way in: a layer so small that what Python does around the kernel is what is measured, layer by layer
+    of the library.
 """
 
 import argparse
@@ -58,7 +62,10 @@ def aten_int4(w: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def aten_int8(w: Tensor) -> Callable[[Tensor], Tensor]:
-    q, scale = torch.randint(-128, 127, w.shape, dtype=torch.int8), torch.full((w.shape[0],), 0.01, dtype=w.dtype)
+    q, scale = (
+        torch.randint(-128, 127, w.shape, dtype=torch.int8),
+        torch.full((w.shape[0],), 0.01, dtype=w.dtype),
+    )
     return lambda x: torch.ops.aten._weight_int8pack_mm(x, q, scale)
 
 
@@ -123,20 +130,31 @@ def measure(dtype: torch.dtype, n: int, k: int, tokens: list[int], turns: int) -
         for name, own in seconds.items():
             ratio = statistics.median(d / s for d, s in zip(seconds["dense"], own, strict=True))
             rows.append(
-                {"dtype": str(dtype)[6:], "N": n, "K": k, "M": m, "kernel": name, "seconds": statistics.median(own), "over_dense": ratio}
+                {
+                    "dtype": str(dtype)[6:],
+                    "N": n,
+                    "K": k,
+                    "M": m,
+                    "kernel": name,
+                    "seconds": statistics.median(own),
+                    "over_dense": ratio,
+                }
             )
     return rows
 
 
 @torch.inference_mode()
 def way_in(turns: int) -> dict[str, float]:
-    """Microseconds of `F.linear` on a bf16 x [1, 576] and weight [576, 576], one thread; and of each of its parts."""
+    """Microseconds of `F.linear` on a bf16 x [1, 576] and weight [576, 576], one thread; and of each of its
+    parts."""
     w, x = torch.randn(576, 576, dtype=torch.bfloat16), torch.randn(1, 576, dtype=torch.bfloat16)
     q = rtn_tensor.RTNQuantizedTensor.from_float(w, 4, 128)
     planes = (q.qdata, q.scale, None, 4, 128)
     y = torch.empty(1, 576, dtype=torch.bfloat16)
     numbers = [1, 576, 576, 1, 4, 128, 1, 1, 576, 576, q.qdata.stride(0), 0, q.scale.stride(0), 0, 1]
-    packed = cpu._LINEAR.pack(x.data_ptr(), q.qdata.data_ptr(), q.scale.data_ptr(), 0, y.data_ptr(), 0, *numbers)
+    packed = cpu._LINEAR.pack(
+        x.data_ptr(), q.qdata.data_ptr(), q.scale.data_ptr(), 0, y.data_ptr(), 0, *numbers
+    )
     parts = {
         "dense F.linear": lambda: F.linear(x, w),
         "F.linear": lambda: F.linear(x, q),
@@ -165,24 +183,45 @@ def show(rows: list[dict], read: float) -> None:
         mine = [r for r in rows if (r["dtype"], r["N"], r["K"]) == key]
         by = {(r["kernel"], r["M"]): r for r in mine}
         lines = [
-            [name, *(f"{by[name, m]['over_dense']:.2f}" for m in tokens), f"{by[name, tokens[0]]['seconds'] * 1e3:.3f}"]
+            [
+                name,
+                *(f"{by[name, m]['over_dense']:.2f}" for m in tokens),
+                f"{by[name, tokens[0]]['seconds'] * 1e3:.3f}",
+            ]
             for name in dict.fromkeys(r["kernel"] for r in mine)
         ]
-        print(f"\n{key[0]}, weight [{key[1]}, {key[2]}]: times as fast as dense, by rows of x; and ms at M = {tokens[0]}")
+        print(
+            f"\n{key[0]}, weight [{key[1]}, {key[2]}]: times as fast as dense, by rows of x; and ms at M = "
+            f"{tokens[0]}"
+        )
         print(table(["kernel", *(f"M={m}" for m in tokens), "ms"], lines), flush=True)
         if (fastest := by.get(("rtn int4 g128", 1))) is not None:
             rate = key[1] * key[2] * (4 / 8 + getattr(torch, key[0]).itemsize / 128) / fastest["seconds"]
-            print(f"rtn int4 g128 at M = 1 reads {rate / 1e9:.1f} GB/s of weights, {rate / read:.0%} of the streaming read")
+            print(
+                f"rtn int4 g128 at M = 1 reads {rate / 1e9:.1f} GB/s of weights, {rate / read:.0%} of the "
+                "streaming read"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_linear", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_linear", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--shapes", default=SHAPES, metavar="NxK,...", help=f"weights (default: {SHAPES})")
     parser.add_argument("--tokens", default=TOKENS, metavar="M,...", help=f"rows of x (default: {TOKENS})")
-    parser.add_argument("--dtypes", default=DTYPES, metavar="DTYPE,...", help=f"of x and of the dense weight (default: {DTYPES})")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
+    parser.add_argument(
+        "--dtypes",
+        default=DTYPES,
+        metavar="DTYPE,...",
+        help=f"of x and of the dense weight (default: {DTYPES})",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
+    )
     parser.add_argument("--turns", type=int, default=5, metavar="R", help="turns counted (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
@@ -190,7 +229,8 @@ def main() -> None:
     read = streaming_read(args.threads)
     about = machine() | {"instruction_set": cpu.isa(), "streaming_read_GB_per_s": read / 1e9}
     print(
-        f"{about['cpu']}, {args.threads} threads, torch {about['torch']}, {about['instruction_set']}; streaming read {read / 1e9:.1f} GB/s"
+        f"{about['cpu']}, {args.threads} threads, torch {about['torch']}, {about['instruction_set']}; "
+        f"streaming read {read / 1e9:.1f} GB/s"
     )
     tokens = [int(m) for m in args.tokens.split(",")]
     rows = []
@@ -204,7 +244,10 @@ def main() -> None:
     print("\nThe way in, bf16 x [1, 576] and weight [576, 576], 1 thread, each part with all below it")
     print(table(["", "us"], [[name, f"{us:.1f}"] for name, us in door.items()]))
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "turns": args.turns, "way_in_us": door, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": about, "turns": args.turns, "way_in_us": door, "rows": rows}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

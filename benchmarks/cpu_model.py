@@ -1,9 +1,11 @@
-"""SmolLM2-135M end to end on the CPU: prefill of 512 tokens and greedy decoding at batch 1, eager (by transformers) and compiled.
+"""SmolLM2-135M end to end on the CPU: prefill of 512 tokens and greedy decoding at batch 1, eager (by
+transformers) and compiled.
 
     python -m benchmarks.cpu_model [--llama PYTHON] [--json FILE] [--threads 2] [--new-tokens 48] [--runs 5]
 
-Every linear layer is quantized, and the embedding, which is lm_head too. PYTHON is an interpreter that has `llama-cpp-python`, for
-llama.cpp's numbers from the same weights, in turn with ours. Compiling takes some minutes a row.
+Every linear layer is quantized, and the embedding, which is lm_head too. PYTHON is an interpreter that has
+`llama-cpp-python`, for llama.cpp's numbers from the same weights, in turn with ours. Compiling takes some
+minutes a row.
 """
 
 import argparse
@@ -31,7 +33,11 @@ from rtn_tensor.kernels import cpu
 from rtn_tensor.text_table import table
 
 Run = Callable[[], float]  # tokens per second
-CONFIGS = {"bf16": (None, "BF16"), "int8 g128": (rtn_int8(group_size=128), "Q8_0"), "int4 g32": (rtn_int4(group_size=32), "Q4_0")}
+CONFIGS = {
+    "bf16": (None, "BF16"),
+    "int8 g128": (rtn_int8(group_size=128), "Q8_0"),
+    "int4 g32": (rtn_int4(group_size=32), "Q4_0"),
+}
 PROMPT = 512
 
 
@@ -42,7 +48,11 @@ def decode_by_transformers(model, new_tokens: int) -> Run:
     def run() -> float:
         started = time.perf_counter()
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False
+            ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
         )
         return (out.shape[1] - ids.shape[1]) / (time.perf_counter() - started)
 
@@ -88,7 +98,9 @@ class LlamaCpp:
         script = str(Path(__file__).with_name("llama_cpp_model.py"))
         command = [python, script, str(smollm2_gguf()), *map(str, (threads, PROMPT, new_tokens))]
         self.said = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said)
+        self.process = subprocess.Popen(
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said
+        )
         self.version = self._line()
 
     def _line(self) -> str:
@@ -114,26 +126,48 @@ def measure(name: str, new_tokens: int, runs: int, llama: LlamaCpp | None) -> li
     rows = []
     for what, prepare in MEASURES.items():
         ours = prepare(model, new_tokens)
-        peers = {"ours": ours} | ({"llama.cpp": lambda what=what: llama(f"{what.split()[0]} {peer}")} if llama else {})
+        peers = {"ours": ours} | (
+            {"llama.cpp": lambda what=what: llama(f"{what.split()[0]} {peer}")} if llama else {}
+        )
         turns = [{who: run() for who, run in peers.items()} for _ in range(runs + 1)][1:]
-        rows.append({"weights": name, "what": what, "peer": peer} | {who: statistics.median(t[who] for t in turns) for who in peers})
-        print("      " + ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
+        rows.append(
+            {"weights": name, "what": what, "peer": peer}
+            | {who: statistics.median(t[who] for t in turns) for who in peers}
+        )
+        print(
+            "      " + ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else v for k, v in rows[-1].items()),
+            flush=True,
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_model", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_model", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--llama", metavar="PYTHON", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
-    parser.add_argument("--new-tokens", type=int, default=48, metavar="N", help="tokens to generate (default: 48)")
-    parser.add_argument("--runs", type=int, default=5, metavar="R", help="of which the median is taken (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=48, metavar="N", help="tokens to generate (default: 48)"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5, metavar="R", help="of which the median is taken (default: 5)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     about = machine() | {"instruction_set": cpu.isa()}
-    print(f"SmolLM2-135M, {about['cpu']}, {args.threads} threads, torch {about['torch']}, {about['instruction_set']}", flush=True)
+    print(
+        f"SmolLM2-135M, {about['cpu']}, {args.threads} threads, torch {about['torch']}, "
+        f"{about['instruction_set']}",
+        flush=True,
+    )
     llama = LlamaCpp(args.llama, args.threads, args.new_tokens) if args.llama else None
     rows = [row for name in CONFIGS for row in measure(name, args.new_tokens, args.runs, llama)]
     headers = ["weights", "what", "ours", *(["llama.cpp", "its weights", "ratio"] if llama else [])]
@@ -141,12 +175,22 @@ def main() -> None:
     lines = [[r["weights"], r["what"], f"{r['ours']:.1f}"] for r in rows]
     if llama:
         lines = [
-            [*line, f"{r['llama.cpp']:.1f}", r["peer"], f"{r['ours'] / r['llama.cpp']:.2f}"] for line, r in zip(lines, rows, strict=True)
+            [*line, f"{r['llama.cpp']:.1f}", r["peer"], f"{r['ours'] / r['llama.cpp']:.2f}"]
+            for line, r in zip(lines, rows, strict=True)
         ]
     print(table(headers, lines))
     if args.json:
         args.json.write_text(
-            json.dumps({"machine": about, "runs": args.runs, "llama_cpp": llama.version if llama else None, "rows": rows}, indent=1) + "\n"
+            json.dumps(
+                {
+                    "machine": about,
+                    "runs": args.runs,
+                    "llama_cpp": llama.version if llama else None,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
         )
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.demo [--tokens N] [--new-tokens N] [--json FILE]
 
-Every linear layer of SmolLM2-135M-Instruct is quantized but `lm_head`, which shares its weight with the embedding.
+Every linear layer of SmolLM2-135M-Instruct is quantized but `lm_head`, which shares its weight with the
+embedding.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def is_linear_layer(module: nn.Module, fqn: str) -> bool:
 
 
 class CountLinear(TorchDispatchMode):
-    """Counts the calls of `rtn::linear`: a layer that fell back to a float weight would give right numbers too."""
+    """Counts the calls of `rtn::linear`: a layer that fell back to a float weight would give right numbers
+    too."""
 
     calls = 0
 
@@ -87,16 +89,36 @@ def at_least(lowest: int, text: str) -> int:
 
 def main() -> None:
     started = time.perf_counter()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tokens", type=partial(at_least, 2), default=8192, metavar="N", help="tokens of text to score (default: 8192)")
-    parser.add_argument("--new-tokens", type=partial(at_least, 1), default=48, metavar="N", help="most tokens to generate (default: 48)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--tokens",
+        type=partial(at_least, 2),
+        default=8192,
+        metavar="N",
+        help="tokens of text to score (default: 8192)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=partial(at_least, 1),
+        default=48,
+        metavar="N",
+        help="most tokens to generate (default: 48)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
+    )
     args = parser.parse_args()
 
     transformers.utils.logging.disable_progress_bar()
     about = machine()
     print(f"rtn-tensor on {about['cpu']}, {about['cores']} cores, torch {about['torch']}")
-    how = "Loading" if MODEL.exists() and TEXT.exists() else "Downloading (97 MB, once, into .cache) and loading"
+    how = (
+        "Loading"
+        if MODEL.exists() and TEXT.exists()
+        else "Downloading (97 MB, once, into .cache) and loading"
+    )
     print(f"[1/3] {how} SmolLM2-135M-Instruct and the text", flush=True)
     folder, text = smollm2(), state_of_the_union()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -104,7 +126,8 @@ def main() -> None:
     # Ten characters are more than a token has on average, and all 12 million would take a while.
     input_ids = torch.tensor(tokenizer(text[: 10 * args.tokens])["input_ids"][: args.tokens])
 
-    what = f"perplexity over the first {input_ids.numel()} tokens of the State of the Union speeches, and greedy decoding"
+    tokens = f"the first {input_ids.numel()} tokens of the State of the Union speeches"
+    what = f"perplexity over {tokens}, and greedy decoding"
     print(f"[2/3] Measuring {what}", flush=True)
     rows = []
     for name in CONFIGS:
@@ -113,7 +136,10 @@ def main() -> None:
         ran = f", {rows[-1]['quantized_layers']} quantized layers" if CONFIGS[name] else ""
         print(f"      {name}: {time.perf_counter() - clock:.0f} s{ran}", flush=True)
 
-    print(f"[3/3] Results (bits/weight: linear layers, with scales; perplexity: lower is better, window {WINDOW}, stride {STRIDE})\n")
+    print(
+        "[3/3] Results (bits/weight: linear layers, with scales; perplexity: lower is better, window "
+        f"{WINDOW}, stride {STRIDE})\n"
+    )
     columns = {
         "model MB": lambda r: f"{r['model_bytes'] / 1e6:.1f}",
         "linears MB": lambda r: f"{r['linear_bytes'] / 1e6:.1f}",
@@ -121,14 +147,21 @@ def main() -> None:
         "perplexity": lambda r: f"{r['perplexity']:.3f}",
         "tokens/s": lambda r: f"{r['tokens_per_second']:.1f}",
     }
-    print(table(["weights", *columns], [[r["weights"], *(show(r) for show in columns.values())] for r in rows]))
+    print(
+        table(["weights", *columns], [[r["weights"], *(show(r) for show in columns.values())] for r in rows])
+    )
     print(f'\n"{PROMPT}"')
     for r in rows:
         print(f"  {r['weights']}: {' '.join(r['text'].split())}")
     seconds = time.perf_counter() - started
     print(f"\nTook {seconds:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "tokens": input_ids.numel(), "rows": rows, "seconds": seconds}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps(
+                {"machine": about, "tokens": input_ids.numel(), "rows": rows, "seconds": seconds}, indent=2
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python -m benchmarks.distributed [SECTION ...] [--json FILE] [--threads 2] [--runs 3]
 
-refresh: fresh bf16 weights, as a trainer sends them after each of its steps, into a model that is quantized, compiled and answering: by
-`copy_`, and by building and quantizing another model. Of the ways to build one, the constructor fills it with random numbers first;
-on meta it is only its weights and `quantize_`. The ways take turns; medians.
+refresh: fresh bf16 weights, as a trainer sends them after each of its steps, into a model that is quantized,
+compiled and answering: by `copy_`, and by building and quantizing another model. Of the ways to build one,
+the constructor fills it with random numbers first; on meta it is only its weights and `quantize_`. The ways
+take turns; medians.
 
-fsdp2: a stack of Llama-shaped MLPs on two gloo ranks of this machine, one thread each, in bf16, int8 and int4: bytes that a rank sends and
-receives to gather the weights of a forward pass, and seconds of one and of a training step (forward and backward, to adapters below).
+fsdp2: a stack of Llama-shaped MLPs on two gloo ranks of this machine, one thread each, in bf16, int8 and
+int4: bytes that a rank sends and receives to gather the weights of a forward pass, and seconds of one and of
+a training step (forward and backward, to adapters below).
 """
 
 import argparse
@@ -31,9 +33,15 @@ from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4
 from rtn_tensor.kernels import cpu
 from rtn_tensor.text_table import table
 
-# ------------------------------------------------------------------------------------------- refresh
+# ---------------------------------------------------------------------------------- refresh
 
-LLAMA = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "vocab_size": 32000, "num_hidden_layers": 8}
+LLAMA = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "vocab_size": 32000,
+    "num_hidden_layers": 8,
+}
 IDS = torch.arange(16)[None]
 
 
@@ -66,14 +74,21 @@ def refresh(runs: int) -> list[dict]:
         return live
 
     def fresh() -> dict:
-        return {name: torch.empty(p.shape, dtype=torch.bfloat16).normal_(std=0.02) for name, p in empty.state_dict().items()}
+        return {
+            name: torch.empty(p.shape, dtype=torch.bfloat16).normal_(std=0.02)
+            for name, p in empty.state_dict().items()
+        }
 
     with torch.device("meta"):
         empty = LlamaForCausalLM(config)
     live = on_meta(fresh())
     compiled = torch.compile(live)
     compiled(IDS, use_cache=False)
-    ways = {"copy_ into the live model": copy, "built on meta, assigned, quantize_": on_meta, "built, loaded, quantize_": by_constructor}
+    ways = {
+        "copy_ into the live model": copy,
+        "built on meta, assigned, quantize_": on_meta,
+        "built, loaded, quantize_": by_constructor,
+    }
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for _ in range(runs):
         state = fresh()
@@ -93,15 +108,20 @@ def refresh(runs: int) -> list[dict]:
     rows = []
     for way, times in found.items():
         took, answering = (statistics.median(column) for column in zip(*times, strict=True))
-        rows.append({"way": way, "parameters": total, "quantized": packed, "seconds": took, "answering": answering})
+        rows.append(
+            {"way": way, "parameters": total, "quantized": packed, "seconds": took, "answering": answering}
+        )
     ours = rows[0]
     print(f"refresh of {total / 1e6:.0f} M parameters, {packed / 1e6:.0f} M of them in int4")
-    columns = [[r["way"], *(f"{r[key]:.2f} ({r[key] / ours[key]:.1f})" for key in ("seconds", "answering"))] for r in rows]
+    columns = [
+        [r["way"], *(f"{r[key]:.2f} ({r[key] / ours[key]:.1f})" for key in ("seconds", "answering"))]
+        for r in rows
+    ]
     print(table(["way", "seconds (times ours)", "until the compiled model answers"], columns))
     return rows
 
 
-# ------------------------------------------------------------------------------------------- FSDP2
+# ----------------------------------------------------------------------------------- FSDP2
 
 RANKS, WIDTH, INNER, BLOCKS, TOKENS = 2, 2048, 5632, 4, 64
 KINDS = {"bf16": None, "int8, group_size 128": rtn(8), "int4, group_size 128": rtn(4)}
@@ -160,7 +180,9 @@ def _rank(rank: int, folder: str, runs: int, results) -> None:
 def fsdp2(runs: int) -> list[dict]:
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(_rank, (folder, runs, results), nprocs=RANKS, join=False, start_method="spawn")
+        context = mp.start_processes(
+            _rank, (folder, runs, results), nprocs=RANKS, join=False, start_method="spawn"
+        )
         found = results.get()
         while not context.join():  # type: ignore[union-attr]
             pass
@@ -178,22 +200,40 @@ def fsdp2(runs: int) -> list[dict]:
         ]
         for r in rows
     ]
-    print(table(["weights", "MB gathered (of bf16)", "s a forward (times as fast)", "s a step (times as fast)"], columns))
+    print(
+        table(
+            ["weights", "MB gathered (of bf16)", "s a forward (times as fast)", "s a step (times as fast)"],
+            columns,
+        )
+    )
     return rows
 
 
-# ------------------------------------------------------------------------------------------- all
+# ------------------------------------------------------------------------------------- all
 
 SECTIONS = {"refresh": refresh, "fsdp2": fsdp2}
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
-    parser.add_argument("--runs", type=int, default=3, metavar="R", help="of which the median is taken (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows, machine and versions there; other sections stay")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distributed", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, metavar="R", help="of which the median is taken (default: 3)"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write rows, machine and versions there; other sections stay",
+    )
     args = parser.parse_args()
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
@@ -202,7 +242,11 @@ def main() -> None:
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for name in args.sections or SECTIONS:
         rows = SECTIONS[name](args.runs)
-        results[name] = {"machine": machine() | {"instruction_set": cpu.isa()}, "runs": args.runs, "rows": rows}
+        results[name] = {
+            "machine": machine() | {"instruction_set": cpu.isa()},
+            "runs": args.runs,
+            "rows": rows,
+        }
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,9 +1,12 @@
-"""The Triton kernels on an NVIDIA GPU: whether they are right, and how fast, beside cuBLAS and the kernels of other libraries.
+"""The Triton kernels on an NVIDIA GPU: whether they are right, and how fast, beside cuBLAS and the kernels of
+other libraries.
 
-    python benchmarks/gpu.py [--json FILE] [--seconds 540] [--only correctness,linear,...] [--shapes 4096x4096,...] [--tokens 1,16,...]
+    python benchmarks/gpu.py [--json FILE] [--seconds 540] [--only correctness,linear,...] [--shapes
+    4096x4096,...] [--tokens 1,16,...]
 
-What matters most is done first, and what there was no time for is said. All that runs on the GPU does so in processes of its own; the
-peers that are not installed are left out. The exit status is 1 where a result is wrong, 2 where there is no CUDA GPU.
+What matters most is done first, and what there was no time for is said. All that runs on the GPU does so in
+processes of its own; the peers that are not installed are left out. The exit status is 1 where a result is
+wrong, 2 where there is no CUDA GPU.
 """
 
 import argparse
@@ -16,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests") if str(path) not in sys.path]  # tests: for bounds.py
+# tests: for bounds.py.
+sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests") if str(path) not in sys.path]
 
 import torch  # noqa: E402
 
@@ -72,7 +76,9 @@ def timing_jobs(shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> lis
 
 
 def no_results() -> Results:
-    lists: dict[str, list] = {name: [] for name in ("linear", "moe", "model", "load", "errors", "skipped", "jobs", "targets")}
+    lists: dict[str, list] = {
+        name: [] for name in ("linear", "moe", "model", "load", "errors", "skipped", "jobs", "targets")
+    }
     return {"machine": {}, "ceilings": {}, "correctness": {"passed": 0, "skipped": 0, "failed": []}, **lists}
 
 
@@ -95,7 +101,8 @@ def write(results: Results, file: Path) -> None:
 
 
 def into(results: Results, file: Path | None = None) -> Tell:
-    """Puts what is told in its place in `results`, prints what one wants to see at once, and writes `file` after each job."""
+    """Puts what is told in its place in `results`, prints what one wants to see at once, and writes `file`
+    after each job."""
 
     def tell(job: Job, kind: str, what: Any) -> None:
         about = {"section": job.section, "name": job.name}
@@ -118,7 +125,9 @@ def into(results: Results, file: Path | None = None) -> Tell:
             if file:
                 write(results, file)
         else:
-            results["errors" if kind == "error" else "skipped"].append(about | {"error" if kind == "error" else "why": what})
+            results["errors" if kind == "error" else "skipped"].append(
+                about | {"error" if kind == "error" else "why": what}
+            )
             print(f"{job.section}, {job.name}: {kind}: {what}", flush=True)
 
     return tell
@@ -127,7 +136,9 @@ def into(results: Results, file: Path | None = None) -> Tell:
 def sizes(text: str) -> list[tuple[int, int]]:
     found = [re.fullmatch(r"(\d+)x(\d+)", part) for part in text.split(",")]
     if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not sizes as 4096x4096,8192x8192 (out_features x in_features)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not sizes as 4096x4096,8192x8192 (out_features x in_features)"
+        )
     return [(int(match[1]), int(match[2])) for match in found if match]
 
 
@@ -145,12 +156,31 @@ def sections(text: str) -> list[str]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python benchmarks/gpu.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all numbers (default: benchmarks/results/gpu-NAME.json)")
-    parser.add_argument("--seconds", type=float, default=540, metavar="S", help="for everything (default: 540)")
-    parser.add_argument("--only", type=sections, default=SECTIONS, metavar="SECTION,...", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--shapes", type=sizes, default=SHAPES, metavar="NxK,...", help=f"weights (default: {SHAPES})")
-    parser.add_argument("--tokens", type=numbers, default=TOKENS, metavar="M,...", help=f"rows of x (default: {TOKENS})")
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/gpu.py", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where to write all numbers (default: benchmarks/results/gpu-NAME.json)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=540, metavar="S", help="for everything (default: 540)"
+    )
+    parser.add_argument(
+        "--only",
+        type=sections,
+        default=SECTIONS,
+        metavar="SECTION,...",
+        help=f"of {', '.join(SECTIONS)} (default: all)",
+    )
+    parser.add_argument(
+        "--shapes", type=sizes, default=SHAPES, metavar="NxK,...", help=f"weights (default: {SHAPES})"
+    )
+    parser.add_argument(
+        "--tokens", type=numbers, default=TOKENS, metavar="M,...", help=f"rows of x (default: {TOKENS})"
+    )
     return parser.parse_args(argv)
 
 
@@ -160,7 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("There is no CUDA GPU here that this torch can use; nothing was measured.", file=sys.stderr)
         return 2
     budget, results, worker = Budget(args.seconds), no_results(), Worker()
-    run([Job("machine", "about", "benchmarks.gpu_time:about", {}, least=0, most=60)], worker, budget, into(results))
+    run(
+        [Job("machine", "about", "benchmarks.gpu_time:about", {}, least=0, most=60)],
+        worker,
+        budget,
+        into(results),
+    )
     name = re.sub("[^A-Za-z0-9]+", "-", results["machine"].get("gpu", "unknown")).strip("-")
     file = args.json or ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -169,10 +204,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers = [Worker(gpu_check.ENVIRONMENT) for _ in range(max(1, min(12, (os.cpu_count() or 1) - 2)))]
         part = Budget(CORRECTNESS * budget.left() if len(args.only) > 1 else budget.left())
         run_together(gpu_check.jobs(args.shapes, args.tokens, MOE_TOKENS), workers, part, tell)
-        print(f"correctness: {results['correctness']['passed']} checks passed, {budget.left():.0f} s left", flush=True)
+        print(
+            f"correctness: {results['correctness']['passed']} checks passed, {budget.left():.0f} s left",
+            flush=True,
+        )
     if set(args.only) & {"linear", "moe"}:
-        run([Job("ceilings", "copy and product", "benchmarks.gpu_time:ceilings", {}, least=0, most=60)], worker, budget, tell)
-    run([job for job in timing_jobs(args.shapes, args.tokens) if job.section in args.only], worker, budget, tell)
+        run(
+            [Job("ceilings", "copy and product", "benchmarks.gpu_time:ceilings", {}, least=0, most=60)],
+            worker,
+            budget,
+            tell,
+        )
+    run(
+        [job for job in timing_jobs(args.shapes, args.tokens) if job.section in args.only],
+        worker,
+        budget,
+        tell,
+    )
     worker.stop()
     results["targets"] = compared(results)
     results["seconds"] = round(args.seconds - budget.left(), 1)

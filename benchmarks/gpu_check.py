@@ -1,8 +1,9 @@
-"""Whether every op of the Triton kernels is right on the device: fresh random data, outputs poisoned with NaN, against the reference.
+"""Whether every op of the Triton kernels is right on the device: fresh random data, outputs poisoned with
+NaN, against the reference.
 
-Products are held to the element-wise bound of tests/bounds.py, in fp64, and a second run to the bits of the first; quantize, dequantize and
-embedding to the bits of the reference. The jobs run side by side, since compiling is most of what they do, and what they compile the
-timings then find in Triton's cache.
+Products are held to the element-wise bound of tests/bounds.py, in fp64, and a second run to the bits of the
+first; quantize, dequantize and embedding to the bits of the reference. The jobs run side by side, since
+compiling is most of what they do, and what they compile the timings then find in Triton's cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +28,20 @@ DTYPES = ("bfloat16", "float16", "float32")
 GROUP_SIZES = (128, 32, 64, 96, -1)
 PRODUCTS = ("linear", "linear_dx", "grouped", "grouped_dx")
 # M, N, K: each number of rows that a tile has, and about; short last groups, chunks and steps.
-SHAPES = ((1, 1, 32), (1, 5, 576), (3, 100, 1000), (17, 130, 100), (33, 200, 1000), (65, 257, 640), (130, 300, 1000), (300, 129, 160))
+SHAPES = (
+    (1, 1, 32),
+    (1, 5, 576),
+    (3, 100, 1000),
+    (17, 130, 100),
+    (33, 200, 1000),
+    (65, 257, 640),
+    (130, 300, 1000),
+    (300, 129, 160),
+)
 DX_SHAPES = ((1, 5, 576), (17, 130, 100), (65, 257, 640), (130, 300, 1000))
-LARGE = 1 << 24  # weights; from so many on they are random bytes, checked some rows at a time, and N and K are those of a benchmark
+# weights; from so many on they are random bytes, checked some rows at a time, and N and K are those of a
+# benchmark.
+LARGE = 1 << 24
 ROWS = 2048
 # Of MoE layers: the shape, numbers of tokens, and what is between the products.
 ROUTED = ((Experts(5, 160, 96, 2), (1, 7, 40), "silu"), (Experts(9, 256, 160, 3), (2, 150), "gpt_oss"))
@@ -40,8 +52,8 @@ Report = Callable[[dict], None]
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory from torch.empty holds NaN: an element that a kernel forgets to write is seen. And where we leave a product to cuBLAS, it adds
-    up in fp32, which is what the bound is for."""
+    """Memory from torch.empty holds NaN: an element that a kernel forgets to write is seen. And where we
+    leave a product to cuBLAS, it adds up in fp32, which is what the bound is for."""
     matmul = torch.backends.cuda.matmul
     settings = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     before = torch.are_deterministic_algorithms_enabled(), [getattr(matmul, name) for name in settings]
@@ -72,11 +84,14 @@ def attempt(report: Report, budget: Budget, name: str, check: Callable[[], Any])
 
 
 def label(op: str, w: Planes, dtype: torch.dtype, m: int) -> str:
-    return f"{op} int{w.bits} g{w.group_size} {str(dtype)[6:]}, x {m} rows, weight {[*w.qdata.shape[:-1], w.k]}"
+    return (
+        f"{op} int{w.bits} g{w.group_size} {str(dtype)[6:]}, x {m} rows, weight {[*w.qdata.shape[:-1], w.k]}"
+    )
 
 
 def some_planes(*shape: int, bits: int, group_size: int, dtype: torch.dtype, device: str) -> Planes:
-    """As tests/bounds.py makes them; large ones of random bytes and scales, which takes a tenth of the memory."""
+    """As tests/bounds.py makes them; large ones of random bytes and scales, which takes a tenth of the
+    memory."""
     if torch.Size(shape).numel() < LARGE:
         return random_planes(*shape, bits=bits, group_size=group_size, dtype=dtype, device=device)
     *rows, k = shape
@@ -93,19 +108,26 @@ def row_slices(n: int) -> list[slice]:
     return [slice(start, min(start + ROWS, n)) for start in range(0, n, ROWS)]
 
 
-# ------------------------------------------------------------------------------------------- products
+# -------------------------------------------------------------------------------- products
 
 
 def check_product(kernel: Kernel, op: str, x: Tensor, w: Planes, bias: Tensor | None = None) -> None:
-    """For experts the rows are dealt as to one that is empty first, one in the middle, and nobody at the end."""
+    """For experts the rows are dealt as to one that is empty first, one in the middle, and nobody at the
+    end."""
     m, over_k = x.shape[0], not op.endswith("dx")
     problem = make_problem(op, x.dtype, m, w.k, w.qdata, w.scale, w.bits, w.group_size)
     rounded_to = x.dtype if kernel.rounds_weight(problem) else None
-    offs = torch.tensor([0, m // 3, m // 3, m - m // 4], dtype=torch.int32, device=x.device) if op.startswith("grouped") else None
+    offs = (
+        torch.tensor([0, m // 3, m // 3, m - m // 4], dtype=torch.int32, device=x.device)
+        if op.startswith("grouped")
+        else None
+    )
     extra = [] if op == "linear_dx" else [bias] if offs is None else [offs]
 
     def run() -> Tensor:
-        return getattr(kernel, op)(x, w.qdata, w.scale, *extra, w.bits, w.group_size, *([] if over_k else [w.k]))
+        return getattr(kernel, op)(
+            x, w.qdata, w.scale, *extra, w.bits, w.group_size, *([] if over_k else [w.k])
+        )
 
     y = run()
     parts = [(slice(0, m), w)]
@@ -139,22 +161,33 @@ def products(
     for m, n, k in shapes:
         experts = (4,) if op.startswith("grouped") else ()
         if (n, k) not in planes:
-            planes = {(n, k): some_planes(*experts, n, k, bits=bits, group_size=group_size, dtype=of, device=device)}
+            planes = {
+                (n, k): some_planes(*experts, n, k, bits=bits, group_size=group_size, dtype=of, device=device)
+            }
         w = planes[n, k]
         x = activations(m, n if op.endswith("dx") else k, of, device)
         with poisoned():
             attempt(report, budget, label(op, w, of, m), partial(check_product, kernel, op, x, w))
             if op == "linear":
                 bias = torch.randn(n, device=device).to(of)
-                attempt(report, budget, label("linear with bias", w, of, m), partial(check_product, kernel, op, x, w, bias))
+                attempt(
+                    report,
+                    budget,
+                    label("linear with bias", w, of, m),
+                    partial(check_product, kernel, op, x, w, bias),
+                )
 
 
-# ------------------------------------------------------------------------------------------- ops without sums
+# ------------------------------------------------------------------------ ops without sums
 
 
-def check_quantize(kernel: Kernel, w: Tensor, bits: int, group_size: int, method: str, scale_dtype: torch.dtype) -> None:
+def check_quantize(
+    kernel: Kernel, w: Tensor, bits: int, group_size: int, method: str, scale_dtype: torch.dtype
+) -> None:
     got = kernel.quantize(w, bits, group_size, method, scale_dtype)
-    for plane, expected in zip(got, reference.quantize(w, bits, group_size, method, scale_dtype), strict=True):
+    for plane, expected in zip(
+        got, reference.quantize(w, bits, group_size, method, scale_dtype), strict=True
+    ):
         assert plane.dtype == expected.dtype
         torch.testing.assert_close(plane, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -190,17 +223,21 @@ def planes(
         indices = torch.randint(0, n, (3, 4), device=device)
         checks: dict[str, Callable[[], None]] = {"embedding": partial(check_embedding, kernel, kept, indices)}
         for method in ("absmax", "signed"):
-            checks[f"quantize, {method},"] = partial(check_quantize, kernel, w.to(of), bits, group_size, method, of)
+            checks[f"quantize, {method},"] = partial(
+                check_quantize, kernel, w.to(of), bits, group_size, method, of
+            )
         for other in DTYPES:
             to = getattr(torch, other)
-            checks[f"quantize, {other} scale,"] = partial(check_quantize, kernel, w.to(of), bits, group_size, "absmax", to)
+            checks[f"quantize, {other} scale,"] = partial(
+                check_quantize, kernel, w.to(of), bits, group_size, "absmax", to
+            )
             checks[f"dequantize to {other},"] = partial(check_dequantize, kernel, kept, to)
         with poisoned():
             for name, check in checks.items():
                 attempt(report, budget, label(name, kept, of, n), check)
 
 
-# ------------------------------------------------------------------------------------------- routed: what is around the products of experts
+# ------------------------------------------ routed: what is around the products of experts
 
 
 def swish(g: Tensor, times: float) -> Tensor:
@@ -212,13 +249,17 @@ def assert_within(y: Tensor, ref: Tensor, allowed: Tensor) -> None:
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.numel()} elements are out of bound; the first, {at}, is {y[at]:.6g}, "
+            f"{int(wrong.sum())} of {wrong.numel()} elements are out of bound; the first, {at}, is "
+            f"{y[at]:.6g}, "
             f"but {ref[at]:.6g} +- {allowed[at]:.2g} is allowed"
         )
 
 
-def assert_gated_close(y: Tensor, x: Tensor, gate: Tensor, up: Tensor, activation: str, bias: tuple[Tensor, Tensor] | None = None) -> None:
-    """y is the activation of x @ gate^T and x @ up^T, as far as the bounds on the two, carried through it, allow."""
+def assert_gated_close(
+    y: Tensor, x: Tensor, gate: Tensor, up: Tensor, activation: str, bias: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """y is the activation of x @ gate^T and x @ up^T, as far as the bounds on the two, carried through it,
+    allow."""
     u, c, a = TOLERANCE[x.dtype]
     x, size = x.double(), x.double().abs()
     g, v = x @ gate.mT, x @ up.mT
@@ -233,7 +274,9 @@ def assert_gated_close(y: Tensor, x: Tensor, gate: Tensor, up: Tensor, activatio
     ref = s * v
     exponential = 2**-22 * (8 + 2 * g.abs())  # relative: in fp32 it is as far off as its argument
     steepest = 1.1  # of g * sigmoid(t g), for any t
-    allowed = (u + exponential) * ref.abs() + steepest * off_g * (v.abs() + off_v) + s.abs() * off_v + a + 1e-30
+    allowed = (
+        (u + exponential) * ref.abs() + steepest * off_g * (v.abs() + off_v) + s.abs() * off_v + a + 1e-30
+    )
     assert_within(y, ref, allowed)
 
 
@@ -246,9 +289,17 @@ def assert_routed_close(y: Tensor, x: Tensor, w: Tensor, router: Tensor) -> None
 
 
 def check_routed(
-    kernel: Kernel, w13: Planes, w2: Planes, tokens: int, top_k: int, sorts: bool, activation: str, dtype: torch.dtype
+    kernel: Kernel,
+    w13: Planes,
+    w2: Planes,
+    tokens: int,
+    top_k: int,
+    sorts: bool,
+    activation: str,
+    dtype: torch.dtype,
 ) -> None:
-    """The two products of an MoE layer: the gated one, in GPT-OSS's way with a bias, and the weighted one of its result."""
+    """The two products of an MoE layer: the gated one, in GPT-OSS's way with a bias, and the weighted one of
+    its result."""
     (e, n2), device = w13.qdata.shape[:2], w13.qdata.device
     x = (activations(tokens, w13.k, torch.float32, str(device)) * 2 * w13.k**-0.5).to(dtype)
     weights, ids = torch.rand(tokens, e, device=device).topk(top_k)
@@ -257,8 +308,12 @@ def check_routed(
 
     def run(x: Tensor, w: Planes, **more: Any) -> tuple[Tensor, torch.dtype | None]:
         y = peers.routed(kernel.routed, w, x, routing, sorts, **more)
-        assert torch.equal(y, peers.routed(kernel.routed, w, x, routing, sorts, **more)), "a second run gave other bits"
-        problem = make_problem("routed", dtype, tokens * top_k if sorts else e, w.k, w.qdata, w.scale, w.bits, w.group_size)
+        assert torch.equal(y, peers.routed(kernel.routed, w, x, routing, sorts, **more)), (
+            "a second run gave other bits"
+        )
+        problem = make_problem(
+            "routed", dtype, tokens * top_k if sorts else e, w.k, w.qdata, w.scale, w.bits, w.group_size
+        )
         return y, dtype if kernel.rounds_weight(problem) else None
 
     h, rounded_13 = run(x, w13, activation=activation, bias=bias)
@@ -303,10 +358,15 @@ def routed(
             if sorts or t * shape.top_k <= 128:
                 name = label(f"experts {'sorted' if sorts else 'unsorted'}, {activation},", w13, of, t)
                 with poisoned():
-                    attempt(report, budget, name, partial(check_routed, kernel, w13, w2, t, shape.top_k, sorts, activation, of))
+                    attempt(
+                        report,
+                        budget,
+                        name,
+                        partial(check_routed, kernel, w13, w2, t, shape.top_k, sorts, activation, of),
+                    )
 
 
-# ------------------------------------------------------------------------------------------- CUDA graphs and torch.compile
+# ----------------------------------------------------------- CUDA graphs and torch.compile
 
 
 def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -357,7 +417,8 @@ def check_after_many_graphs(w: Planes, m: int) -> None:
     for _ in range(40):
         others.append(captured(lambda: [linear_of(w, x) for _ in range(100)][-1]))
     right = linear_of(w, x)
-    filled = [torch.full((1 << 18,), -1, dtype=torch.int32, device="cuda") for _ in range(64)]  # over memory that was given back
+    # Over memory that was given back.
+    filled = [torch.full((1 << 18,), -1, dtype=torch.int32, device="cuda") for _ in range(64)]
     for _ in range(3):
         y.fill_(torch.nan)
         graph.replay()
@@ -369,15 +430,32 @@ def graphs(report: Report, budget: Budget) -> None:
     for bits, n, k in ((4, 4096, 4096), (8, 1000, 8192)):
         w = some_planes(n, k, bits=bits, group_size=128, dtype=torch.bfloat16, device="cuda")
         for m in (1, 16, 64, 300):
-            attempt(report, budget, label("CUDA graph of linear", w, torch.bfloat16, m), partial(check_graph, w, m))
-        attempt(report, budget, label("two graphs on two streams", w, torch.bfloat16, 3), partial(check_two_streams, w, 3))
-        attempt(report, budget, label("a graph and many others", w, torch.bfloat16, 3), partial(check_after_many_graphs, w, 3))
+            attempt(
+                report,
+                budget,
+                label("CUDA graph of linear", w, torch.bfloat16, m),
+                partial(check_graph, w, m),
+            )
+        attempt(
+            report,
+            budget,
+            label("two graphs on two streams", w, torch.bfloat16, 3),
+            partial(check_two_streams, w, 3),
+        )
+        attempt(
+            report,
+            budget,
+            label("a graph and many others", w, torch.bfloat16, 3),
+            partial(check_after_many_graphs, w, 3),
+        )
 
 
 def check_compiled(mode: str, bits: int, device: str) -> None:
     """A compiled model gives what it gives eagerly, but for where the compiler rounds between layers."""
     torch.compiler.reset()  # it counts recompilations of what other models share with this one
-    model = nn.Sequential(nn.Linear(512, 1024), nn.SiLU(), nn.Linear(1024, 512, bias=False)).to(device, torch.bfloat16)
+    model = nn.Sequential(nn.Linear(512, 1024), nn.SiLU(), nn.Linear(1024, 512, bias=False)).to(
+        device, torch.bfloat16
+    )
     quantize_(model, rtn(bits, 128))
     compiled = torch.compile(model, mode=mode, fullgraph=True)
     with torch.no_grad():
@@ -391,10 +469,12 @@ def check_compiled(mode: str, bits: int, device: str) -> None:
 
 def compiled(report: Report, budget: Budget, mode: str, device: str = "cuda") -> None:
     for bits in (4, 8):
-        attempt(report, budget, f"torch.compile, {mode}, int{bits}", partial(check_compiled, mode, bits, device))
+        attempt(
+            report, budget, f"torch.compile, {mode}, int{bits}", partial(check_compiled, mode, bits, device)
+        )
 
 
-# ------------------------------------------------------------------------------------------- all of it
+# ------------------------------------------------------------------------------- all of it
 
 
 def job(name: str, function: Callable[..., None], **arguments: Any) -> Job:
@@ -402,23 +482,63 @@ def job(name: str, function: Callable[..., None], **arguments: Any) -> Job:
 
 
 def jobs(shapes: Sequence[tuple[int, int]], tokens: Sequence[int], moe_tokens: Sequence[int]) -> list[Job]:
-    """First what is timed later, so that it is in Triton's cache by then, and what takes longest; then all formats and odd shapes."""
-    found = [job(f"torch.compile, {mode}", compiled, mode=mode) for mode in ("max-autotune", "reduce-overhead", "default")]
+    """First what is timed later, so that it is in Triton's cache by then, and what takes longest; then all
+    formats and odd shapes."""
+    found = [
+        job(f"torch.compile, {mode}", compiled, mode=mode)
+        for mode in ("max-autotune", "reduce-overhead", "default")
+    ]
     found.append(job("CUDA graphs", graphs))
     for (n, k), bits in product(shapes, (4, 8)):
         timed = [(m, n, k) for m in tokens]
-        found.append(job(f"linear int{bits} {n}x{k}", products, op="linear", dtype="bfloat16", bits=bits, group_size=128, shapes=timed))
+        found.append(
+            job(
+                f"linear int{bits} {n}x{k}",
+                products,
+                op="linear",
+                dtype="bfloat16",
+                bits=bits,
+                group_size=128,
+                shapes=timed,
+            )
+        )
     for (name, shape), bits in product(MODELS.items(), (4, 8)):
-        found.append(job(f"{name} int{bits}", routed, dtype="bfloat16", bits=bits, group_size=128, shape=shape, tokens=moe_tokens))
+        found.append(
+            job(
+                f"{name} int{bits}",
+                routed,
+                dtype="bfloat16",
+                bits=bits,
+                group_size=128,
+                shape=shape,
+                tokens=moe_tokens,
+            )
+        )
     for n, k in shapes:
         for bits, group_size in ((4, 32), (8, -1)):
             timed = [(m, n, k) for m in tokens if m in peers.SOME]
             name = f"linear int{bits} g{group_size} {n}x{k}"
-            found.append(job(name, products, op="linear", dtype="bfloat16", bits=bits, group_size=group_size, shapes=timed))
+            found.append(
+                job(
+                    name,
+                    products,
+                    op="linear",
+                    dtype="bfloat16",
+                    bits=bits,
+                    group_size=group_size,
+                    shapes=timed,
+                )
+            )
     for dtype, group_size, bits in product(DTYPES, GROUP_SIZES, FORMATS):
         form: dict[str, Any] = {"dtype": dtype, "bits": bits, "group_size": group_size}
         name = f"int{bits} g{group_size} {dtype}"
-        found += [job(f"{op} {name}", products, op=op, shapes=DX_SHAPES if op.endswith("dx") else SHAPES, **form) for op in PRODUCTS]
+        found += [
+            job(f"{op} {name}", products, op=op, shapes=DX_SHAPES if op.endswith("dx") else SHAPES, **form)
+            for op in PRODUCTS
+        ]
         found.append(job(f"planes {name}", planes, shapes=((5, 1000), (64, 100), (4096, 4096)), **form))
-        found += [job(f"experts {name}", routed, shape=shape, tokens=some, activation=how, **form) for shape, some, how in ROUTED]
+        found += [
+            job(f"experts {name}", routed, shape=shape, tokens=some, activation=how, **form)
+            for shape, some, how in ROUTED
+        ]
     return found

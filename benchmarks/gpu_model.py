@@ -1,7 +1,9 @@
-"""A Llama of Llama 3.1 8B's shape in plain torch, with random weights: decoding and prefill, and loading a checkpoint of it.
+"""A Llama of Llama 3.1 8B's shape in plain torch, with random weights: decoding and prefill, and loading a
+checkpoint of it.
 
-All 32 layers have weights of their own, so that a step reads from memory what a real one does. Query, key and value are one product, as are
-gate and up, as serving engines have it; every linear layer is quantized, the last one too.
+All 32 layers have weights of their own, so that a step reads from memory what a real one does. Query, key and
+value are one product, as are gate and up, as serving engines have it; every linear layer is quantized, the
+last one too.
 """
 
 import gc
@@ -41,7 +43,8 @@ SMALL = Shape(8, 2048, 5632, 16, 4, 32000)  # 1.0 GB in bf16
 FORMATS = {"bf16": 16, "int8 g128": 8, "int4 g128": 4}
 ROOM = 1024  # tokens in the key-value cache, all of them attended to
 STEPS, ROUNDS = 32, 7
-MARGIN = 64 << 20  # bytes of the device that `load` may take beside the finished model and the largest tensor of the checkpoint
+# Bytes of the device that `load` may take beside the finished model and the largest tensor of the checkpoint.
+MARGIN = 64 << 20
 
 
 class Layer(nn.Module):
@@ -61,7 +64,12 @@ class Layer(nn.Module):
 
     def attend(self, x: Tensor, turn: Tensor, positions: Tensor) -> Tensor:
         (batch, tokens, _), (_, _, _, heads, kv_heads, _), head = x.shape, self.shape, self.shape.head
-        q, k, v = self.qkv(x).view(batch, tokens, -1, head).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+        q, k, v = (
+            self.qkv(x)
+            .view(batch, tokens, -1, head)
+            .transpose(1, 2)
+            .split([heads, kv_heads, kv_heads], dim=1)
+        )
         q, k = rotated(q, turn), rotated(k, turn)
         self.keys[:, :, positions] = k
         self.values[:, :, positions] = v
@@ -81,7 +89,8 @@ class Layer(nn.Module):
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary embedding: pairs of halves of `x [..., T, D]`, turned by the angles of `turn [2, T, D / 2]` (cosines, sines)."""
+    """Rotary embedding: pairs of halves of `x [..., T, D]`, turned by the angles of `turn [2, T, D / 2]`
+    (cosines, sines)."""
     a, b = x.float().chunk(2, -1)
     cos, sin = turn
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
@@ -136,7 +145,8 @@ def rounds_of(step: Callable[[], Any], steps: int) -> list[float]:
 
 
 def compiled_step(model: Llama, decoding: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """A step is one CUDA graph; the long launches of prefill need none, and there a layer is compiled once for all."""
+    """A step is one CUDA graph; the long launches of prefill need none, and there a layer is compiled once
+    for all."""
     if decoding:
         return torch.compile(model, mode="reduce-overhead", fullgraph=True)
     for layer in model.layers:
@@ -190,7 +200,7 @@ def speed(
     )
 
 
-# ------------------------------------------------------------------------------------------- load
+# ------------------------------------------------------------------------------------ load
 
 
 class DeviceMemory:
@@ -210,9 +220,15 @@ class DeviceMemory:
 
 
 def loading(
-    report: Callable[[dict], None], budget: Budget, device: str = "cuda", shape: Shape = SMALL, memory: Any = None, runs: int = 2
+    report: Callable[[dict], None],
+    budget: Budget,
+    device: str = "cuda",
+    shape: Shape = SMALL,
+    memory: Any = None,
+    runs: int = 2,
 ) -> None:
-    """What `rtn_tensor.load` takes of the device above the finished model, and its seconds beside those of reading the floats there."""
+    """What `rtn_tensor.load` takes of the device above the finished model, and its seconds beside those of
+    reading the floats there."""
     from safetensors.torch import load_file, save_file
 
     memory = memory or DeviceMemory()

@@ -1,7 +1,9 @@
-"""How each kernel that `gpu.py` times is made from a float weight: cuBLAS, ours, and those of other libraries, where they are installed.
+"""How each kernel that `gpu.py` times is made from a float weight: cuBLAS, ours, and those of other
+libraries, where they are installed.
 
-A maker gets a bf16 weight `[N, K]` and returns a function of `x [M, K]`. Peers that take integers and scales get those that ours has; the
-others quantize for themselves. Each is told apart by how far its result is from the product with the float weight.
+A maker gets a bf16 weight `[N, K]` and returns a function of `x [M, K]`. Peers that take integers and scales
+get those that ours has; the others quantize for themselves. Each is told apart by how far its result is from
+the product with the float weight.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,8 @@ SOME = (1, 16, 64, 256, 1024)  # rows of x for kernels that are measured beside 
 
 
 class Kernel(NamedTuple):
-    """`bits` and `group_size` are 16 and 0 for floats; `package` must be installed; `tokens` None: every number of rows."""
+    """`bits` and `group_size` are 16 and 0 for floats; `package` must be installed; `tokens` None: every
+    number of rows."""
 
     make: Callable[[Tensor], Product]
     bits: int
@@ -38,7 +41,8 @@ class Kernel(NamedTuple):
 
     @property
     def tolerance(self) -> float:
-        """Of ||y - x w^T|| / ||x w^T||, w the float weight: rounding Gaussian weights costs 0.11 with 4 bits and 0.01 with 8."""
+        """Of ||y - x w^T|| / ||x w^T||, w the float weight: rounding Gaussian weights costs 0.11 with 4 bits
+        and 0.01 with 8."""
         return {16: 0.01, 8: 0.03, 4: 0.2}[self.bits]
 
 
@@ -48,7 +52,7 @@ def integers(w: Tensor, bits: int, group_size: int = 128) -> tuple[Tensor, Tenso
     return unpack(qdata, bits, w.shape[1]), scale
 
 
-# ------------------------------------------------------------------------------------------- cuBLAS and ours
+# ------------------------------------------------------------------------- cuBLAS and ours
 
 
 def cublas(w: Tensor) -> Product:
@@ -64,7 +68,7 @@ def dequantize_first(w: Tensor) -> Product:
     return lambda x: dense.KERNEL.linear(x, q.qdata, q.scale, None, 4, 128)
 
 
-# ------------------------------------------------------------------------------------------- others'
+# --------------------------------------------------------------------------------- others'
 
 
 def tinygemm(w: Tensor) -> Product:
@@ -80,7 +84,9 @@ def humming(bits: int, w: Tensor) -> Product:
     from humming.layer import HummingLayer
 
     config = {"dtype": f"int{bits}", "group_size": 128}
-    layer = HummingLayer(shape_n=w.shape[0], shape_k=w.shape[1], weight_config=config, torch_dtype=w.dtype).to(w.device)
+    layer = HummingLayer(
+        shape_n=w.shape[0], shape_k=w.shape[1], weight_config=config, torch_dtype=w.dtype
+    ).to(w.device)
     layer.load_from_unquantized(w)
     layer.transform()
     return layer
@@ -112,10 +118,12 @@ def mslk(w: Tensor) -> Product:
 
 
 def packed_rows(q: Tensor, bits: int) -> Tensor:
-    """GPTQ's layout of int32: q + 2^(bits-1), the first of K in the lowest bits: `q [N, K]` -> `[K * bits / 32, N]`."""
+    """GPTQ's layout of int32: q + 2^(bits-1), the first of K in the lowest bits: `q [N, K]` -> `[K * bits /
+    32, N]`."""
     fields = (q.t().int() + (1 << bits - 1)).reshape(-1, 32 // bits, q.shape[0])
     shifts = torch.arange(0, 32, bits, device=q.device, dtype=torch.int32)[:, None]
-    return (fields << shifts).sum(1, dtype=torch.int32)  # no field overlaps another, so that the sum is an "or"
+    # No field overlaps another, so that the sum is an "or".
+    return (fields << shifts).sum(1, dtype=torch.int32)
 
 
 def marlin(w: Tensor) -> Product:
@@ -150,7 +158,9 @@ def machete(w: Tensor) -> Product:
     packed = packed_rows(q, 4).t().contiguous().t()  # column by column
     packed = _custom_ops.machete_prepack_B(packed, a_type=w.dtype, b_type=kind, group_scales_type=w.dtype)
     scale = scale.t().contiguous()
-    return lambda x: _custom_ops.machete_mm(a=x, b_q=packed, b_type=kind, b_group_scales=scale, b_group_size=128)
+    return lambda x: _custom_ops.machete_mm(
+        a=x, b_q=packed, b_type=kind, b_group_scales=scale, b_group_size=128
+    )
 
 
 def linear_layer(w: Tensor) -> nn.Linear:
@@ -164,7 +174,8 @@ def of_weight(x: Tensor, w: Tensor) -> Tensor:
 
 
 def torchao_int8(w: Tensor) -> Product:
-    """Compiled, as torchao says to use it; once for all weights, which a layer that is compiled would not be."""
+    """Compiled, as torchao says to use it; once for all weights, which a layer that is compiled would not
+    be."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     layer = linear_layer(w)
@@ -200,7 +211,7 @@ def installed(kernel: Kernel) -> bool:
     return kernel.package is None or find_spec(kernel.package) is not None
 
 
-# ------------------------------------------------------------------------------------------- mixtures of experts
+# --------------------------------------------------------------------- mixtures of experts
 
 
 class Experts(NamedTuple):
@@ -213,8 +224,8 @@ class Experts(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What a router gives, `ids [T, top_k]` and `weights [T, top_k]` fp32; and the routed pairs in the order of their experts, `[P]` int32,
-    with the cumulative ends of the experts' rows, `[E]` int32."""
+    """What a router gives, `ids [T, top_k]` and `weights [T, top_k]` fp32; and the routed pairs in the order
+    of their experts, `[P]` int32, with the cumulative ends of the experts' rows, `[E]` int32."""
 
     ids: Tensor
     weights: Tensor
@@ -222,7 +233,8 @@ class Routing(NamedTuple):
     offs: Tensor
 
 
-# From `w13 [E, 2 I, H]` (gate's rows, then up's) and `w2 [E, H, I]` to a function of `x [T, H]` and a routing.
+# From `w13 [E, 2 I, H]` (gate's rows, then up's) and `w2 [E, H, I]` to a function of `x [T, H]` and a
+# routing.
 Layer = Callable[[Tensor, Routing], Tensor]
 
 
@@ -239,7 +251,9 @@ def grouped_mm(w13: Tensor, w2: Tensor) -> Layer:
     def run(x: Tensor, routing: Routing) -> Tensor:
         tokens, top_k = routing.ids.shape
         gate, up = F.grouped_mm(x[routing.order // top_k], w13.mT, offs=routing.offs).chunk(2, -1)
-        y = F.grouped_mm(F.silu(gate) * up, w2.mT, offs=routing.offs) * routing.weights.flatten()[routing.order, None].to(x.dtype)
+        y = F.grouped_mm(F.silu(gate) * up, w2.mT, offs=routing.offs) * routing.weights.flatten()[
+            routing.order, None
+        ].to(x.dtype)
         pairs = torch.empty_like(y)
         pairs[routing.order] = y
         return pairs.view(tokens, top_k, -1).sum(1)
@@ -257,7 +271,9 @@ class OurExperts(NamedTuple):
     def __call__(self, x: Tensor, routing: Routing) -> Tensor:
         tokens, top_k = routing.ids.shape
         h = routed(ops.routed, self.w13, x, routing, self.sorts, activation="silu")
-        return routed(ops.routed, self.w2, h, routing, self.sorts, weighted=True).view(tokens, top_k, -1).sum(1)
+        return (
+            routed(ops.routed, self.w2, h, routing, self.sorts, weighted=True).view(tokens, top_k, -1).sum(1)
+        )
 
 
 def routed(
@@ -270,10 +286,24 @@ def routed(
     weighted: bool = False,
     bias: Any = None,
 ) -> Tensor:
-    """One product of an MoE layer by `op`, of rtn::routed's signature: the first, gated, of tokens; or the second, weighted, of pairs."""
+    """One product of an MoE layer by `op`, of rtn::routed's signature: the first, gated, of tokens; or the
+    second, weighted, of pairs."""
     pairs, offs = (routing.order, routing.offs) if sorts else (None, None)
     router, top_k = (routing.weights.flatten(), 1) if weighted else (None, routing.ids.shape[1])
-    return op(x, w.qdata, w.scale, bias, routing.ids.flatten().int(), pairs, offs, router, top_k, activation, w.bits, w.group_size)
+    return op(
+        x,
+        w.qdata,
+        w.scale,
+        bias,
+        routing.ids.flatten().int(),
+        pairs,
+        offs,
+        router,
+        top_k,
+        activation,
+        w.bits,
+        w.group_size,
+    )
 
 
 def our_experts(bits: int, sorts: bool, w13: Tensor, w2: Tensor) -> Layer:
@@ -307,11 +337,14 @@ def marlin_moe(w13: Tensor, w2: Tensor) -> Layer:
     arguments |= {"gating_output": None, "quant_type_id": scalar_types.uint4b8.id}
     known = inspect.signature(fused_marlin_moe).parameters  # some of them come and go with vLLM's versions
     arguments = {name: value for name, value in arguments.items() if name in known}
-    return lambda x, routing: fused_marlin_moe(hidden_states=x, topk_weights=routing.weights, topk_ids=routing.ids.int(), **arguments)
+    return lambda x, routing: fused_marlin_moe(
+        hidden_states=x, topk_weights=routing.weights, topk_ids=routing.ids.int(), **arguments
+    )
 
 
 class MoeKernel(NamedTuple):
-    """`sorts`: whether it is given pairs in order, and could share one sorting with others; `tokens`: at most so many."""
+    """`sorts`: whether it is given pairs in order, and could share one sorting with others; `tokens`: at most
+    so many."""
 
     make: Callable[[Tensor, Tensor], Layer]
     bits: int

@@ -10,7 +10,8 @@ Results = dict[str, Any]
 Found = list[tuple[str, float]]  # where, and what was measured there
 MAIN = ((8192, 8192), (4096, 4096))
 MAIN_KERNELS = ("rtn int4 g128", "rtn int8 g128")
-LEFT_OUT = (2, 512)  # rows of x that tables have no column for, so that the report stays under 12,000 characters
+# Rows of x that tables have no column for, so that the report stays under 12,000 characters.
+LEFT_OUT = (2, 512)
 
 
 class Target(NamedTuple):
@@ -22,9 +23,15 @@ class Target(NamedTuple):
     at_most: bool = False
 
 
-def linear_rows(kernel: str, shape: tuple[int, int], low: int, high: float, clock: str, key: str) -> Callable[[Results], Found]:
+def linear_rows(
+    kernel: str, shape: tuple[int, int], low: int, high: float, clock: str, key: str
+) -> Callable[[Results], Found]:
     def found(results: Results) -> Found:
-        rows = [r for r in results["linear"] if r["kernel"] == kernel and (r["N"], r["K"]) == shape and low <= r.get("M", 0) <= high]
+        rows = [
+            r
+            for r in results["linear"]
+            if r["kernel"] == kernel and (r["N"], r["K"]) == shape and low <= r.get("M", 0) <= high
+        ]
         return [(f"M={r['M']}", r[clock][key]) for r in rows if key in r.get(clock, {})]
 
     return found
@@ -46,12 +53,18 @@ def over_bf16(results: Results, row: dict) -> float | None:
 
 
 def decoding(results: Results) -> Found:
-    rows = [r for r in results["model"] if (r["what"], r["weights"], r["batch"]) == ("decode", "int4 g128", 1)]
+    rows = [
+        r for r in results["model"] if (r["what"], r["weights"], r["batch"]) == ("decode", "int4 g128", 1)
+    ]
     return [("", ratio) for r in rows if (ratio := over_bf16(results, r)) is not None]
 
 
 def extra_memory(results: Results) -> Found:
-    return [(r["weights"], r["extra_bytes"] / r["allowed_extra_bytes"]) for r in results["load"] if "extra_bytes" in r]
+    return [
+        (r["weights"], r["extra_bytes"] / r["allowed_extra_bytes"])
+        for r in results["load"]
+        if "extra_bytes" in r
+    ]
 
 
 def wrong(results: Results) -> list[str]:
@@ -59,7 +72,8 @@ def wrong(results: Results) -> list[str]:
     found = [f"{check['check']}: {check['error']}" for check in results["correctness"]["failed"]]
     for e in results["errors"]:
         ours = e["section"] in ("moe", "model", "load") or e["name"].endswith(", ours")
-        if e["section"] == "correctness" or (ours and not e["error"].startswith("killed")):  # what takes too long is not wrong
+        # What takes too long is not wrong.
+        if e["section"] == "correctness" or (ours and not e["error"].startswith("killed")):
             found.append(f"{e['name']}: {e['error']}")
     for section in ("linear", "moe"):
         for r in results[section]:
@@ -106,7 +120,7 @@ def compared(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------------------------------- tables
 
 
 def columns(rows: Iterable[dict], key: str) -> list[int]:
@@ -128,8 +142,13 @@ def linear_table(results: Results, shape: tuple[int, int]) -> str:
     by = {(r["kernel"], r.get("M")): r for r in rows}
     kernels = list(dict.fromkeys(r["kernel"] for r in rows))
 
-    def line(label: str, kernel: str, clock: str, key: str, form: str = "{:.2f}", times: float = 1) -> list[str]:
-        return [label, *(cell(by.get((kernel, m), by.get((kernel, None))), clock, key, form, times) for m in tokens)]
+    def line(
+        label: str, kernel: str, clock: str, key: str, form: str = "{:.2f}", times: float = 1
+    ) -> list[str]:
+        return [
+            label,
+            *(cell(by.get((kernel, m), by.get((kernel, None))), clock, key, form, times) for m in tokens),
+        ]
 
     lines = [line("cuBLAS us, do_bench", CUBLAS, "do_bench", "seconds", "{:.1f}", 1e6)]
     lines += [line(kernel, kernel, "do_bench", "over_cublas") for kernel in kernels if kernel != CUBLAS]
@@ -139,11 +158,29 @@ def linear_table(results: Results, shape: tuple[int, int]) -> str:
         if kernel in kernels:
             lines.append(line(f"{kernel}, graph", kernel, "graph", "over_cublas"))
             if ceilings:
-                lines.append(line("  % of a copy's bytes/s", kernel, "graph", "bytes_per_s", "{:.0f}", 100 / ceilings["copy_bytes_per_s"]))
                 lines.append(
-                    line("  % of the ceiling's FLOP/s", kernel, "graph", "flop_per_s", "{:.0f}", 100 / ceilings["matmul_flop_per_s"])
+                    line(
+                        "  % of a copy's bytes/s",
+                        kernel,
+                        "graph",
+                        "bytes_per_s",
+                        "{:.0f}",
+                        100 / ceilings["copy_bytes_per_s"],
+                    )
                 )
-    return f"Weight {shape[0]}x{shape[1]}: times as fast as cuBLAS bf16, by rows of x\n" + table(["kernel", *map(str, tokens)], lines)
+                lines.append(
+                    line(
+                        "  % of the ceiling's FLOP/s",
+                        kernel,
+                        "graph",
+                        "flop_per_s",
+                        "{:.0f}",
+                        100 / ceilings["matmul_flop_per_s"],
+                    )
+                )
+    return f"Weight {shape[0]}x{shape[1]}: times as fast as cuBLAS bf16, by rows of x\n" + table(
+        ["kernel", *map(str, tokens)], lines
+    )
 
 
 def other_shapes_table(results: Results, shapes: list[tuple[int, int]]) -> str:
@@ -155,7 +192,9 @@ def other_shapes_table(results: Results, shapes: list[tuple[int, int]]) -> str:
         for kernel in MAIN_KERNELS:
             cells = [cell(by.get((kernel, *shape, m)), "do_bench", "over_cublas") for m in tokens]
             lines.append([f"{shape[0]}x{shape[1]} {kernel}", *cells])
-    return "Other weights: times as fast as cuBLAS bf16, by rows of x, do_bench\n" + table(["weight and kernel", *map(str, tokens)], lines)
+    return "Other weights: times as fast as cuBLAS bf16, by rows of x, do_bench\n" + table(
+        ["weight and kernel", *map(str, tokens)], lines
+    )
 
 
 def moe_table(results: Results) -> str:
@@ -167,11 +206,15 @@ def moe_table(results: Results) -> str:
         dense = kernel == GROUPED_MM
         if what != "layer" and dense:
             continue
-        label = f"{model}, {kernel}, us" if dense else f"  {kernel}" if what == "layer" else "    sorted before"
+        label = (
+            f"{model}, {kernel}, us" if dense else f"  {kernel}" if what == "layer" else "    sorted before"
+        )
         key, form, times = ("seconds", "{:.0f}", 1e6) if dense else ("over_grouped_mm", "{:.2f}", 1)
         found = [by.get((model, kernel, what, t), by.get((model, kernel, None, None))) for t in tokens]
         lines.append([label, *(cell(row, "graph", key, form, times) for row in found)])
-    return "Experts' layers: times as fast as bf16, by tokens, graph\n" + table(["layer and kernel", *map(str, tokens)], lines)
+    return "Experts' layers: times as fast as bf16, by tokens, graph\n" + table(
+        ["layer and kernel", *map(str, tokens)], lines
+    )
 
 
 def model_table(results: Results) -> str:
@@ -181,7 +224,9 @@ def model_table(results: Results) -> str:
         what = f"{r['what']}, {r['tokens']} tokens"
         speed = [f"{1e3 * r['seconds']:.2f}", f"{r['tokens_per_s']:,.0f}", f"{r['bytes_per_s'] / 1e9:,.0f}"]
         lines.append([what, r["weights"], str(r["batch"]), *speed, "-" if ratio is None else f"{ratio:.2f}"])
-    return "Llama 8B, random weights\n" + table(["what", "weights", "batch", "ms", "tokens/s", "GB/s of weights", "over bf16"], lines)
+    return "Llama 8B, random weights\n" + table(
+        ["what", "weights", "batch", "ms", "tokens/s", "GB/s of weights", "over bf16"], lines
+    )
 
 
 def load_table(results: Results) -> str:
@@ -197,7 +242,9 @@ def targets_table(rows: list[dict]) -> str:
     lines = []
     for r in rows:
         verdict = {True: "met", False: "MISSED", None: "not measured"}[r["met"]]
-        measured = "-" if r["measured"] is None else f"{r['measured']:.2f}" + (f" at {r['at']}" if r["at"] else "")
+        measured = (
+            "-" if r["measured"] is None else f"{r['measured']:.2f}" + (f" at {r['at']}" if r["at"] else "")
+        )
         lines.append([r["target"], f"{'<=' if r['at_most'] else '>='} {r['needed']:g}", measured, verdict])
     return table(["target", "needed", "worst measured", ""], lines)
 
@@ -226,7 +273,11 @@ def text(results: Results) -> str:
     if results["load"]:
         parts.append(load_table(results))
     bad = wrong(results)
-    errors = [f"{e['section']}, {e['name']}: {e['error']}" for e in results["errors"] if f"{e['name']}: {e['error']}" not in bad]
+    errors = [
+        f"{e['section']}, {e['name']}: {e['error']}"
+        for e in results["errors"]
+        if f"{e['name']}: {e['error']}" not in bad
+    ]
     for r in (*results["linear"], *results["moe"]):
         for found in (r, *(r.get(clock, {}) for clock in ("graph", "do_bench"))):
             if "error" in found and not r["kernel"].startswith("rtn"):
@@ -235,7 +286,8 @@ def text(results: Results) -> str:
         parts.append(few("Errors of other kernels, and of whole jobs:", list(dict.fromkeys(errors)), 6))
     if skipped := [f"{s['section']}, {s['name']}: {s['why']}" for s in results["skipped"]]:
         parts.append(few("Skipped:", skipped, 4))
-    checked = f"Correctness: {correctness['passed']} checks passed, {len(bad)} failed, {correctness['skipped']} skipped"
+    counts = f"{correctness['passed']} checks passed, {len(bad)} failed, {correctness['skipped']} skipped"
+    checked = f"Correctness: {counts}"
     parts.append(few(checked + (":" if bad else ""), bad, 8))
     parts.append(targets_table(results["targets"]))
     return "\n\n".join(parts)

@@ -1,8 +1,10 @@
-"""Times products with one weight and with experts, by two clocks: replays of a CUDA graph, and `triton.testing.do_bench`.
+"""Times products with one weight and with experts, by two clocks: replays of a CUDA graph, and
+`triton.testing.do_bench`.
 
-A graph goes through copies of the weight that together are four times the L2 cache (of twice its size, a fifth could still be found there),
-as the layers of a model would; it has no gaps between launches to speak of. do_bench empties the L2 cache before each call, and counts the
-launch. Both are device events, of random values, after the result of each kernel was looked at once.
+A graph goes through copies of the weight that together are four times the L2 cache (of twice its size, a
+fifth could still be found there), as the layers of a model would; it has no gaps between launches to speak
+of. do_bench empties the L2 cache before each call, and counts the launch. Both are device events, of random
+values, after the result of each kernel was looked at once.
 """
 
 import platform
@@ -28,8 +30,8 @@ from rtn_tensor.kernels.problem import make_problem
 from rtn_tensor.kernels.registry import choose
 
 Calls = Sequence[Callable[[], Any]]
-# From calls that do the same on different memory, to what each clock says: {"graph": {"seconds": ..., "spread": ...}, "do_bench": ...},
-# or {"error": ...} in the place of one.
+# From calls that do the same on different memory, to what each clock says: {"graph": {"seconds": ...,
+# "spread": ...}, "do_bench": ...}, or {"error": ...} in the place of one.
 Measure = Callable[[Calls], dict[str, dict[str, Any]]]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +41,7 @@ GRAPH_SECONDS = 1e-3  # of a graph, so that starting it is not what is measured,
 GRAPH_CALLS = 128  # with no more calls than this
 
 
-# ------------------------------------------------------------------------------------------- clocks
+# ---------------------------------------------------------------------------------- clocks
 
 
 def summed_up(seconds: Sequence[float]) -> dict[str, float]:
@@ -97,7 +99,7 @@ def measure(calls: Calls) -> dict[str, dict[str, Any]]:
     return found
 
 
-# ------------------------------------------------------------------------------------------- the machine
+# ----------------------------------------------------------------------------- the machine
 
 
 def package_version(name: str) -> str | None:
@@ -133,7 +135,8 @@ def about(report: Callable[[dict], None], budget: Budget) -> None:
 
 
 def ceilings(report: Callable[[dict], None], budget: Budget) -> None:
-    """What this GPU does at most: a copy, counting bytes read and bytes written, and a large dense product."""
+    """What this GPU does at most: a copy, counting bytes read and bytes written, and a large dense
+    product."""
     source = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
     copied = measure([lambda: target.copy_(source)])
@@ -149,7 +152,7 @@ def ceilings(report: Callable[[dict], None], budget: Budget) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------- linear
+# ---------------------------------------------------------------------------------- linear
 
 
 def relative_error(y: Tensor, ref: Tensor) -> float:
@@ -160,7 +163,10 @@ def relative_error(y: Tensor, ref: Tensor) -> float:
 def looked_at(y: Tensor, ref: Tensor, tolerance: float) -> float:
     error = relative_error(y, ref) if y.shape == ref.shape else float("nan")
     if not error <= tolerance:
-        raise ValueError(f"wrong result: of shape {list(y.shape)}, off by {error:.3g} of its norm, and {tolerance} is allowed")
+        raise ValueError(
+            f"wrong result: of shape {list(y.shape)}, off by {error:.3g} of its norm, and "
+            f"{tolerance} is allowed"
+        )
     return error
 
 
@@ -189,8 +195,8 @@ def linear(
     l2_bytes: int | None = None,
     measure: Measure = measure,
 ) -> None:
-    """A row for each of `kernels` and number of tokens, in turn after cuBLAS, which `kernels` begins with and is measured anew for every
-    job; its own rows are those beside ours."""
+    """A row for each of `kernels` and number of tokens, in turn after cuBLAS, which `kernels` begins with and
+    is measured anew for every job; its own rows are those beside ours."""
     n, k = shape
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size if l2_bytes is None else l2_bytes
     first = torch.randn(n, k, device=device, dtype=torch.bfloat16)
@@ -228,14 +234,17 @@ def linear(
                 cublas = times
             for clock, time in times.items():
                 if seconds := time.get("seconds"):
-                    time |= {"bytes_per_s": kernel.bytes(n, k) / seconds, "flop_per_s": 2 * m * n * k / seconds}
+                    time |= {
+                        "bytes_per_s": kernel.bytes(n, k) / seconds,
+                        "flop_per_s": 2 * m * n * k / seconds,
+                    }
                     if dense := cublas.get(clock, {}).get("seconds"):
                         time |= {"cublas_seconds": dense, "over_cublas": dense / seconds}
             if name != CUBLAS or OURS.keys() & made.keys():
                 report(row | times)
 
 
-# ------------------------------------------------------------------------------------------- experts
+# --------------------------------------------------------------------------------- experts
 
 
 def moe_reference(x: Tensor, w13: Tensor, w2: Tensor, routing: peers.Routing) -> Tensor:
@@ -279,8 +288,9 @@ def moe(
     shape: peers.Experts | None = None,
     measure: Measure = measure,
 ) -> None:
-    """A row for each of `kernels` and number of tokens: the layer from what the router gives on, and where pairs are sorted by expert, also
-    without that sorting. Every copy of the weights has tokens and a routing of its own."""
+    """A row for each of `kernels` and number of tokens: the layer from what the router gives on, and where
+    pairs are sorted by expert, also without that sorting. Every copy of the weights has tokens and a routing
+    of its own."""
     shape = shape or MODELS[model]
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size if l2_bytes is None else l2_bytes
     per_expert = 3 * shape.between * shape.hidden
@@ -288,7 +298,9 @@ def moe(
 
     def random_weights() -> tuple[Tensor, Tensor]:
         w13 = torch.randn(shape.experts, 2 * shape.between, shape.hidden, device=device, dtype=torch.bfloat16)
-        return w13.mul_(shape.hidden**-0.5), torch.randn(shape.experts, shape.hidden, shape.between, device=device, dtype=torch.bfloat16)
+        return w13.mul_(shape.hidden**-0.5), torch.randn(
+            shape.experts, shape.hidden, shape.between, device=device, dtype=torch.bfloat16
+        )
 
     w13, w2 = random_weights()
     made: dict[str, list[peers.Layer]] = {}
@@ -297,12 +309,17 @@ def moe(
         touched = experts_touched(min(tokens), shape) * per_expert * kernel.bits / 8
         try:
             made[name] = [kernel.make(w13, w2)]
-            made[name] += [kernel.make(*random_weights()) for _ in range(int(-(-4 * l2_bytes // touched)) - 1)]
+            made[name] += [
+                kernel.make(*random_weights()) for _ in range(int(-(-4 * l2_bytes // touched)) - 1)
+            ]
         except Exception as error:
             report(names | {"kernel": name, "error": described(error)})
     for t in tokens:
         inputs = [
-            (torch.randn(t, shape.hidden, device=device, dtype=torch.bfloat16), random_routing(t, shape, device))
+            (
+                torch.randn(t, shape.hidden, device=device, dtype=torch.bfloat16),
+                random_routing(t, shape, device),
+            )
             for _ in range(max((len(layers) for layers in made.values()), default=0))
         ]
         ref = moe_reference(inputs[0][0], w13, w2, inputs[0][1]) if inputs else w13
@@ -314,12 +331,17 @@ def moe(
             given = [partial(layer, *each) for layer, each in zip(layers, inputs, strict=False)]
             calls: dict[str, Calls] = {"layer": given}
             if kernel.sorts:
-                calls = {"layer": [partial(sorting, shape.experts, call) for call in given], "layer, sorted before": given}
+                calls = {
+                    "layer": [partial(sorting, shape.experts, call) for call in given],
+                    "layer, sorted before": given,
+                }
             for what, some in calls.items():
                 row: dict[str, Any] = names | {"tokens": t, "kernel": name, "what": what}
                 if isinstance(layers[0], peers.OurExperts):
                     rows = t * shape.top_k if kernel.sorts else shape.experts
-                    row |= {f"w{i}": how("routed", rows, w) for i, w in ((13, layers[0].w13), (2, layers[0].w2))}
+                    row |= {
+                        f"w{i}": how("routed", rows, w) for i, w in ((13, layers[0].w13), (2, layers[0].w2))
+                    }
                 if budget.left() < 0:
                     report(row | {"skipped": "no time was left"})
                     continue
@@ -334,7 +356,12 @@ def moe(
                 used = min(t * shape.top_k, experts_touched(t, shape))
                 for clock, time in times.items():
                     if seconds := time.get("seconds"):
-                        time |= {"bytes_per_s": used * per_expert * (kernel.bits / 8 + (kernel.bits < 16) / 64) / seconds}
+                        time |= {
+                            "bytes_per_s": used
+                            * per_expert
+                            * (kernel.bits / 8 + (kernel.bits < 16) / 64)
+                            / seconds
+                        }
                         time |= {"flop_per_s": 2 * t * shape.top_k * per_expert / seconds}
                         if name == GROUPED_MM:
                             dense[what, clock] = seconds

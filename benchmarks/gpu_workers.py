@@ -1,4 +1,5 @@
-"""Processes that own the device: what one of them breaks, or hangs on, is lost, and nothing else. `gpu.py` itself runs nothing there."""
+"""Processes that own the device: what one of them breaks, or hangs on, is lost, and nothing else. `gpu.py`
+itself runs nothing there."""
 
 import gc
 import importlib
@@ -31,7 +32,8 @@ class Budget:
 
 
 class Job(NamedTuple):
-    """A call of `function`, "module:name", with (report, budget, **arguments), in a process of its own. It reports rows as it gets them."""
+    """A call of `function`, "module:name", with (report, budget, **arguments), in a process of its own. It
+    reports rows as it gets them."""
 
     section: str
     name: str
@@ -41,7 +43,8 @@ class Job(NamedTuple):
     most: float  # seconds: its budget, where so many are left
 
 
-Tell = Callable[[Job, str, Any], None]  # what it is told: "row", "error", "skipped" (why), or "done" (the seconds)
+# What it is told: "row", "error", "skipped" (why), or "done" (the seconds).
+Tell = Callable[[Job, str, Any], None]
 
 
 def described(error: BaseException) -> str:
@@ -49,7 +52,8 @@ def described(error: BaseException) -> str:
 
 
 def lost() -> bool:
-    """Whether this process can no longer use its GPU: after an illegal access there every later call fails."""
+    """Whether this process can no longer use its GPU: after an illegal access there every later call
+    fails."""
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -60,7 +64,8 @@ def lost() -> bool:
 
 
 def spent() -> bool:
-    """Whether the next job should have a new process: the GPU is lost to this one, or memory stays that was not given back."""
+    """Whether the next job should have a new process: the GPU is lost to this one, or memory stays that was
+    not given back."""
     if not torch.cuda.is_initialized():
         return False
     if lost():
@@ -81,7 +86,9 @@ def serve(connection: Any, environment: Mapping[str, str]) -> None:
             module, _, name = function.partition(":")
             error = None
             try:
-                getattr(importlib.import_module(module), name)(lambda row: connection.send(("row", row)), Budget(seconds), **arguments)
+                getattr(importlib.import_module(module), name)(
+                    lambda row: connection.send(("row", row)), Budget(seconds), **arguments
+                )
             except Exception as raised:
                 error = described(raised)
             if spent():
@@ -92,7 +99,9 @@ def serve(connection: Any, environment: Mapping[str, str]) -> None:
 
 def in_a_process(connection: Any, environment: Mapping[str, str]) -> Any:
     # Spawned: a forked child cannot use CUDA where its parent has.
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(connection, environment), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(connection, environment), daemon=True
+    )
     process.start()
     connection.close()  # the child has its own; with this one open, its end would not be seen
     return process
@@ -103,10 +112,15 @@ class Worker:
 
     Args:
         environment: variables that are set there before the first job.
-        start: given a connection and `environment`, begins `serve` somewhere; what it returns can be killed and joined.
+        start: given a connection and `environment`, begins `serve` somewhere; what it returns can be killed
+            and joined.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None, start: Callable[[Any, Mapping[str, str]], Any] = in_a_process):
+    def __init__(
+        self,
+        environment: Mapping[str, str] | None = None,
+        start: Callable[[Any, Mapping[str, str]], Any] = in_a_process,
+    ):
         self.environment = environment or {}
         self.start = start
         self.process: Any = None

@@ -1,8 +1,10 @@
-"""llama.cpp's tokens per second, for `benchmarks.cpu_model` to run in an environment that has `llama-cpp-python`.
+"""llama.cpp's tokens per second, for `benchmarks.cpu_model` to run in an environment that has
+`llama-cpp-python`.
 
     python llama_cpp_model.py FILE.gguf THREADS PROMPT_TOKENS NEW_TOKENS
 
-Prints its version. Then, for each line "prefill FORMAT" or "decode FORMAT" on its standard input, one number: tokens per second.
+Prints its version. Then, for each line "prefill FORMAT" or "decode FORMAT" on its standard input, one number:
+tokens per second.
 """
 
 import ctypes
@@ -46,7 +48,13 @@ def main() -> None:
             if llama_cpp.llama_model_quantize(source.encode(), str(path).encode(), ctypes.byref(how)):
                 raise RuntimeError(f"llama.cpp could not turn {source} into {name}")
             return llama_cpp.Llama(
-                str(path), n_ctx=prompt + new, n_threads=threads, n_threads_batch=threads, n_batch=prompt, n_ubatch=prompt, verbose=False
+                str(path),
+                n_ctx=prompt + new,
+                n_threads=threads,
+                n_threads_batch=threads,
+                n_batch=prompt,
+                n_ubatch=prompt,
+                verbose=False,
             )
 
         print(llama_cpp.__version__, flush=True)

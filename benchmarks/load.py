@@ -1,10 +1,12 @@
-"""Loading a checkpoint and quantizing it on the way: ours, and transformers with torchao's configs, from the same files.
+"""Loading a checkpoint and quantizing it on the way: ours, and transformers with torchao's configs, from the
+same files.
 
     python -m benchmarks.load [--json FILE] [--layers 18] [--threads 2] [--runs 3]
 
-The checkpoint is a Llama of random bf16 weights (2.1 GB), in shards. Each load is a process of its own. Memory is anonymous memory: pages
-of the files, which the system can take back, are not counted. Beside them stands what the machine can do: reading the files from end to
-end, and quantizing weights that lie in memory. With root's rights the files are also read from the disk, not from its cache.
+The checkpoint is a Llama of random bf16 weights (2.1 GB), in shards. Each load is a process of its own.
+Memory is anonymous memory: pages of the files, which the system can take back, are not counted. Beside them
+stands what the machine can do: reading the files from end to end, and quantizing weights that lie in memory.
+With root's rights the files are also read from the disk, not from its cache.
 """
 
 import argparse
@@ -32,7 +34,13 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     """Writes the model, a shard at a time; bytes of its weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "vocab_size": 32000, "num_hidden_layers": layers}
+    shape = {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "vocab_size": 32000,
+        "num_hidden_layers": layers,
+    }
     model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16()
     model.save_pretrained(folder, max_shard_size="500MB")
     return sum(p.nbytes for p in model.parameters())
@@ -42,7 +50,9 @@ def by_transformers(config: Callable) -> Callable:
     def run(folder: str):
         from transformers import AutoModelForCausalLM, TorchAoConfig
 
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=TorchAoConfig(config()))
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=TorchAoConfig(config())
+        )
 
     return run
 
@@ -100,11 +110,27 @@ def measure(way: str, folder: str) -> dict[str, float]:
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
-    return {"seconds": seconds, "peak": peak - before, "finished": anonymous() - before, "weights": report(model).bytes_after}
+    return {
+        "seconds": seconds,
+        "peak": peak - before,
+        "finished": anonymous() - before,
+        "weights": report(model).bytes_after,
+    }
 
 
 def in_a_process(way: str, folder: Path, threads: int) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.load", "--one", way, str(folder), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.load",
+        "--one",
+        way,
+        str(folder),
+        "--threads",
+        str(threads),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{way} failed:\n{done.stderr[-2000:]}")
@@ -141,11 +167,21 @@ def drop_caches() -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=18, metavar="L", help="of the model (default: 18, 2.1 GB)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
-    parser.add_argument("--runs", type=int, default=3, metavar="R", help="of which the median is taken (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.load", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--layers", type=int, default=18, metavar="L", help="of the model (default: 18, 2.1 GB)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, metavar="R", help="of which the median is taken (default: 3)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
+    )
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -163,7 +199,9 @@ def main() -> None:
         cold = drop_caches()
         if cold:
             can["disk read"] = []
-        results: dict[str, list[dict[str, float]]] = {f"{way}{how}": [] for way in WAYS for how in ("", *([", disk"] if cold else []))}
+        results: dict[str, list[dict[str, float]]] = {
+            f"{way}{how}": [] for way in WAYS for how in ("", *([", disk"] if cold else []))
+        }
         for _ in range(args.runs):
             if cold:
                 drop_caches()
@@ -180,17 +218,25 @@ def main() -> None:
     for way, runs in results.items():
         rows.append({"way": way} | {key: statistics.median(run[key] for run in runs) for key in runs[0]})
     about["GB_per_s"] = {what: value / 1e9 for what, value in throughput.items()}
-    print(f"Loading {size / 1e9:.2f} GB of bf16, {about['cpu']}, {args.threads} threads, torch {about['torch']}")
+    print(
+        f"Loading {size / 1e9:.2f} GB of bf16, {about['cpu']}, {args.threads} threads, torch {about['torch']}"
+    )
     print("; ".join(f"{what} {value / 1e9:.2f} GB/s" for what, value in throughput.items()) + "\n")
     lines = []
     for row in rows:
-        possible = min(throughput["quantize"], throughput["disk read" if row["way"].endswith("disk") else "cached read"])
+        possible = min(
+            throughput["quantize"], throughput["disk read" if row["way"].endswith("disk") else "cached read"]
+        )
         speed = size / row["seconds"]
         memory = [f"{row[key] / 1e6:,.0f}" for key in ("finished", "peak")]
-        lines.append([row["way"], f"{row['seconds']:.2f}", f"{speed / 1e9:.2f}", f"{speed / possible:.0%}", *memory])
+        lines.append(
+            [row["way"], f"{row['seconds']:.2f}", f"{speed / 1e9:.2f}", f"{speed / possible:.0%}", *memory]
+        )
     print(table(["way", "seconds", "GB/s", "of read or quantize", "memory MB after", "at most"], lines))
     if args.json:
-        args.json.write_text(json.dumps({"machine": about, "runs": args.runs, "bytes": size, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": about, "runs": args.runs, "bytes": size, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

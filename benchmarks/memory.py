@@ -36,8 +36,8 @@ def float_first(folder: str):
 
 
 def copied_first(folder: str):
-    """As where the weights come from a pickle, from another dtype or from training: the float model is in memory,
-    and no map of files."""
+    """As where the weights come from a pickle, from another dtype or from training: the float model is in
+    memory, and no map of files."""
     model = bf16(folder)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -60,7 +60,9 @@ WAYS: dict[str, Callable] = {
 def memory() -> tuple[int, int]:
     """Bytes of anonymous memory, and of all that is resident."""
     status = Path("/proc/self/status").read_text()
-    anonymous, resident = (1024 * int(status.partition(f"{key}:")[2].split()[0]) for key in ("RssAnon", "VmRSS"))
+    anonymous, resident = (
+        1024 * int(status.partition(f"{key}:")[2].split()[0]) for key in ("RssAnon", "VmRSS")
+    )
     return anonymous, resident
 
 
@@ -91,10 +93,18 @@ def measure(way: str, folder: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=8, metavar="L", help="of the model (default: 8, 1.1 GB)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one per core")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the samples, the machine and the versions there")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--layers", type=int, default=8, metavar="L", help="of the model (default: 8, 1.1 GB)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one per core"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the samples, the machine and the versions there"
+    )
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -106,11 +116,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = make_checkpoint(Path(folder), args.layers)
         for way in WAYS:
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", way, folder, "--threads", str(args.threads)]
+            command = [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "benchmarks.memory",
+                "--one",
+                way,
+                folder,
+                "--threads",
+                str(args.threads),
+            ]
             found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             rows.append(json.loads(found.splitlines()[-1]))
             most = [max(sample[i] for sample in rows[-1]["samples"]) / 1e6 for i in (1, 2)]
-            print(f"{way:>40}  {rows[-1]['seconds']:6.2f} s, MB at most: anonymous {most[0]:6,.0f}, resident {most[1]:6,.0f}", flush=True)
+            print(
+                f"{way:>40}  {rows[-1]['seconds']:6.2f} s, MB at most: anonymous {most[0]:6,.0f}, resident "
+                f"{most[1]:6,.0f}",
+                flush=True,
+            )
     if args.json:
         about = machine() | {"instruction_set": cpu.isa()}
         args.json.write_text(json.dumps({"machine": about, "bytes": size, "rows": rows}) + "\n")

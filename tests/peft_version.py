@@ -1,4 +1,5 @@
-"""Whether transformers takes the PEFT that is installed: a release of it may ask for one that is not out yet."""
+"""Whether transformers takes the PEFT that is installed: a release of it may ask for one that is not out
+yet."""
 
 import pytest
 from packaging.version import Version

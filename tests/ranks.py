@@ -1,4 +1,5 @@
-"""Runs the cases of the sharded_* modules on several gloo ranks of this machine: one set of processes a number of ranks."""
+"""Runs the cases of the sharded_* modules on several gloo ranks of this machine: one set of processes a
+number of ranks."""
 
 import faulthandler
 import importlib
@@ -13,7 +14,8 @@ LIMIT = 240  # seconds, for all cases of a number of ranks
 
 
 class Cases(dict):
-    """A module's, by name; `@case` adds one. Each is given the number of ranks and a folder that they share."""
+    """A module's, by name; `@case` adds one. Each is given the number of ranks and a folder that they
+    share."""
 
     def __init__(self, *ranks):
         super().__init__()

@@ -1,7 +1,8 @@
-"""What Triton's compilers make of our kernels for GPUs that are not here; test_triton_sass.py says what it has to be.
+"""What Triton's compilers make of our kernels for GPUs that are not here; test_triton_sass.py says what it
+has to be.
 
-A `Case` is a call of a launcher of kernels/triton/launch.py, made with the kernels replaced: what is compiled is what a GPU would have been
-given, from the tile to which sizes are known to be multiples of 16.
+A `Case` is a call of a launcher of kernels/triton/launch.py, made with the kernels replaced: what is compiled
+is what a GPU would have been given, from the tile to which sizes are known to be multiples of 16.
 """
 
 import heapq
@@ -40,10 +41,11 @@ KERNELS = {
     )
 }
 
-# ------------------------------------------------------------------------------------------- what is called
+# --------------------------------------------------------------------------- what is called
 
 LINEAR = ("linear", "linear_bias", "linear_autocast")
-# An MoE layer's products: gate and up with each activation, and down; few: of so few rows that they are not sorted.
+# An MoE layer's products: gate and up with each activation, and down; few: of so few rows that they are not
+# sorted.
 GROUPED = ("grouped", *(f"gate_up_{name}" for name in ACTIVATIONS), "down", "few_gate_up", "few_down")
 BACKWARD = ("linear_dx", "grouped_dx")
 PLANES = ("quantize", "quantize_signed", "quantize_search", "dequantize", "embedding")
@@ -77,7 +79,9 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         dtype, tile = str(self.dtype).removeprefix("torch."), self.tile
-        name = f"sm{self.arch}-{self.how}-{dtype}-int{self.bits}-g{self.group_size}-{self.M}x{self.N}x{self.K}"
+        name = (
+            f"sm{self.arch}-{self.how}-{dtype}-int{self.bits}-g{self.group_size}-{self.M}x{self.N}x{self.K}"
+        )
         if tile is None:
             return name
         name += f"-tile{tile.block_m}x{tile.block_n}x{tile.block_k}w{tile.num_warps}s{tile.num_stages}"
@@ -123,9 +127,10 @@ def call(case: Case) -> None:
         launch.embedding(pairs, q, scale, bits, group_size, k)
 
 
-# ------------------------------------------------------------------------------------------- which calls there are
+# ------------------------------------------------------------------- which calls there are
 
-# A GPU of each compute capability. No table is for this version of Triton, so they are given what `by_rule` says.
+# A GPU of each compute capability. No table is for this version of Triton, so they are given what `by_rule`
+# says.
 GPUS = {
     80: Gpu("NVIDIA A100-SXM4-80GB", 108, 166912, ""),
     89: Gpu("NVIDIA GeForce RTX 4090", 128, 101376, ""),
@@ -133,7 +138,8 @@ GPUS = {
     100: Gpu("NVIDIA B200", 148, 232448, ""),
 }
 BITS, GROUP_SIZES, M = tuple(FORMATS), (32, 64, 96, 128, 256, -1), tuple(1 << i for i in range(11))
-# Few tiles and many, one row, sizes that are no multiple of 16, steps along K that are full and that are not, enough of them to split.
+# Few tiles and many, one row, sizes that are no multiple of 16, steps along K that are full and that are not,
+# enough of them to split.
 SIZES = [(1, 64), (1, 4128), (100, 1000), (100, 14360), (4096, 4096), (28668, 64), (28668, 1000)]
 SIZES += [(28672, 64), (28672, 4096), (28672, 14360)]
 
@@ -155,16 +161,25 @@ def tuned_cases() -> list[Case]:
     for file in sorted(SHIPPED.glob(f"*-triton-{VERSION}.json")):
         gpu = Gpu(file.stem.removesuffix(f"-triton-{VERSION}"), 0, 0, VERSION)
         assert gpu.file_name == file.name
-        arch = next(arch for name, arch in (("H100", 90), ("H200", 90), ("GH200", 90), ("A100", 80), ("B200", 100)) if name in gpu.name)
+        arch = next(
+            arch
+            for name, arch in (("H100", 90), ("H200", 90), ("GH200", 90), ("A100", 80), ("B200", 100))
+            if name in gpu.name
+        )
         for shape, config in tuned_table(file.name).items():
             hows = LINEAR[:1] if shape.op == "linear" else GROUPED[:1]
             dtypes = [torch.float32] if shape.itemsize == 4 else [torch.bfloat16, torch.float16]
-            found += [Case(arch, gpu, how, *shape[1:3], dtype, *shape[4:]) for how, dtype in product(hows, dtypes) if config]
+            found += [
+                Case(arch, gpu, how, *shape[1:3], dtype, *shape[4:])
+                for how, dtype in product(hows, dtypes)
+                if config
+            ]
     return found
 
 
 def features(case: Case) -> tuple[tuple[str, Any], ...]:
-    """All that a specialisation depends on: each of these is a constant in the kernel, or is where others are made from."""
+    """All that a specialisation depends on: each of these is a constant in the kernel, or is where others are
+    made from."""
     tile = case.tile
     if tile is None:
         tiled = ()
@@ -200,7 +215,7 @@ def cover(cases: list[Case], strength: int) -> list[Case]:
     return chosen
 
 
-# ------------------------------------------------------------------------------------------- what is launched
+# ------------------------------------------------------------------------ what is launched
 
 
 class Launch(NamedTuple):
@@ -229,7 +244,13 @@ def specialised(kernel: Any, *args: Any, **kwargs: Any) -> Launch:
     backend, bind = _binder(kernel)
     bound, kinds, _ = bind(*args, **kwargs)
     _, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, kinds, None)
-    return Launch(kernel, signature, constants, attributes, {name: v for name, v in kwargs.items() if name not in kernel.arg_names})
+    return Launch(
+        kernel,
+        signature,
+        constants,
+        attributes,
+        {name: v for name, v in kwargs.items() if name not in kernel.arg_names},
+    )
 
 
 @contextmanager
@@ -245,7 +266,9 @@ def recorded(gpu: Gpu, kernels: dict[str, Any] = KERNELS, asm: bool = True):
             return lambda *args, **kwargs: launches.append(specialised(self.kernel, *args, **kwargs))
 
     before = dict(vars(launch))
-    vars(launch).update({name: Recorder(kernel) for name, kernel in kernels.items()}, gpu_of=lambda _: gpu, asm=lambda _: asm)
+    vars(launch).update(
+        {name: Recorder(kernel) for name, kernel in kernels.items()}, gpu_of=lambda _: gpu, asm=lambda _: asm
+    )
     try:
         yield launches
     finally:
@@ -259,7 +282,7 @@ def launched(case: Case, **changes: Any) -> Launch:
     return launches[0]
 
 
-# ------------------------------------------------------------------------------------------- what is compiled
+# ------------------------------------------------------------------------ what is compiled
 
 
 class Code(NamedTuple):
@@ -276,7 +299,11 @@ def compiled(made: Launch, target: GPUTarget) -> Any:
 
 
 def _run(tool: str, *arguments: str) -> str:
-    done = subprocess.run([Path(triton.__file__).parent / "backends/nvidia/bin" / tool, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, *arguments],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, f"{tool}: {done.stderr}"
     return done.stdout + done.stderr
 
@@ -294,7 +321,8 @@ def code(made: Launch, arch: int, listing: bool = True) -> Code:
 
 
 def parsed(listing: str) -> tuple[list[str], list[list[str]]]:
-    """The instructions of nvdisasm's listing, and of those the innermost loops: from a label to a branch back to it."""
+    """The instructions of nvdisasm's listing, and of those the innermost loops: from a label to a branch back
+    to it."""
     instructions, labels, loops = [], {}, []
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
@@ -312,10 +340,12 @@ def parsed(listing: str) -> tuple[list[str], list[list[str]]]:
 
 def count(instructions: list[str], pattern: str) -> int:
     """Instructions, less their predicates, whose beginning `pattern` matches."""
-    return sum(re.match(rf"(@!?U?P\w+\s+)?(?:{pattern})", instruction) is not None for instruction in instructions)
+    return sum(
+        re.match(rf"(@!?U?P\w+\s+)?(?:{pattern})", instruction) is not None for instruction in instructions
+    )
 
 
-# ------------------------------------------------------------------------------------------- in another process
+# ---------------------------------------------------------------------- in another process
 
 
 def use_cache(folder: str) -> None:

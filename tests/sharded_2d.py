@@ -40,7 +40,8 @@ def forward_and_backward(ranks, folder):
 
 @case
 def trained(ranks, folder):
-    """A float layer below: gradients reach it through the sharded, quantized ones, and the ranks agree on it."""
+    """A float layer below: gradients reach it through the sharded, quantized ones, and the ranks agree on
+    it."""
     losses = []
     for wrap in (both, lambda model: model):
         torch.manual_seed(0)

@@ -28,13 +28,16 @@ WAYS = (
 
 @case
 def qlora(ranks, folder):
-    """Each rank learns from its own rows as one process does from all of them, and the base keeps its bits."""
+    """Each rank learns from its own rows as one process does from all of them, and the base keeps its
+    bits."""
     alone = tiny_qlora(4)
     expected = torch.tensor(train(alone, [IDS] * 4))
     for options in WAYS:
         model = tiny_qlora(4)
         before = planes(model)
-        mine = torch.tensor(train(DistributedDataParallel(model, **options), [IDS.chunk(ranks)[dist.get_rank()]] * 4))
+        mine = torch.tensor(
+            train(DistributedDataParallel(model, **options), [IDS.chunk(ranks)[dist.get_rank()]] * 4)
+        )
         dist.all_reduce(mine)
         same(mine / ranks, expected)
         assert_untouched(model, before)
@@ -43,7 +46,8 @@ def qlora(ranks, folder):
 
 
 class Mixed(nn.Module):
-    """Formats, dtypes, a transposed weight, experts, a plain weight and a buffer, of which every rank has others."""
+    """Formats, dtypes, a transposed weight, experts, a plain weight and a buffer, of which every rank has
+    others."""
 
     def __init__(self, seed):
         super().__init__()
@@ -51,9 +55,15 @@ class Mixed(nn.Module):
         self.int4 = quantized(layers(100, 64), rtn(4, 32))
         self.int8 = quantized(layers(64, 96).bfloat16(), rtn(8, -1, "signed"))
         self.plain = nn.Linear(96, 8)
-        self.experts = nn.Parameter(RTNQuantizedTensor.from_float(torch.randn(3, 40, 64)), requires_grad=False)
-        self.turned = nn.Parameter(RTNQuantizedTensor.from_float(torch.randn(3, 40, 64)).mT, requires_grad=False)
-        self.columns = nn.Parameter(RTNQuantizedTensor.from_float(torch.randn(40, 128), 4, 32)[:, 32:96], requires_grad=False)
+        self.experts = nn.Parameter(
+            RTNQuantizedTensor.from_float(torch.randn(3, 40, 64)), requires_grad=False
+        )
+        self.turned = nn.Parameter(
+            RTNQuantizedTensor.from_float(torch.randn(3, 40, 64)).mT, requires_grad=False
+        )
+        self.columns = nn.Parameter(
+            RTNQuantizedTensor.from_float(torch.randn(40, 128), 4, 32)[:, 32:96], requires_grad=False
+        )
         self.register_buffer("buffer", torch.randn(5))
         self.register_buffer("weight", RTNQuantizedTensor.from_float(torch.randn(40, 64)))
 
@@ -70,7 +80,9 @@ def rank_0_decides(ranks, folder):
     expected = Mixed(0)
     for name, t in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], t), name
-    assert memory == [w.qdata.data_ptr() for w in model.state_dict().values() if isinstance(w, RTNQuantizedTensor)]
+    assert memory == [
+        w.qdata.data_ptr() for w in model.state_dict().values() if isinstance(w, RTNQuantizedTensor)
+    ]
     for _ in range(2):  # the second forward sends the buffers again
         y = wrapped(x_of(100))
     same(y, expected(x_of(100)))
@@ -81,7 +93,10 @@ def rank_0_decides(ranks, folder):
 @case
 def prepared_by_accelerate(ranks, folder):
     rank = str(dist.get_rank())
-    with patch.dict(os.environ, {"WORLD_SIZE": str(ranks), "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(ranks)}):
+    with patch.dict(
+        os.environ,
+        {"WORLD_SIZE": str(ranks), "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": str(ranks)},
+    ):
         accelerator = accelerate.Accelerator(cpu=True)
     model = tiny_qlora(4)
     before = planes(model)

@@ -10,7 +10,11 @@ from ranks import Cases
 from sharded_models import layers, mlp, quantized, quantized_weights, same, sharded, x_of
 from torch import nn
 from torch._C._distributed_c10d import _get_work_registry_size
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,7 +33,11 @@ def forward(ranks, folder):
     for sizes in SIZES:
         for config in (rtn_int4(group_size=32), rtn_int8(group_size=-1)):
             x, expected = x_of(64), quantized(layers(*sizes), config)(x_of(64))
-            for options in ({}, {"reshard_after_forward": False}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
+            for options in (
+                {},
+                {"reshard_after_forward": False},
+                {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+            ):
                 model = sharded(quantized(layers(*sizes), config), **options)
                 local = model[0].weight.to_local()
                 assert isinstance(local, RTNQuantizedTensor)
@@ -50,8 +58,11 @@ def mixed_precision(ranks, folder):
 
 @case
 def wire(ranks, folder):
-    """What is gathered of a weight of int4 with groups of 128: 0.26 of bf16, where the ranks divide the rows."""
-    local = sharded(quantized(nn.Linear(1024, 48 * ranks, bias=False).bfloat16(), rtn_int4(128))).weight.to_local()
+    """What is gathered of a weight of int4 with groups of 128: 0.26 of bf16, where the ranks divide the
+    rows."""
+    local = sharded(
+        quantized(nn.Linear(1024, 48 * ranks, bias=False).bfloat16(), rtn_int4(128))
+    ).weight.to_local()
     planes, _ = local.fsdp_pre_all_gather(DeviceMesh("cpu", list(range(ranks))))
     assert sum(plane.nbytes for plane in planes) <= 0.28 * 2 * 1024 * 48
 
@@ -90,7 +101,8 @@ def adapters_below(ranks, folder):
 
 @case
 def refresh(ranks, folder):
-    """Fresh float weights into a live sharded model: no new memory, and the answers of a model quantized anew."""
+    """Fresh float weights into a live sharded model: no new memory, and the answers of a model quantized
+    anew."""
     model = sharded(quantized(layers(64, 97, 48)))
     model(x_of(64))
     model.reshard()
@@ -120,7 +132,9 @@ def meta_then_loaded(ranks, folder):
 @case
 def gathered(ranks, folder):
     whole = quantized(layers(64, 97, 48))
-    state = get_model_state_dict(sharded(copy.deepcopy(whole)), options=StateDictOptions(full_state_dict=True))
+    state = get_model_state_dict(
+        sharded(copy.deepcopy(whole)), options=StateDictOptions(full_state_dict=True)
+    )
     if dist.get_rank() == 0:
         assert state.keys() == whole.state_dict().keys()
     for name, w in state.items():
@@ -132,8 +146,13 @@ def gathered(ranks, folder):
 
 @case
 def gathered_in_turn(ranks, folder):
-    """One plane at a time: gloo corrupts the heap where two are gathered at once. And none is left that nobody waited for."""
-    gather, in_flight, before = torch.ops._c10d_functional.all_gather_into_tensor.default, [], _get_work_registry_size()
+    """One plane at a time: gloo corrupts the heap where two are gathered at once. And none is left that
+    nobody waited for."""
+    gather, in_flight, before = (
+        torch.ops._c10d_functional.all_gather_into_tensor.default,
+        [],
+        _get_work_registry_size(),
+    )
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -194,8 +213,14 @@ def broadcast_from_rank0(ranks, folder):
     whole = quantized(layers(64, 97, 48))
     model = sharded(copy.deepcopy(whole))
     if dist.get_rank() == 0:
-        with pytest.raises(NotImplementedError, match="cannot send a RTNQuantizedTensor: .* use rtn_tensor.load_from_rank0"):
-            set_model_state_dict(model, whole.state_dict(), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        with pytest.raises(
+            NotImplementedError, match="cannot send a RTNQuantizedTensor: .* use rtn_tensor.load_from_rank0"
+        ):
+            set_model_state_dict(
+                model,
+                whole.state_dict(),
+                options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+            )
     else:
         dist.broadcast_object_list([None], src=0)  # what comes before
 
@@ -238,5 +263,8 @@ def after_sharding(ranks, folder):
     assert rows[0].note == "part of 97 x 64"
     dequantize_(model)
     same(model(x_of(64)), quantized(layers(64, 97, 48))(x_of(64)))
-    with pytest.raises(ValueError, match="the model has run under fully_shard, which keeps its parameters; do this before the first"):
+    with pytest.raises(
+        ValueError,
+        match="the model has run under fully_shard, which keeps its parameters; do this before the first",
+    ):
         dequantize_(model)

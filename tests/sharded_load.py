@@ -31,7 +31,9 @@ def of_quantized_files(ranks, folder):
         model = load(written(whole, f"{folder}/q"), model=shard(quantized(make().to("meta"))))
         local = next(model.parameters()).to_local()
         assert isinstance(local, RTNQuantizedTensor)
-        assert local.qdata.nbytes <= -(-whole[0].weight.qdata.nbytes // ranks) + 64 if shard is sharded else True
+        assert (
+            local.qdata.nbytes <= -(-whole[0].weight.qdata.nbytes // ranks) + 64 if shard is sharded else True
+        )
         same(model(x_of(64)), whole(x_of(64)))
         dist.barrier()
 
@@ -47,7 +49,9 @@ def of_float_files(ranks, folder):
             plain = make()
             total = sum(p.nbytes for p in plain.parameters())
             read.clear()
-            model = load(written(plain, f"{folder}/f"), rtn_int4(group_size=32), model=shard(make().to("meta")))
+            model = load(
+                written(plain, f"{folder}/f"), rtn_int4(group_size=32), model=shard(make().to("meta"))
+            )
             assert isinstance(next(model.parameters()).to_local(), RTNQuantizedTensor)
             assert total / ranks / 2 < sum(read) < total / ranks * 1.2
             same(model(x_of(64)), quantized(make())(x_of(64)))
@@ -73,5 +77,8 @@ def unfit(ranks, folder):
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
     model = sharded(quantized(layers(64, 97, 48)))
     model(x_of(64))
-    with pytest.raises(ValueError, match="the model has run under fully_shard, which keeps its parameters; do this before the first"):
+    with pytest.raises(
+        ValueError,
+        match="the model has run under fully_shard, which keeps its parameters; do this before the first",
+    ):
         load(path, model=model)

@@ -21,7 +21,9 @@ class MLP(nn.Module):
 
 def layers(*sizes):
     torch.manual_seed(0)
-    return nn.Sequential(*(layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.GELU())))
+    return nn.Sequential(
+        *(layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.GELU()))
+    )
 
 
 def quantized(model, config=None):
@@ -42,7 +44,9 @@ def x_of(width, *rows):
 
 def same(got, expected, tolerance=1e-5):
     assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= tolerance * max(1, expected.abs().max()), (got - expected).abs().max()
+    assert (got - expected).abs().max() <= tolerance * max(1, expected.abs().max()), (
+        (got - expected).abs().max()
+    )
 
 
 PLAN = {"up": ColwiseParallel, "down": RowwiseParallel}
@@ -58,4 +62,8 @@ def mlp(inner=192):
 
 
 def quantized_weights(model):
-    return [w for w in model.parameters() if isinstance(w.to_local() if isinstance(w, DTensor) else w, RTNQuantizedTensor)]
+    return [
+        w
+        for w in model.parameters()
+        if isinstance(w.to_local() if isinstance(w, DTensor) else w, RTNQuantizedTensor)
+    ]

@@ -12,7 +12,11 @@ from ranks import Cases
 from sharded_models import layers, mlp, parallel, quantized, same, sharded, x_of
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -62,7 +66,8 @@ def unchanged(model):
 
 @case
 def bit_for_bit(ranks, folder):
-    """Into memory that is there, or from meta; quantized state dicts as their planes, and float ones quantized by each rank."""
+    """Into memory that is there, or from meta; quantized state dicts as their planes, and float ones
+    quantized by each rank."""
     for make, shard in KINDS:
         for config in (rtn_int4(group_size=32), rtn_int8(group_size=32, scale_method="signed")):
             whole = quantized(make(), config)
@@ -79,7 +84,8 @@ def bit_for_bit(ranks, folder):
 
 
 class Mixed(nn.Module):
-    """Parameters of every kind: cut, whole on every rank, shared, of three dims; buffers of floats and of integers."""
+    """Parameters of every kind: cut, whole on every rank, shared, of three dims; buffers of floats and of
+    integers."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +101,11 @@ class Mixed(nn.Module):
 
 @case
 def whatever_a_model_holds(ranks, folder):
-    rules = [("experts", rtn_int4(group_size=64)), ("first", rtn_int8(group_size=-1)), ("last", rtn_int4(group_size=32))]
+    rules = [
+        ("experts", rtn_int4(group_size=64)),
+        ("first", rtn_int8(group_size=-1)),
+        ("last", rtn_int4(group_size=32)),
+    ]
     whole = quantized(Mixed(), rules).eval()
     with torch.no_grad():
         whole.norm.running_mean.uniform_()
@@ -168,16 +178,32 @@ def unfit_states():
     with_nan["down.weight"][-1, -1] = float("nan")
     yield lacking, ValueError, r"the checkpoint lacks down.bias \[64\]"
     yield good | {"more": torch.ones(2)}, ValueError, "rank 0's state_dict: more has no place in the model"
-    yield good | {"up.bias": torch.ones(2)}, ValueError, r"up.bias has shape \[2\], the model's up.bias \[192\]"
+    yield (
+        good | {"up.bias": torch.ones(2)},
+        ValueError,
+        r"up.bias has shape \[2\], the model's up.bias \[192\]",
+    )
     kind = "bits=4, group_size=32, scale_method='absmax'"
     for state, got in (
         (other(group_size=64), "bits=4, group_size=64, scale_method='absmax'"),
         (other(scale_method="signed"), "bits=4, group_size=32, scale_method='signed'"),
-        (quantized(mlp(), rtn_int8(group_size=32)).state_dict(), "bits=8, group_size=32, scale_method='absmax'"),
+        (
+            quantized(mlp(), rtn_int8(group_size=32)).state_dict(),
+            "bits=8, group_size=32, scale_method='absmax'",
+        ),
     ):
-        yield state, ValueError, f"quantize_ the model as rank 0's .*\n  up.weight has {got}, the model's has {kind}\n  down.weight has"
+        yield (
+            state,
+            ValueError,
+            f"quantize_ the model as rank 0's .*\n  up.weight has {got}, the model's has {kind}\n  "
+            "down.weight has",
+        )
     yield with_nan, ValueError, "down.weight holds NaN or inf; nothing was loaded"
-    yield good | get_model_state_dict(tensor_parallel(quantized(mlp()))), ValueError, "up.weight is a part of a tensor; give whole ones"
+    yield (
+        good | get_model_state_dict(tensor_parallel(quantized(mlp()))),
+        ValueError,
+        "up.weight is a part of a tensor; give whole ones",
+    )
     yield None, TypeError, "rank 0 gave a NoneType; give it the state dict, the other ranks need none"
 
 
@@ -186,7 +212,8 @@ def unfit(ranks, folder):
     """All ranks raise, before anything is changed."""
     model = tensor_parallel(quantized(mlp()))
     for state, kind, message in unfit_states():
-        if dist.get_rank() and (kind is TypeError or "part of" in message or "NaN" in message):  # seen by rank 0 alone
+        # Seen by rank 0 alone.
+        if dist.get_rank() and (kind is TypeError or "part of" in message or "NaN" in message):
             kind, message = RuntimeError, "another rank failed here, and says why; nothing was changed"
         with unchanged(model), pytest.raises(kind, match=message):
             load_from_rank0(model, state if dist.get_rank() == 0 else {"another": 1})
@@ -197,7 +224,8 @@ def unfit(ranks, folder):
 
 @case
 def cut_inside_a_group(ranks, folder):
-    """Each rank has quantized its own columns, with a scale a row; such can be made of floats, and of no other quantized weight."""
+    """Each rank has quantized its own columns, with a scale a row; such can be made of floats, and of no
+    other quantized weight."""
     config = rtn_int4(group_size=-1)
     plain, model = mlp(48 * ranks), quantized(tensor_parallel(mlp(48 * ranks)), config)
     with torch.no_grad():
@@ -243,7 +271,10 @@ def a_rank_that_fails(ranks, folder):
             mine = failing == dist.get_rank()
             fill._copy = failing_copy if mine else real
             try:
-                with pytest.raises(*((MemoryError,) if mine else (RuntimeError,)), match="no more" if mine else "may be filled in part"):
+                with pytest.raises(
+                    *((MemoryError,) if mine else (RuntimeError,)),
+                    match="no more" if mine else "may be filled in part",
+                ):
                     load_from_rank0(model, on_rank0(whole))
             finally:
                 fill._copy = real

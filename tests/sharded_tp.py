@@ -62,7 +62,9 @@ def parts_made_by_hand(ranks, folder):
 @case
 def cuts_inside_a_group(ranks, folder):
     model = quantized(mlp(48 * ranks), rtn_int4(group_size=96))
-    message = "down.weight: cannot slice columns 0:48; with bits=4 and group_size=96 cuts must be multiples of 96"
+    message = (
+        "down.weight: cannot slice columns 0:48; with bits=4 and group_size=96 cuts must be multiples of 96"
+    )
     with pytest.raises(ValueError, match=message):
         parallel(model, init_device_mesh("cpu", (ranks,)))
 

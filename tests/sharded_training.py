@@ -1,4 +1,5 @@
-"""What test_training runs on several gloo ranks, and the models and steps that it shares with a single process."""
+"""What test_training runs on several gloo ranks, and the models and steps that it shares with a single
+process."""
 
 import copy
 import functools
@@ -11,7 +12,10 @@ from ranks import Cases
 from sharded_models import layers, mlp, parallel, quantized, quantized_weights, same, x_of
 from tiny_llama import tiny_llama
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -22,27 +26,33 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from benchmarks.real_model import smollm2, state_of_the_union
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn
 
-IDS = torch.tensor([[5, 77, 130, 9, 201, 64], [8, 9, 64, 3, 17, 300], [12, 1, 7, 31, 31, 2], [6, 6, 19, 20, 21, 22]])
+IDS = torch.tensor(
+    [[5, 77, 130, 9, 201, 64], [8, 9, 64, 3, 17, 300], [12, 1, 7, 31, 31, 2], [6, 6, 19, 20, 21, 22]]
+)
 
 case = Cases(2)
 
 
-# ------------------------------------------------------------------------------------------- models and steps
+# ------------------------------------------------------------------------ models and steps
 
 
 def lora(model, **options):
     torch.manual_seed(1)
     config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*without `get_apply_tensor_subclass`", UserWarning)  # it could not merge
+        # It could not merge.
+        warnings.filterwarnings("ignore", "(?s).*without `get_apply_tensor_subclass`", UserWarning)
         return peft.get_peft_model(model, config)
 
 
 def checkpointed(model, how):
-    """The model with activation checkpointing: transformers', reentrant or not, or torch's wrapper around each block."""
+    """The model with activation checkpointing: transformers', reentrant or not, or torch's wrapper around
+    each block."""
     if how == "wrapper":
         apply_activation_checkpointing(
-            model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda module: isinstance(module, LlamaDecoderLayer)
+            model,
+            checkpoint_wrapper_fn=checkpoint_wrapper,
+            check_fn=lambda module: isinstance(module, LlamaDecoderLayer),
         )
     elif how is not None:
         model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
@@ -51,7 +61,9 @@ def checkpointed(model, how):
 
 
 def quantized_llama(model, bits, group_size):
-    quantize_(model, rtn(bits, group_size), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head")
+    quantize_(
+        model, rtn(bits, group_size), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head"
+    )
     return model
 
 
@@ -66,7 +78,9 @@ def smollm2_qlora(dtype):
     folder = smollm2()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model = lora(quantized_llama(model, 4, 64), target_modules="all-linear")
-    ids = AutoTokenizer.from_pretrained(folder)(state_of_the_union()[:10_000], return_tensors="pt").input_ids[0]
+    ids = AutoTokenizer.from_pretrained(folder)(state_of_the_union()[:10_000], return_tensors="pt").input_ids[
+        0
+    ]
     return model, [*ids[: 4 * 256].view(4, 2, 128)]
 
 
@@ -103,7 +117,7 @@ def train(model, batches, trained=None):
     return losses
 
 
-# ------------------------------------------------------------------------------------------- QLoRA under FSDP2
+# ----------------------------------------------------------------------- QLoRA under FSDP2
 
 
 def shard(model, **options):
@@ -113,7 +127,8 @@ def shard(model, **options):
 
 
 def compare(model, alone, batches, ranks, tolerance):
-    """Each rank trains `model` on its own rows: the mean of their losses is the loss of `alone` on all rows."""
+    """Each rank trains `model` on its own rows: the mean of their losses is the loss of `alone` on all
+    rows."""
     before = planes(model)
     mine = torch.tensor(train(model, [ids.chunk(ranks)[dist.get_rank()] for ids in batches]))
     dist.all_reduce(mine)
@@ -137,7 +152,13 @@ def qlora(ranks, folder):
 
 @case
 def qlora_int8_offloaded(ranks, folder):
-    compare(shard(tiny_qlora(8), offload_policy=CPUOffloadPolicy(pin_memory=False)), tiny_qlora(8), [IDS] * 4, ranks, 1e-5)
+    compare(
+        shard(tiny_qlora(8), offload_policy=CPUOffloadPolicy(pin_memory=False)),
+        tiny_qlora(8),
+        [IDS] * 4,
+        ranks,
+        1e-5,
+    )
 
 
 @case
@@ -162,9 +183,10 @@ def adapters_saved(ranks, folder):
         same(y, alone(IDS).logits)
 
 
-# ------------------------------------------------------------------------------------------- fresh weights into a live model
+# --------------------------------------------------------- fresh weights into a live model
 
-# A float DTensor into the quantized one: cut by the same placements, by rank 0 or by each rank for itself, or whole.
+# A float DTensor into the quantized one: cut by the same placements, by rank 0 or by each rank for itself, or
+# whole.
 WAYS = {
     "sent by rank 0": lambda w, f: distribute_tensor(f, w.device_mesh, w.placements),
     "cut by each": lambda w, f: distribute_tensor(f, w.device_mesh, w.placements, src_data_rank=None),
@@ -174,7 +196,11 @@ WAYS = {
 
 def memory(model):
     local = [p.to_local() for p in model.parameters()]
-    return [t.data_ptr() for p in local for t in ((p.qdata, p.scale) if isinstance(p, RTNQuantizedTensor) else (p,))]
+    return [
+        t.data_ptr()
+        for p in local
+        for t in ((p.qdata, p.scale) if isinstance(p, RTNQuantizedTensor) else (p,))
+    ]
 
 
 def refreshed(model, make, x, tolerance):

@@ -15,8 +15,21 @@ case = Cases(2, 3)
 
 IDS = torch.tensor([[5, 77, 13, 9, 20, 64]])
 COMMON = {
-    **{"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 6},
-    **{"head_dim": 32, "vocab_size": 120, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1},
+    **{
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+    },
+    **{
+        "head_dim": 32,
+        "vocab_size": 120,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.1,
+    },
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 384}
 
@@ -34,7 +47,9 @@ def made(name, folder, **more):
 
 def on_ranks(path, **options):
     distributed = transformers.distributed.DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_config=distributed, **options)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, distributed_config=distributed, **options
+    )
 
 
 def part(model, name):
@@ -55,14 +70,21 @@ def check(model, whole, ranks):
 @case
 def llama(ranks, folder):
     path, whole = made("Llama", folder)
-    check(on_ranks(path, quantization_config=transformers.TorchAoConfig(rtn_int4(group_size=32))), whole, ranks)
+    check(
+        on_ranks(path, quantization_config=transformers.TorchAoConfig(rtn_int4(group_size=32))), whole, ranks
+    )
     check(on_ranks(f"{path}-quantized"), whole, ranks)
 
 
 @case
 def qwen3_moe(ranks, folder):
     path, whole = made("Qwen3Moe", folder, **MOE)
-    config = FqnToConfig({r"re:.*experts\..*_proj": rtn_int4(group_size=32), r"re:.*self_attn\..*_proj": rtn_int4(group_size=32)})
+    config = FqnToConfig(
+        {
+            r"re:.*experts\..*_proj": rtn_int4(group_size=32),
+            r"re:.*self_attn\..*_proj": rtn_int4(group_size=32),
+        }
+    )
     check(on_ranks(path, quantization_config=transformers.TorchAoConfig(config)), whole, ranks)
     check(on_ranks(f"{path}-quantized"), whole, ranks)
 

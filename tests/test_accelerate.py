@@ -1,4 +1,5 @@
-"""accelerate over quantized weights: offloading, dispatching, parameters that it makes anew, and what it refuses."""
+"""accelerate over quantized weights: offloading, dispatching, parameters that it makes anew, and what it
+refuses."""
 
 import pytest
 import torch
@@ -8,14 +9,26 @@ from torch import nn
 pytest.importorskip("accelerate")
 
 import accelerate
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook, remove_hook_from_module
+from accelerate.hooks import (
+    AlignDevicesHook,
+    add_hook_to_module,
+    attach_align_device_hook,
+    remove_hook_from_module,
+)
 from accelerate.utils import align_module_device, set_module_tensor_to_device
 
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 64]])
 UP = "model.layers.0.mlp.up_proj.weight"
-PARTS = ("model.layers.0", "model.layers.1", "model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb")
+PARTS = (
+    "model.layers.0",
+    "model.layers.1",
+    "model.embed_tokens",
+    "model.norm",
+    "lm_head",
+    "model.rotary_emb",
+)
 WITH_DISK = dict.fromkeys(PARTS, "cpu") | {"model.layers.0": "disk"}
 
 
@@ -31,7 +44,11 @@ def expected(model):
 
 def quantized(model, config=None, everything=False):
     kinds = nn.Linear | nn.Embedding if everything else nn.Linear
-    quantize_(model, config or rtn(4, 32), lambda module, fqn: isinstance(module, kinds) and (everything or fqn != "lm_head"))
+    quantize_(
+        model,
+        config or rtn(4, 32),
+        lambda module, fqn: isinstance(module, kinds) and (everything or fqn != "lm_head"),
+    )
     return model
 
 
@@ -50,7 +67,7 @@ def assert_works(model, expected):
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------- offloading
+# ------------------------------------------------------------------------------ offloading
 
 
 @pytest.mark.parametrize("offload_buffers", [False, True])
@@ -67,13 +84,16 @@ def test_cpu_offload_executes_on_meta(model):
 
 
 def test_offload_of_tied_weights():
-    """accelerate tells tied weights by `data_ptr()`: were it 0 for each, the tied one would be taken for all of them."""
+    """accelerate tells tied weights by `data_ptr()`: were it 0 for each, the tied one would be taken for all
+    of them."""
     model = quantized(tiny_llama(tied=True), everything=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     expected = logits(model)
     tied = {model.lm_head.weight.data_ptr(): {}}  # as dispatch_model has it where the main device is a GPU
     weights = dict(model.state_dict(keep_vars=True))
-    attach_align_device_hook(model, execution_device="cpu", offload=True, weights_map=weights, tied_params_map=tied)
+    attach_align_device_hook(
+        model, execution_device="cpu", offload=True, weights_map=weights, tied_params_map=tied
+    )
     assert_works(model, expected)
 
 
@@ -100,12 +120,20 @@ def test_hook_offloads_and_is_removed():
 
 
 def test_disk_is_refused_and_nothing_changes(model, expected, tmp_path):
-    with pytest.raises(TypeError, match=r"q_proj.weight: a quantized weight is no numpy array .*offload to the CPU"):
+    with pytest.raises(
+        TypeError, match=r"q_proj.weight: a quantized weight is no numpy array .*offload to " r"the CPU"
+    ):
         accelerate.disk_offload(model, tmp_path, execution_device="cpu")
-    with pytest.raises(TypeError, match=r"q_proj.weight: a quantized weight is no numpy array .*offload to the CPU"):
+    with pytest.raises(
+        TypeError, match=r"q_proj.weight: a quantized weight is no numpy array .*offload to " r"the CPU"
+    ):
         accelerate.dispatch_model(model, WITH_DISK, main_device="cpu", offload_dir=tmp_path)
     assert_works(model, expected)
-    with pytest.raises(TypeError, match=r"q_proj.weight: a quantized weight has no elements to view as torch.int16 .*offload to the CPU"):
+    with pytest.raises(
+        TypeError,
+        match=r"q_proj.weight: a quantized weight has no elements to view as "
+        r"torch.int16 .*offload to the CPU",
+    ):
         accelerate.disk_offload(model.bfloat16(), tmp_path, execution_device="cpu")
 
 
@@ -130,7 +158,7 @@ def test_cpu_offload_with_hook(model, expected):
     assert_works(model, expected)
 
 
-# ------------------------------------------------------------------------------------------- parameters made anew
+# -------------------------------------------------------------------- parameters made anew
 
 
 def test_a_weight_goes_to_meta_and_comes_back(model, expected):
@@ -163,7 +191,10 @@ def test_another_dtype(model):
 
 
 def test_a_float_tensor_names_no_format(model, expected):
-    with pytest.raises(TypeError, match=r"float tensor of shape \(160, 96\)\) names no format; use RTNQuantizedTensor.from_float"):
+    with pytest.raises(
+        TypeError,
+        match=r"float tensor of shape \(160, 96\)\) names no format; use " r"RTNQuantizedTensor.from_float",
+    ):
         set_module_tensor_to_device(model, UP, "cpu", value=torch.zeros(160, 96))
     assert_works(model, expected)
 
@@ -201,7 +232,7 @@ def test_init_empty_weights(model):
     assert (copy.weight.bits, copy.weight.shape) == (4, (160, 96))
 
 
-# ------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------- checkpoints
 
 
 @pytest.fixture
@@ -233,10 +264,12 @@ def test_load_a_float_checkpoint_quantizes(file, tmp_path, expected):
 def test_load_checkpoint_to_disk_is_refused(file, tmp_path):
     other = quantized(tiny_llama(seed=1)).to("meta")
     with pytest.raises(TypeError, match="offload to the CPU"):
-        accelerate.load_checkpoint_and_dispatch(other, file, device_map=WITH_DISK, offload_folder=tmp_path / "offload")
+        accelerate.load_checkpoint_and_dispatch(
+            other, file, device_map=WITH_DISK, offload_folder=tmp_path / "offload"
+        )
 
 
-# ------------------------------------------------------------------------------------------- Accelerator
+# ----------------------------------------------------------------------------- Accelerator
 
 
 def test_accelerator(model, expected, tmp_path):

@@ -1,5 +1,5 @@
-"""Views of a quantized weight: the numbers they show, `as_strided` from those numbers, and through torch.compile, which keeps nothing else
-of a view of its input."""
+"""Views of a quantized weight: the numbers they show, `as_strided` from those numbers, and through
+torch.compile, which keeps nothing else of a view of its input."""
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from torch import nn
 
 from rtn_tensor import RTNQuantizedTensor
 
-MODES = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+MODES = pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +72,12 @@ EXPERTS = {
     "columns": lambda w: w[1:, :, 64:],
 }
 ALL = [((6, 128), fn) for fn in VIEWS.values()] + [((3, 6, 128), fn) for fn in EXPERTS.values()]
-every_view = pytest.mark.parametrize(("shape", "view"), ALL, ids=[*VIEWS, *(f"experts-{name}" for name in EXPERTS)])
+every_view = pytest.mark.parametrize(
+    ("shape", "view"), ALL, ids=[*VIEWS, *(f"experts-{name}" for name in EXPERTS)]
+)
 
 
-# ------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64), (4, -1)])
@@ -141,7 +145,7 @@ def test_as_strided_knows_a_shared_scale():
         part.copy_(torch.randn(6, 64))
 
 
-# ------------------------------------------------------------------------------------------- through a compiler
+# ---------------------------------------------------------------------- through a compiler
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -160,7 +164,13 @@ def test_of_a_padded_width_and_of_an_argument_that_is_a_view(k):
     def fn(w):
         return w[2:], w[:, 64:], w.t(), w[1]
 
-    for w in (weight(6, k), weight(9, k)[3:], weight(6, 160)[:, 64:], weight(2, 6, k)[1], weight(6, 2, k).transpose(0, 1)[1]):
+    for w in (
+        weight(6, k),
+        weight(9, k)[3:],
+        weight(6, 160)[:, 64:],
+        weight(2, 6, k)[1],
+        weight(6, 2, k).transpose(0, 1)[1],
+    ):
         torch._dynamo.reset()
         same(torch.compile(fn, backend="aot_eager")(w), fn(w))
 
@@ -255,7 +265,13 @@ def into_columns(w, new):
 @MODES
 @pytest.mark.parametrize(
     "fn",
-    [through_a_slice, through_a_returned_slice, through_a_slice_of_another_graph, between_slices, into_columns],
+    [
+        through_a_slice,
+        through_a_returned_slice,
+        through_a_slice_of_another_graph,
+        between_slices,
+        into_columns,
+    ],
     ids=lambda fn: fn.__name__,
 )
 def test_a_write_through_an_alias(fn, mode):

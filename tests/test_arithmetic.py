@@ -1,4 +1,5 @@
-"""A weight used as any tensor is: arithmetic in place, out=, einsum, averages, optimizers, torch.nn.utils; and what is refused."""
+"""A weight used as any tensor is: arithmetic in place, out=, einsum, averages, optimizers, torch.nn.utils;
+and what is refused."""
 
 import copy
 import pickle
@@ -34,7 +35,7 @@ def model(bits=4):
 X = gaussian(5, 64, seed=1)
 
 
-# ------------------------------------------------------------------------------------------- in place
+# -------------------------------------------------------------------------------- in place
 
 IN_PLACE = {
     "add_": lambda w, t: w.add_(t),
@@ -85,7 +86,8 @@ def test_in_place_on_views_and_by_operators():
 
 
 def test_rows_that_stay_as_they_are_keep_their_bits():
-    """To quantize what is quantized gives other numbers: what adds zeros, step after step, would move the weight away."""
+    """To quantize what is quantized gives other numbers: what adds zeros, step after step, would move the
+    weight away."""
     w, t = weight(), torch.zeros(40, 100)
     before = w.clone()
     for _ in range(3):
@@ -112,18 +114,24 @@ def test_in_place_refuses():
     w = weight(group_size=-1)
     w.fqn = "up.weight"
     before = w.clone()
-    with pytest.raises(ValueError, match=r"up.weight: cannot add_ some columns .* share the scale; take whole rows"):
+    with pytest.raises(
+        ValueError, match=r"up.weight: cannot add_ some columns .* share the scale; take " r"whole rows"
+    ):
         w[:, :32].add_(1)
-    with pytest.raises(TypeError, match=r"up.weight: add_ does not take a quantized operand; give it .dequantize\(\)"):
+    with pytest.raises(
+        TypeError, match=r"up.weight: add_ does not take a quantized operand; give it " r".dequantize\(\)"
+    ):
         w.add_(w, alpha=0.1)
-    with pytest.raises(TypeError, match=r"up.weight: mul_ does not take a quantized operand; give it .dequantize\(\)"):
+    with pytest.raises(
+        TypeError, match=r"up.weight: mul_ does not take a quantized operand; give it " r".dequantize\(\)"
+    ):
         torch.zeros(40, 100).mul_(w)
     with pytest.raises(RuntimeError, match="size of tensor"):
         w.add_(torch.zeros(3))
     assert torch.equal(w, before)
 
 
-# ------------------------------------------------------------------------------------------- products
+# -------------------------------------------------------------------------------- products
 
 
 OUTS = {
@@ -141,11 +149,15 @@ def test_products_into_out(name):
     for out in (torch.empty(expected.shape), torch.empty(0)):
         assert product(X, w, out) is out
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match=r"out is torch.float64 of shape .* but the product is torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"out is torch.float64 of shape .* but the product is " r"torch.float32"
+    ):
         product(X, w, torch.empty(expected.shape, dtype=torch.float64))
     named = weight(*expected.shape)
     named.fqn = "up"
-    with pytest.raises(TypeError, match=r"up: a product cannot be written into a quantized tensor by out=; copy_ it"):
+    with pytest.raises(
+        TypeError, match=r"up: a product cannot be written into a quantized tensor by out=; " r"copy_ it"
+    ):
         product(X, w.dequantize(), named)
 
 
@@ -162,7 +174,10 @@ def test_tensordot_inner_and_jagged():
 def test_einsum_names_the_weight(equation, turned):
     w = weight(96, 64)
     w.fqn = "up.weight"
-    with pytest.raises(NotImplementedError, match=r"up.weight: einsum\('bi,.*'\) comes to more than a product.* weight.dequantize\(\)"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"up.weight: einsum\('bi,.*'\) comes to more than a " r"product.* weight.dequantize\(\)",
+    ):
         torch.einsum(equation, X, w.t() if turned else w)
 
 
@@ -200,7 +215,9 @@ UNKNOWN = {
     "weight_norm": lambda w: torch.nn.utils.parametrizations.weight_norm(holder(w)),
     "spectral_norm": lambda w: torch.nn.utils.parametrizations.spectral_norm(holder(w)),
     "orthogonal": lambda w: torch.nn.utils.parametrizations.orthogonal(holder(w)),
-    "prune": lambda w: __import__("torch.nn.utils.prune", fromlist=["_"]).l1_unstructured(holder(w), "weight", 0.3),
+    "prune": lambda w: __import__("torch.nn.utils.prune", fromlist=["_"]).l1_unstructured(
+        holder(w), "weight", 0.3
+    ),
     "reset_parameters": lambda w: holder(w).reset_parameters(),
     "parameters_to_vector": lambda w: torch.nn.utils.parameters_to_vector([w, torch.ones(2)]),
 }
@@ -218,14 +235,15 @@ def test_what_is_refused_names_the_weight_and_the_way_out(name):
     w.fqn = "layers.3.up.weight"
     before = w.clone()
     with pytest.raises(
-        (NotImplementedError, TypeError, ValueError), match=r"layers\.3\.up\.weight: (?s:.)*(dequantize|float|cannot)"
+        (NotImplementedError, TypeError, ValueError),
+        match=r"layers\.3\.up\.weight: " r"(?s:.)*(dequantize|float|cannot)",
     ) as caught:
         UNKNOWN[name](w)
     assert torch.equal(w, before)
     assert len(str(caught.value)) < 400
 
 
-# ------------------------------------------------------------------------------------------- averages and optimizers
+# ----------------------------------------------------------------- averages and optimizers
 
 
 def train(layers, optimizer, steps=4, after=lambda: None):
@@ -249,7 +267,9 @@ def train(layers, optimizer, steps=4, after=lambda: None):
 def test_averages_keep_frozen_weights_to_the_bit(average, buffers):
     layers = model()
     averaged = AveragedModel(layers, multi_avg_fn=average, use_buffers=buffers)
-    train(layers, torch.optim.Adam(layers.parameters(), 0.1), after=lambda: averaged.update_parameters(layers))
+    train(
+        layers, torch.optim.Adam(layers.parameters(), 0.1), after=lambda: averaged.update_parameters(layers)
+    )
     assert torch.equal(averaged.module[0].weight, layers[0].weight)
     assert not torch.equal(averaged.module[4].weight, layers[4].weight)
     assert torch.isfinite(averaged(X)).all()
@@ -260,7 +280,10 @@ def test_averages_of_different_quantized_weights_are_refused():
     other[0].weight.copy_(gaussian(96, 64, seed=3))
     averaged = AveragedModel(layers, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     averaged.update_parameters(layers)
-    with pytest.raises(NotImplementedError, match=r"0.weight: an average \(lerp_\) of quantized weights .* dequantize_\(model\)"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"0.weight: an average \(lerp_\) of quantized weights .* " r"dequantize_\(model\)",
+    ):
         averaged.update_parameters(other)
     averaged = AveragedModel(layers, avg_fn=get_ema_avg_fn(0.9))  # which multiplies by hand
     averaged.update_parameters(layers)
@@ -268,7 +291,10 @@ def test_averages_of_different_quantized_weights_are_refused():
         averaged.update_parameters(layers)
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop", "LBFGS"])
+@pytest.mark.parametrize(
+    "kind",
+    ["SGD", "Adam", "AdamW", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop", "LBFGS"],
+)
 def test_optimizers_given_every_parameter(kind):
     layers = model()
     before = [layers[i].weight.clone() for i in (0, 2)]
@@ -283,7 +309,8 @@ def test_optimizers_given_every_parameter(kind):
 def test_adagrad_says_which_parameters_to_give():
     layers = model()
     with pytest.raises(
-        NotImplementedError, match=r"0.weight: .* give an optimizer \(Adagrad asks for it\) only the parameters that require"
+        NotImplementedError,
+        match=r"0.weight: .* give an optimizer \(Adagrad asks for it\) only the " r"parameters that require",
     ):
         torch.optim.Adagrad(layers.parameters())
     losses = train(layers, torch.optim.Adagrad((p for p in layers.parameters() if p.requires_grad), 0.1))
@@ -305,10 +332,12 @@ def test_checkpointed(reentrant):
     assert x.grad.abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------- copies, pickles, processes, state dicts
+# ------------------------------------------------- copies, pickles, processes, state dicts
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda layers: pickle.loads(pickle.dumps(layers))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda layers: pickle.loads(pickle.dumps(layers))], ids=["deepcopy", "pickle"]
+)
 def test_copies(way):
     layers = model()
     layers[0].weight.weight_loader = len
@@ -340,18 +369,29 @@ def test_another_process_gets_the_model(shared):
 
 
 def test_state_dict_hooks_and_assign():
-    layers, plain = model(), nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 8))
+    layers, plain = (
+        model(),
+        nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 8)),
+    )
     seen = []
-    layers.register_state_dict_post_hook(lambda module, state, prefix, metadata: seen.append(type(state["0.weight"])))
+    layers.register_state_dict_post_hook(
+        lambda module, state, prefix, metadata: seen.append(type(state["0.weight"]))
+    )
     plain.register_load_state_dict_pre_hook(lambda module, state, *args: seen.append(type(state["0.weight"])))
     plain.load_state_dict(layers.state_dict(), assign=True)
     assert seen == [RTNQuantizedTensor, RTNQuantizedTensor]
     assert torch.equal(plain(X), layers(X))
     assert not plain[0].weight.requires_grad
     other = model(8)
-    with pytest.raises(RuntimeError, match=r"0\.weight: cannot copy_ .* the formats differ; copy_ from src.dequantize\(\) to requantize"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"0\.weight: cannot copy_ .* the formats differ; copy_ from "
+        r"src.dequantize\(\) to requantize",
+    ):
         other.load_state_dict(layers.state_dict())
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"0.weight\""):
         layers.load_state_dict({name: t for name, t in layers.state_dict().items() if name != "0.weight"})
-    layers.load_state_dict({name: t for name, t in other.state_dict().items() if name == "4.weight"}, strict=False)
+    layers.load_state_dict(
+        {name: t for name, t in other.state_dict().items() if name == "4.weight"}, strict=False
+    )
     assert torch.equal(layers[4].weight, other[4].weight)

@@ -8,7 +8,16 @@ from benchmarks import cpu_linear, load, memory
 
 def test_linear_measures_every_peer_at_every_size(capsys):
     rows = cpu_linear.measure(torch.bfloat16, 64, 128, [1, 3], turns=1)
-    names = ["dense", "rtn int4 g128", "rtn int4 g32", "rtn int8 g128", "aten int4 g128", "aten int8", "torchao int4 g128", "torchao int8"]
+    names = [
+        "dense",
+        "rtn int4 g128",
+        "rtn int4 g32",
+        "rtn int8 g128",
+        "aten int4 g128",
+        "aten int8",
+        "torchao int4 g128",
+        "torchao int8",
+    ]
     assert [(r["kernel"], r["M"]) for r in rows] == [(name, m) for m in (1, 3) for name in names]
     assert all(r["seconds"] > 0 and r["over_dense"] > 0 for r in rows)
     assert {r["over_dense"] for r in rows if r["kernel"] == "dense"} == {1.0}
@@ -24,7 +33,9 @@ def test_load_measures_every_way(tmp_path):
         assert result["seconds"] > 0
         assert result["peak"] >= 0
         weights[way] = result["weights"]
-    assert weights["rtn_tensor.load int4"] == weights["transformers, rtn_int4"] < weights["rtn_tensor.load int8"]
+    assert (
+        weights["rtn_tensor.load int4"] == weights["transformers, rtn_int4"] < weights["rtn_tensor.load int8"]
+    )
     assert load.sequential_read(tmp_path) > 0
 
 

@@ -27,7 +27,9 @@ def but_the_ends(module, fqn):
 
 
 def greedy(model):
-    out = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    out = model.generate(
+        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
     return out.tolist()
 
 
@@ -38,7 +40,9 @@ def assert_same(loaded, model):
         a, b = loaded.get_parameter(name), model.get_parameter(name)
         assert (a.dtype, type(a)) == (b.dtype, type(b)), name
         assert torch.equal(a, b), name
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (model.lm_head.weight is model.model.embed_tokens.weight)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (
+        model.lm_head.weight is model.model.embed_tokens.weight
+    )
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=0)
     assert greedy(loaded) == greedy(model)
 
@@ -48,7 +52,7 @@ def keys_and_metadata(path):
         return list(file.keys()), file.metadata()
 
 
-# ------------------------------------------------------------------------------------------- there and back
+# -------------------------------------------------------------------------- there and back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -70,9 +74,20 @@ FORMATS = {
     "embedding alone": (rtn_int8(64), lambda module, fqn: isinstance(module, nn.Embedding)),
     "every linear": (rtn_int4(64, "signed"), None),
     "one group a row": (rtn_int4(-1), but_the_ends),
-    "skipped layers": (rtn_int4(32), lambda module, fqn: but_the_ends(module, fqn) and "layers.0" not in fqn and "k_proj" not in fqn),
-    "mixed": (FqnToConfig({"re:.*q_proj": rtn_int8(32), "re:.*mlp.*": rtn_int4(-1, "signed"), "lm_head": rtn_int4(64)}), None),
-    "mixed with embedding": (FqnToConfig({"re:.*_proj": rtn_int4(64), "model.embed_tokens": rtn_int8(), "lm_head": rtn_int8()}), None),
+    "skipped layers": (
+        rtn_int4(32),
+        lambda module, fqn: but_the_ends(module, fqn) and "layers.0" not in fqn and "k_proj" not in fqn,
+    ),
+    "mixed": (
+        FqnToConfig(
+            {"re:.*q_proj": rtn_int8(32), "re:.*mlp.*": rtn_int4(-1, "signed"), "lm_head": rtn_int4(64)}
+        ),
+        None,
+    ),
+    "mixed with embedding": (
+        FqnToConfig({"re:.*_proj": rtn_int4(64), "model.embed_tokens": rtn_int8(), "lm_head": rtn_int8()}),
+        None,
+    ),
     "float": (None, None),
 }
 
@@ -80,7 +95,8 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_of_every_choice(tmp_path, name, tied):
-    """Where a tied model has just one of the pair quantized, the other must not be tied to it on the way back."""
+    """Where a tied model has just one of the pair quantized, the other must not be tied to it on the way
+    back."""
     config, filter_fn = FORMATS[name]
     model = tiny_llama(tied)
     if config:
@@ -119,7 +135,9 @@ def test_save_again(tmp_path):
     loaded = load(tmp_path / "first")
     save(loaded, tmp_path / "second")
     assert_same(load(tmp_path / "second"), model)
-    assert (tmp_path / "first" / "config.json").read_text() == (tmp_path / "second" / "config.json").read_text()
+    assert (tmp_path / "first" / "config.json").read_text() == (
+        tmp_path / "second" / "config.json"
+    ).read_text()
     assert keys_and_metadata(tmp_path / "first") == keys_and_metadata(tmp_path / "second")
 
 
@@ -146,16 +164,25 @@ def test_state_dict_through_a_file(tmp_path, tied):
     assert_same(fresh, model)
 
 
-# ------------------------------------------------------------------------------------------- what is on disk
+# ------------------------------------------------------------------------- what is on disk
 
 
 def test_names_on_disk(tmp_path):
     model = tiny_llama()
-    config = FqnToConfig({"model.layers.0.self_attn.q_proj": rtn_int4(64), "model.layers.0.mlp.down_proj": rtn_int8(-1, "signed")})
+    config = FqnToConfig(
+        {
+            "model.layers.0.self_attn.q_proj": rtn_int4(64),
+            "model.layers.0.mlp.down_proj": rtn_int8(-1, "signed"),
+        }
+    )
     quantize_(model, config)
     save(model, tmp_path / "model")
     keys, metadata = keys_and_metadata(tmp_path / "model")
-    assert sorted(file.name for file in (tmp_path / "model").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     assert_expected_inline(
         "\n".join(key for key in keys if "layers.1" not in key),
         """\
@@ -179,11 +206,11 @@ model.norm.weight""",
     assert metadata["model.norm.weight"] == '{"_type": "Tensor"}'
     assert_expected_inline(
         metadata["model.layers.0.self_attn.q_proj.weight"],
-        """{"_type": "RTNQuantizedTensor", "_data": {"bits": 4, "group_size": 64, "scale_method": "absmax", "in_features": 96, "transposed": false, "version": 1}, "_tensor_data_names": ["qdata", "scale"]}""",  # noqa: E501
+        """{"_type": "RTNQuantizedTensor", "_data": {"bits": 4, "group_size": 64, "scale_method": "absmax", "in_features": 96, "transposed": false, "version": 1}, "_tensor_data_names": ["qdata", "scale"]}""",
     )
     assert_expected_inline(
         metadata["model.layers.0.mlp.down_proj.weight"],
-        """{"_type": "RTNQuantizedTensor", "_data": {"bits": 8, "group_size": -1, "scale_method": "signed", "in_features": 160, "transposed": false, "version": 1}, "_tensor_data_names": ["qdata", "scale"]}""",  # noqa: E501
+        """{"_type": "RTNQuantizedTensor", "_data": {"bits": 8, "group_size": -1, "scale_method": "signed", "in_features": 160, "transposed": false, "version": 1}, "_tensor_data_names": ["qdata", "scale"]}""",
     )
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         w = model.model.layers[0].self_attn.q_proj.weight
@@ -197,7 +224,9 @@ def quantization_config(path):
 
 def test_config_on_disk(tmp_path):
     model = tiny_llama()
-    quantize_(model, rtn_int4(64), lambda module, fqn: but_the_ends(module, fqn) and "layers.1.mlp" not in fqn)
+    quantize_(
+        model, rtn_int4(64), lambda module, fqn: but_the_ends(module, fqn) and "layers.1.mlp" not in fqn
+    )
     save(model, tmp_path / "model")
     assert_expected_inline(
         quantization_config(tmp_path / "model"),
@@ -256,10 +285,12 @@ def test_tied_weights_are_stored_once(tmp_path):
         header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
         assert file.stat().st_size - header == size
         keys, _ = keys_and_metadata(tmp_path / str(tied))
-        assert [key for key in keys if "lm_head" in key] == ([] if tied else ["lm_head._weight_qdata", "lm_head._weight_scale"])
+        assert [key for key in keys if "lm_head" in key] == (
+            [] if tied else ["lm_head._weight_qdata", "lm_head._weight_scale"]
+        )
 
 
-# ------------------------------------------------------------------------------------------- failures
+# -------------------------------------------------------------------------------- failures
 
 
 def test_existing_destination_is_untouched(tmp_path):
@@ -267,7 +298,10 @@ def test_existing_destination_is_untouched(tmp_path):
     (tmp_path / "model" / "precious").write_text("text")
     with pytest.raises(FileExistsError) as caught:
         save(tiny_llama(), tmp_path / "model")
-    assert str(caught.value) == f"{tmp_path / 'model'} exists; choose another name, or pass force=True to replace it"
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'model'} exists; choose another name, or pass force=True to replace it"
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["precious"]
 

@@ -48,12 +48,14 @@ def _own_choice_of_kernel(monkeypatch):
     monkeypatch.delenv("RTN_KERNEL", raising=False)
 
 
-# ------------------------------------------------------------------------------------------- quantize and inspect
+# -------------------------------------------------------------------- quantize and inspect
 
 
 def test_quantize(run, source, tmp_path):
     destination = tmp_path / "out"
-    status, out, err = run("quantize", source, destination, "--bits", 8, "--group-size", 64, "--scale-method", "signed")
+    status, out, err = run(
+        "quantize", source, destination, "--bits", 8, "--group-size", 64, "--scale-method", "signed"
+    )
     assert status == 0
     assert err == f"Loading {source}\nWriting {destination}\n{LEFT_OUT}"
     assert_expected_inline(
@@ -95,7 +97,11 @@ def test_quantize_defaults(run, source, tmp_path):
     assert status == 0
     as_dict = json.loads(out)
     expected = load(source)
-    selected = [name for name, module in expected.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    selected = [
+        name
+        for name, module in expected.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
     assert as_dict == quantize_(expected, rtn_int4(), lambda module, fqn: fqn in selected).to_dict()
     assert as_dict["bytes_after"] < as_dict["bytes_before"]
 
@@ -103,12 +109,21 @@ def test_quantize_defaults(run, source, tmp_path):
 def test_quantize_skips(run, source, tmp_path):
     skip = ["--skip", "model.layers.0.*", "--skip", "*.k_proj"]
     assert run("quantize", source, tmp_path / "out", *skip)[0] == 0
-    kept = ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    kept = [
+        "self_attn.q_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
     assert list(formats(load(tmp_path / "out"))) == [f"model.layers.1.{name}.weight" for name in kept]
 
 
 def test_quantize_by_rules(run, source, tmp_path):
-    (tmp_path / "rules.json").write_text('[["*.o_proj", {"bits": 8, "scale_method": "absmax"}], ["*.k_proj", null]]')
+    (tmp_path / "rules.json").write_text(
+        '[["*.o_proj", {"bits": 8, "scale_method": "absmax"}], ["*.k_proj", null]]'
+    )
     rules = [
         "--skip",
         "*.1.mlp.up_proj",
@@ -119,10 +134,15 @@ def test_quantize_by_rules(run, source, tmp_path):
         "--rules",
         tmp_path / "rules.json",
     ]
-    assert run("quantize", source, tmp_path / "out", *rules, "--group-size", 64, "--scale-method", "signed")[0] == 0
+    assert (
+        run("quantize", source, tmp_path / "out", *rules, "--group-size", 64, "--scale-method", "signed")[0]
+        == 0
+    )
     model = load(tmp_path / "out")
     found = {
-        name.removesuffix(".weight"): (w.bits, w.group_size, w.scale_method) for name, w in model.named_parameters() if hasattr(w, "bits")
+        name.removesuffix(".weight"): (w.bits, w.group_size, w.scale_method)
+        for name, w in model.named_parameters()
+        if hasattr(w, "bits")
     }
     kinds = [
         "self_attn.q_proj",
@@ -134,8 +154,15 @@ def test_quantize_by_rules(run, source, tmp_path):
         "mlp.down_proj",
     ]
     expected = {f"model.layers.0.{kind}": (8, 64, "signed") for kind in kinds}
-    expected |= {f"model.layers.1.{kind}": (4, 64, "signed") for kind in kinds if kind not in ("self_attn.k_proj", "mlp.up_proj")}
-    expected |= {"model.layers.1.self_attn.o_proj": (8, 64, "absmax"), "model.layers.1.mlp.down_proj": (8, 32, "absmax")}
+    expected |= {
+        f"model.layers.1.{kind}": (4, 64, "signed")
+        for kind in kinds
+        if kind not in ("self_attn.k_proj", "mlp.up_proj")
+    }
+    expected |= {
+        "model.layers.1.self_attn.o_proj": (8, 64, "absmax"),
+        "model.layers.1.mlp.down_proj": (8, 32, "absmax"),
+    }
     assert found == expected
 
 
@@ -173,7 +200,7 @@ def test_inspect_a_float_model(run, source):
     assert json.loads(out)["bits_per_weight"] == 16
 
 
-# ------------------------------------------------------------------------------------------- perplexity, generate, explain
+# ----------------------------------------------------------- perplexity, generate, explain
 
 
 def test_perplexity(run, quantized):
@@ -181,16 +208,25 @@ def test_perplexity(run, quantized):
     model, ids = load(quantized), torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
     status, out, err = run("perplexity", quantized, "--text", text)
     assert (status, out, err) == (0, f"{perplexity(model, ids):.3f}\n", f"Loading {quantized}\n")
-    status, out, _ = run("perplexity", quantized, "--text", text, "--window", 16, "--stride", 8, "--max-tokens", 30, "--json")
+    status, out, _ = run(
+        "perplexity", quantized, "--text", text, "--window", 16, "--stride", 8, "--max-tokens", 30, "--json"
+    )
     assert status == 0
-    assert json.loads(out) == {"perplexity": perplexity(model, ids[:30], 16, 8), "tokens": 30, "window": 16, "stride": 8}
+    assert json.loads(out) == {
+        "perplexity": perplexity(model, ids[:30], 16, 8),
+        "tokens": 30,
+        "window": 16,
+        "stride": 8,
+    }
 
 
 def test_evaluate_a_text(run, source, quantized):
     text = quantized.parent / "text.txt"
     ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
     value, reference = (perplexity(load(folder), ids) for folder in (quantized, source))
-    status, out, _ = run("evaluate", quantized, "--tasks", "perplexity", "--text", text, "--against", source, "--json")
+    status, out, _ = run(
+        "evaluate", quantized, "--tasks", "perplexity", "--text", text, "--against", source, "--json"
+    )
     assert status == 0
     result = json.loads(out, parse_constant=pytest.fail)  # NaN is Python's own
     assert result["average_recovery"] is None  # there is no accuracy
@@ -210,9 +246,13 @@ def test_evaluate_a_text(run, source, quantized):
 
 @pytest.mark.filterwarnings("default")  # the harness's own
 def test_evaluate_a_task(run, source, quantized):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install 'rtn-tensor[evaluate]'")
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed; pip install 'rtn-tensor[evaluate]'"
+    )
     words = TEXT.split()
-    (source.parent / "lambada.jsonl").write_text("".join(json.dumps({"text": " ".join(words[: i + 3])}) + "\n" for i in range(6)))
+    (source.parent / "lambada.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(words[: i + 3])}) + "\n" for i in range(6))
+    )
     options = ("--tasks", "lambada", "--data", source.parent, "--limit", 4)
     status, out, _ = run("evaluate", quantized, "--against", source, *options, "--json")
     assert status == 0
@@ -222,7 +262,10 @@ def test_evaluate_a_task(run, source, quantized):
     ]
     status, out, _ = run("evaluate", quantized, *options)
     assert status == 0
-    assert [line.split()[:3] for line in out.splitlines()[2:]] == [["lambada", "acc", "4"], ["lambada", "perplexity", "4"]]
+    assert [line.split()[:3] for line in out.splitlines()[2:]] == [
+        ["lambada", "acc", "4"],
+        ["lambada", "perplexity", "4"],
+    ]
 
 
 def test_generate(run, quantized):
@@ -238,7 +281,9 @@ def test_generate(run, quantized):
 
 def test_explain(run, monkeypatch):
     monkeypatch.setenv("RTN_KERNEL", "reference")
-    status, out, err = run("explain", "--m", 3, "--n", 64, "--k", 100, "--bits", 8, "--group-size", 32, "--dtype", "float16")
+    status, out, err = run(
+        "explain", "--m", 3, "--n", 64, "--k", 100, "--bits", 8, "--group-size", 32, "--dtype", "float16"
+    )
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "linear on cpu: torch.float16 x [3, 100], int8 weight [64, 100] with group_size 32"
@@ -250,7 +295,7 @@ def test_explain(run, monkeypatch):
     assert as_dict["problem"]["op"] == "embedding"
 
 
-# ------------------------------------------------------------------------------------------- mistakes
+# -------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
@@ -258,26 +303,37 @@ def test_explain(run, monkeypatch):
     [
         (
             ["quantize", "{missing}", "{new}"],
-            "{missing} is not a model folder: it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`",
+            "{missing} is not a model folder: it is not there; a model of the hub is fetched by `hf download "
+            "NAME --local-dir DIR`",
         ),
-        (["quantize", "{source}", "{source}"], "{source} exists; choose another name, or replace it with --force"),
+        (
+            ["quantize", "{source}", "{source}"],
+            "{source} exists; choose another name, or replace it with --force",
+        ),
         (
             ["quantize", "{source}", "{source}", "--force"],
-            "{source} is the model that is read; choose another name, as its other files are copied from there",
+            "{source} is the model that is read; choose another name, as its other files are copied from "
+            "there",
         ),
         (["quantize", "{quantized}", "{new}"], "{quantized} is already quantized; give the float model"),
         (
             ["quantize", "{source}", "{new}", "--group-size", "48"],
-            "group_size=48 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row",
+            "group_size=48 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one "
+            "group a row",
         ),
         (
             ["quantize", "{source}", "{new}", "--rule", "*.up_proj=six"],
-            "'*.up_proj=six' is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or PATTERN=float",
+            "'*.up_proj=six' is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or "
+            "PATTERN=float",
         ),
-        (["quantize", "{source}", "{new}", "--rules", "{new}"], "cannot read {new} (No such file or directory); --rules takes a JSON file"),
+        (
+            ["quantize", "{source}", "{new}", "--rules", "{new}"],
+            "cannot read {new} (No such file or directory); --rules takes a JSON file",
+        ),
         (
             ["quantize", "{source}", "{new}", "--skip", "layers.0"],
-            "the rule 'layers.0' matches no weight; nearest are 'model.layers.0.mlp.up_proj', 'model.layers.0.mlp.gate_proj', "
+            "the rule 'layers.0' matches no weight; nearest are 'model.layers.0.mlp.up_proj', "
+            "'model.layers.0.mlp.gate_proj', "
             "'model.layers.0.mlp.down_proj', and * matches any text",
         ),
         (
@@ -306,13 +362,19 @@ def test_explain(run, monkeypatch):
         (["generate", "{source}", "We", "--max-new-tokens", "0"], "max_new_tokens=0; it must be at least 1"),
         (
             ["explain", "--op", "conv"],
-            "op='conv' is not an op; use linear, linear_dx, grouped, grouped_dx, routed, embedding, quantize or dequantize",
+            "op='conv' is not an op; use linear, linear_dx, grouped, grouped_dx, routed, embedding, quantize "
+            "or dequantize",
         ),
     ],
 )
 def test_mistakes(run, source, quantized, tmp_path, command, message):
     (tmp_path / "empty").mkdir()
-    names = {"source": source, "quantized": quantized, "text": source.parent / "text.txt", "nan": tmp_path / "nan"}
+    names = {
+        "source": source,
+        "quantized": quantized,
+        "text": source.parent / "text.txt",
+        "nan": tmp_path / "nan",
+    }
     names |= {name: tmp_path / name for name in ("missing", "new", "empty", "binary")}
     names["binary"].write_bytes(b"\xff\xfe")
     if "{nan}" in command:
@@ -334,7 +396,9 @@ def test_truncated_file(run, quantized, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes()[: 5000 if file.suffix == ".safetensors" else None])
     status, out, err = run("inspect", folder)
     assert (status, out) == (1, "")
-    assert err.startswith(f"Loading {folder}\nrtn-tensor: error: {folder / 'model.safetensors'} is truncated or corrupt (")
+    assert err.startswith(
+        f"Loading {folder}\nrtn-tensor: error: {folder / 'model.safetensors'} is truncated or corrupt ("
+    )
     assert err.endswith("; copy or download it again\n")
     assert err.count("\n") == 2
 
@@ -381,21 +445,31 @@ def test_usage(capsys, args):
     assert "error: " in err.splitlines()[-1]
 
 
-# ------------------------------------------------------------------------------------------- as a user runs it
+# ----------------------------------------------------------------------- as a user runs it
 
 
 def shell(command, **names):
     """Runs `command` in a shell where `rtn` is the command line in a process of its own."""
-    env = os.environ | {"RTN": f"{sys.executable} -m rtn_tensor", "COLUMNS": "100"} | {name: str(value) for name, value in names.items()}
+    env = (
+        os.environ
+        | {"RTN": f"{sys.executable} -m rtn_tensor", "COLUMNS": "100"}
+        | {name: str(value) for name, value in names.items()}
+    )
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
 
 
-no_warning = pytest.mark.skipif(not cpu.LIBRARY.exists(), reason="without the C++ library there is a warning, too")
+no_warning = pytest.mark.skipif(
+    not cpu.LIBRARY.exists(), reason="without the C++ library there is a warning, too"
+)
 
 
 @no_warning
 def test_processes_are_clean(source, tmp_path):
-    done = shell("$RTN quantize $SOURCE $OUT --group-size 64 && $RTN generate $OUT 'We the people'", SOURCE=source, OUT=tmp_path / "out")
+    done = shell(
+        "$RTN quantize $SOURCE $OUT --group-size 64 && $RTN generate $OUT 'We the people'",
+        SOURCE=source,
+        OUT=tmp_path / "out",
+    )
     assert done.returncode == 0
     out = tmp_path / "out"
     assert done.stderr == f"Loading {source}\nWriting {out}\n{LEFT_OUT}Loading {out}\n"
@@ -406,7 +480,8 @@ def test_a_mistake_is_one_line(tmp_path):
     done = shell("$RTN inspect $MISSING", MISSING=tmp_path / "missing")
     assert (done.returncode, done.stdout) == (1, "")
     assert (
-        done.stderr == f"Loading {tmp_path}/missing\nrtn-tensor: error: {tmp_path}/missing is not a model folder: it is not there; "
+        done.stderr == f"Loading {tmp_path}/missing\nrtn-tensor: error: {tmp_path}/missing is not a model "
+        "folder: it is not there; "
         "a model of the hub is fetched by `hf download NAME --local-dir DIR`\n"
     )
 

@@ -1,4 +1,5 @@
-"""What a user may get wrong: one line on stderr that says what to do, before anything takes long, and nothing else happens."""
+"""What a user may get wrong: one line on stderr that says what to do, before anything takes long, and nothing
+else happens."""
 
 import json
 import os
@@ -16,14 +17,28 @@ from rtn_tensor.cli import main
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A model, texts, and files that are none."""
-    from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        BertLMHeadModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     folder = tmp_path_factory.mktemp("home")
     tiny_llama(tied=True, dtype=torch.bfloat16).save_pretrained(folder / "model")
-    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+    }
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(folder / "bert")
     BertLMHeadModel(BertConfig(**sizes)).save_pretrained(folder / "bert-lm")
-    t5 = T5Config(vocab_size=320, d_model=64, num_layers=2, num_heads=4, d_ff=96, d_kv=16, decoder_start_token_id=0)
+    t5 = T5Config(
+        vocab_size=320, d_model=64, num_layers=2, num_heads=4, d_ff=96, d_kv=16, decoder_start_token_id=0
+    )
     T5ForConditionalGeneration(t5).save_pretrained(folder / "t5")
     for name in ("model", "bert", "bert-lm", "t5"):
         tiny_tokenizer().save_pretrained(folder / name)
@@ -46,7 +61,15 @@ def run(capsys, home, monkeypatch):
         except SystemExit as end:
             status = end.code
         out, err = capsys.readouterr()
-        return status, out, "".join(line for line in err.splitlines(keepends=True) if not line.startswith(("Loading ", "usage: ", " ")))
+        return (
+            status,
+            out,
+            "".join(
+                line
+                for line in err.splitlines(keepends=True)
+                if not line.startswith(("Loading ", "usage: ", " "))
+            ),
+        )
 
     return run
 
@@ -57,32 +80,65 @@ def copy(home, tmp_path):
     return shutil.copytree(home / "model", tmp_path / "copy")
 
 
-# ------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------- arguments
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["inspect", ""], "inspect: error: argument path: the name is empty; give that of a file or folder"),
-        (["quantize", "", "new"], "quantize: error: argument src: the name is empty; give that of a file or folder"),
-        (["quantize", "model", ""], "quantize: error: argument dst: the name is empty; give that of a file or folder"),
-        (["perplexity", "model", "--text", ""], "perplexity: error: argument --text: the name is empty; give that of a file or folder"),
-        (["inspect", "\udcff"], "inspect: error: argument path: '\\udcff' is not UTF-8; rename it, or type it in UTF-8"),
-        (["generate", "model", "\udcff"], "generate: error: argument prompt: '\\udcff' is not UTF-8; rename it, or type it in UTF-8"),
-        (["evaluate", "model", "--tasks", ""], "evaluate: error: argument --tasks: '' names no task; give one or more, as in lambada,piqa"),
+        (
+            ["quantize", "", "new"],
+            "quantize: error: argument src: the name is empty; give that of a file or folder",
+        ),
+        (
+            ["quantize", "model", ""],
+            "quantize: error: argument dst: the name is empty; give that of a file or folder",
+        ),
+        (
+            ["perplexity", "model", "--text", ""],
+            "perplexity: error: argument --text: the name is empty; give that of a file or folder",
+        ),
+        (
+            ["inspect", "\udcff"],
+            "inspect: error: argument path: '\\udcff' is not UTF-8; rename it, or type it in UTF-8",
+        ),
+        (
+            ["generate", "model", "\udcff"],
+            "generate: error: argument prompt: '\\udcff' is not UTF-8; rename it, or type it in UTF-8",
+        ),
+        (
+            ["evaluate", "model", "--tasks", ""],
+            "evaluate: error: argument --tasks: '' names no task; give one or more, as in lambada,piqa",
+        ),
         (
             ["evaluate", "model", "--tasks", " ,"],
             "evaluate: error: argument --tasks: ' ,' names no task; give one or more, as in lambada,piqa",
         ),
-        (["evaluate", "model", "--limit", "0"], "evaluate: error: argument --limit: '0' is no whole number of 1 or more"),
-        (["evaluate", "model", "--limit", "-1"], "evaluate: error: argument --limit: '-1' is no whole number of 1 or more"),
-        (["evaluate", "model", "--batch-size", "0"], "evaluate: error: argument --batch-size: '0' is no whole number of 1 or more"),
+        (
+            ["evaluate", "model", "--limit", "0"],
+            "evaluate: error: argument --limit: '0' is no whole number of 1 or more",
+        ),
+        (
+            ["evaluate", "model", "--limit", "-1"],
+            "evaluate: error: argument --limit: '-1' is no whole number of 1 or more",
+        ),
+        (
+            ["evaluate", "model", "--batch-size", "0"],
+            "evaluate: error: argument --batch-size: '0' is no whole number of 1 or more",
+        ),
         (
             ["perplexity", "model", "--text", "text", "--max-tokens", "9" * 5000],
             f"perplexity: error: argument --max-tokens: '{'9' * 5000}' is no whole number of 1 or more",
         ),
-        (["tune", "--size", "4x4", "--tokens", "0"], "tune: error: argument --tokens: '0' is no whole number of 1 or more"),
-        (["explain", "--device", "banana"], "explain: error: argument --device: device='banana' is no device; cpu and cuda are"),
+        (
+            ["tune", "--size", "4x4", "--tokens", "0"],
+            "tune: error: argument --tokens: '0' is no whole number of 1 or more",
+        ),
+        (
+            ["explain", "--device", "banana"],
+            "explain: error: argument --device: device='banana' is no device; cpu and cuda are",
+        ),
         (["explain", "--m", "1.5"], "explain: error: argument --m: invalid int value: '1.5'"),
     ],
 )
@@ -98,26 +154,35 @@ def test_usage(run, command, message):
         (["generate", "text", "We"], "text is not a model folder: it is a file"),
         (
             ["inspect", "HuggingFaceTB/SmolLM2-135M"],
-            "HuggingFaceTB/SmolLM2-135M is not a model folder: it is not there; a model of the hub is fetched by `hf download NAME "
+            "HuggingFaceTB/SmolLM2-135M is not a model folder: it is not there; a model of the hub is "
+            "fetched by `hf download NAME "
             "--local-dir DIR`",
         ),
-        (["perplexity", "model", "--text", "model"], "cannot read model (Is a directory); --text takes a UTF-8 text file"),
+        (
+            ["perplexity", "model", "--text", "model"],
+            "cannot read model (Is a directory); --text takes a UTF-8 text file",
+        ),
         (
             ["perplexity", "model", "--text", "empty"],
             "got 0 tokens and window=1024; both must be at least 2, as a token is scored given another",
         ),
-        (["quantize", "model", "new", "--rules", "binary"], "cannot read binary (invalid start byte); --rules takes a JSON file"),
+        (
+            ["quantize", "model", "new", "--rules", "binary"],
+            "cannot read binary (invalid start byte); --rules takes a JSON file",
+        ),
         (["quantize", "model", "text/new"], "text is no folder; choose another place for new"),
         (
             ["quantize", "model", "text", "--force"],
-            "text is no folder, and only a model's folder is replaced; choose another name, or remove it yourself",
+            "text is no folder, and only a model's folder is replaced; choose another name, or remove it "
+            "yourself",
         ),
         (["quantize", "model", "x" * 300], f"{'x' * 300}: File name too long; choose a shorter name"),
         (["generate", "model", "We", "--max-new-tokens", "-1"], "max_new_tokens=-1; it must be at least 1"),
         (["explain", "--m", "-1"], "M=-1, N=4096, K=4096: sizes cannot be negative"),
         (
             ["tune", "--size", "4x4", "--group-size", "7"],
-            "group_size=7 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row",
+            "group_size=7 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one "
+            "group a row",
         ),
     ],
 )
@@ -131,21 +196,36 @@ def test_rules_that_nest_too_deeply(run, tmp_path):
     (tmp_path / "rules").write_text("[" * 100_000)
     status, out, err = run("quantize", "model", tmp_path / "new", "--rules", tmp_path / "rules")
     assert (status, out) == (1, "")
-    assert err == f"rtn-tensor: error: {tmp_path}/rules is no JSON (it nests too deeply); --rules takes a list of [pattern, format]\n"
+    assert (
+        err
+        == f"rtn-tensor: error: {tmp_path}/rules is no JSON (it nests too deeply); --rules takes a list of "
+        "[pattern, format]\n"
+    )
 
 
-# ------------------------------------------------------------------------------------------- what would mean nothing
+# ----------------------------------------------------------------- what would mean nothing
 
 
-@pytest.mark.parametrize("task", [["generate", "We the people"], ["perplexity", "--text", "text"]], ids=["generate", "perplexity"])
+@pytest.mark.parametrize(
+    "task", [["generate", "We the people"], ["perplexity", "--text", "text"]], ids=["generate", "perplexity"]
+)
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("t5", "T5ForConditionalGeneration is an encoder-decoder, which does not continue a text; give a causal language model"),
-        ("bert", "BertForMaskedLM does not predict the next token; give a causal language model, as of a class ...ForCausalLM"),
+        (
+            "t5",
+            "T5ForConditionalGeneration is an encoder-decoder, which does not continue a text; give a "
+            "causal language model",
+        ),
+        (
+            "bert",
+            "BertForMaskedLM does not predict the next token; give a causal language model, as of a "
+            "class ...ForCausalLM",
+        ),
         (
             "bert-lm",
-            "BertLMHeadModel predicts a token from those after it, too, so that neither its perplexity nor what it writes means anything; "
+            "BertLMHeadModel predicts a token from those after it, too, so that neither its perplexity nor "
+            "what it writes means anything; "
             "give a causal language model (where it can be one, with is_decoder in its config)",
         ),
     ],
@@ -159,17 +239,20 @@ def test_models_that_are_not_causal(run, task, model, message):
     [
         (
             ["generate", "model", "We", "--max-new-tokens", "300"],
-            "the prompt has 1 tokens and max_new_tokens=300, and LlamaForCausalLM has 256 positions (max_position_embeddings); "
+            "the prompt has 1 tokens and max_new_tokens=300, and LlamaForCausalLM has 256 positions "
+            "(max_position_embeddings); "
             "use max_new_tokens=255 or less",
         ),
         (
             ["generate", "model", "x" * 400],
-            "the prompt has 400 tokens and max_new_tokens=64, and LlamaForCausalLM has 256 positions (max_position_embeddings); "
+            "the prompt has 400 tokens and max_new_tokens=64, and LlamaForCausalLM has 256 positions "
+            "(max_position_embeddings); "
             "shorten it to less than 256 tokens",
         ),
         (
             ["perplexity", "model", "--text", "long"],
-            "window=1024, and LlamaForCausalLM has 256 positions (max_position_embeddings); use a window of 256 or less, and a stride no "
+            "window=1024, and LlamaForCausalLM has 256 positions (max_position_embeddings); use a window of "
+            "256 or less, and a stride no "
             "larger",
         ),
     ],
@@ -180,13 +263,30 @@ def test_more_tokens_than_positions(run, command, message):
 
 def test_as_many_tokens_as_positions(run):
     assert run("generate", "model", "We", "--max-new-tokens", "3")[0] == 0
-    assert run("perplexity", "model", "--text", "long", "--window", "256", "--stride", "256", "--max-tokens", "300")[0] == 0
+    assert (
+        run(
+            "perplexity",
+            "model",
+            "--text",
+            "long",
+            "--window",
+            "256",
+            "--stride",
+            "256",
+            "--max-tokens",
+            "300",
+        )[0]
+        == 0
+    )
 
 
-# ------------------------------------------------------------------------------------------- spoiled folders
+# ------------------------------------------------------------------------- spoiled folders
 
 
-@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('no system role') }}", "{{ messages[0].a.b }}", "{{ 1 + messages }}"])
+@pytest.mark.parametrize(
+    "template",
+    ["{% if %}", "{{ raise_exception('no system role') }}", "{{ messages[0].a.b }}", "{{ 1 + messages }}"],
+)
 def test_a_chat_template_that_fails(run, copy, template):
     (copy / "chat_template.jinja").write_text(template)
     status, out, err = run("generate", copy, "We")
@@ -210,7 +310,10 @@ def test_a_tokenizer_that_is_none(run, copy, file, text):
     for command in (["generate", copy, "We"], ["perplexity", copy, "--text", "text"]):
         status, out, err = run(*command)
         assert (status, out) == (1, "")
-        assert err.startswith(f"rtn-tensor: error: {copy} has no tokenizer that can be read; copy the model's tokenizer files there (")
+        assert err.startswith(
+            f"rtn-tensor: error: {copy} has no tokenizer that can be read; copy the "
+            "model's tokenizer files there ("
+        )
         assert err.count("\n") == 1
 
 
@@ -226,7 +329,12 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has(run, copy):
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
 def test_a_config_that_is_none(run, copy, tmp_path, text):
     (copy / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    for command in (["inspect", copy], ["generate", copy, "We"], ["quantize", copy, tmp_path / "new"], ["tune", "--model", copy]):
+    for command in (
+        ["inspect", copy],
+        ["generate", copy, "We"],
+        ["quantize", copy, tmp_path / "new"],
+        ["tune", "--model", copy],
+    ):
         status, out, err = run(*command)
         assert (status, out) == (1, "")
         assert err.startswith(f"rtn-tensor: error: {copy / 'config.json'}")
@@ -253,7 +361,7 @@ def test_no_code_of_the_folders_is_run_or_asked_for(run, copy, tmp_path, monkeyp
     assert not (tmp_path / "ran").exists()
 
 
-# ------------------------------------------------------------------------------------------- evaluate
+# -------------------------------------------------------------------------------- evaluate
 
 
 @pytest.mark.parametrize("against", ["nowhere", "text", "bert", "broken"])
@@ -280,19 +388,26 @@ def test_other_tokens_cannot_be_compared(run, copy):
     ("rows", "message"),
     [
         ("", "is empty; each line is a row of the dataset, as JSON"),
-        ("{}\nno", ", line 2: Expecting value: line 1 column 1 (char 0); each line is a row of the dataset, as JSON"),
+        (
+            "{}\nno",
+            ", line 2: Expecting value: line 1 column 1 (char 0); each line is a row of the dataset, as JSON",
+        ),
         ("[1]", ", line 1: it is no JSON object; each line is a row of the dataset, as JSON"),
     ],
 )
 def test_rows_that_are_none(run, tmp_path, rows, message):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install 'rtn-tensor[evaluate]'")
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed; pip install 'rtn-tensor[evaluate]'"
+    )
     (tmp_path / "lambada.jsonl").write_text(rows)
     status, out, err = run("evaluate", "model", "--tasks", "lambada", "--data", tmp_path)
     assert (status, out) == (1, "")
-    assert err == f"rtn-tensor: error: {tmp_path / 'lambada.jsonl'}{'' if message[0] == ',' else ' '}{message}\n"
+    assert (
+        err == f"rtn-tensor: error: {tmp_path / 'lambada.jsonl'}{'' if message[0] == ',' else ' '}{message}\n"
+    )
 
 
-# ------------------------------------------------------------------------------------------- streams, and what was not foreseen
+# ------------------------------------------------------ streams, and what was not foreseen
 
 
 def shell(command, **env):
@@ -308,7 +423,8 @@ def test_a_stdout_that_takes_nothing():
     status, _, err = shell("$RTN explain >&-")
     assert (status, err) == (
         1,
-        "rtn-tensor: error: stdout is closed, so that nothing can be printed; redirect it to a file or to /dev/null\n",
+        "rtn-tensor: error: stdout is closed, so that nothing can be printed; redirect it to a file or to "
+        "/dev/null\n",
     )
     assert shell("$RTN explain --help | true; echo ${PIPESTATUS[0]}") == (0, "0\n", "")
 
@@ -322,7 +438,9 @@ def test_a_stderr_that_nobody_reads_stops_nothing(home, tmp_path):
 
 
 def test_letters_that_the_locale_has_not(home):
-    status, out, err = shell(f"cd {home}; $RTN generate model 'We the people' --max-new-tokens 30", PYTHONIOENCODING="ascii")
+    status, out, err = shell(
+        f"cd {home}; $RTN generate model 'We the people' --max-new-tokens 30", PYTHONIOENCODING="ascii"
+    )
     assert (status, err) == (0, "Loading model\n")
     assert "\\u" in out or "\\x" in out
 
@@ -335,7 +453,8 @@ def test_what_was_not_foreseen(run, monkeypatch):
     assert run("explain") == (
         1,
         "",
-        f"rtn-tensor: error: KeyError: 'x'; `{sys.executable} -X dev -m rtn_tensor` and the same words show where\n",
+        f"rtn-tensor: error: KeyError: 'x'; `{sys.executable} -X dev -m rtn_tensor` and the same words show "
+        "where\n",
     )
 
 

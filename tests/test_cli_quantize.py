@@ -1,4 +1,5 @@
-"""`rtn-tensor quantize`: which folders it may replace, what it takes along, and what stays of it when it ends early."""
+"""`rtn-tensor quantize`: which folders it may replace, what it takes along, and what stays of it when it ends
+early."""
 
 import json
 import os
@@ -26,7 +27,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def models(model, tmp_path, monkeypatch):
-    """A folder with the model `a`, its sibling `b`, links to both, and a text; it is the working directory."""
+    """A folder with the model `a`, its sibling `b`, links to both, and a text; it is the working
+    directory."""
     folder = tmp_path / "models"
     shutil.copytree(model, folder / "a")
     shutil.copytree(model, folder / "b")
@@ -38,7 +40,7 @@ def models(model, tmp_path, monkeypatch):
     return tmp_path
 
 
-# ------------------------------------------------------------------------------------------- source and destination
+# ------------------------------------------------------------------ source and destination
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,12 @@ def test_a_sibling_is_replaced(run, models):
     (models / "models" / "b" / "old").write_text("")
     assert run("quantize", "models/a", "to_models/b", "--force")[0] == 0
     assert not (models / "models" / "b" / "old").exists()
-    assert sorted(file.name for file in (models / "models").iterdir()) == ["a", "b", "config.json", "thesis.txt"]
+    assert sorted(file.name for file in (models / "models").iterdir()) == [
+        "a",
+        "b",
+        "config.json",
+        "thesis.txt",
+    ]
     assert load(models / "models" / "b").lm_head is not None
 
 
@@ -115,12 +122,15 @@ def test_what_appears_meanwhile_is_kept(run, models, monkeypatch):
     monkeypatch.setattr(commands, "write", and_another)
     status, _, err = run("quantize", "models/a", "new")
     assert status == 1
-    assert err.endswith("rtn-tensor: error: new appeared while it was being written, and is left as it is; choose another name\n")
+    assert err.endswith(
+        "rtn-tensor: error: new appeared while it was being written, and is left as it is; "
+        "choose another name\n"
+    )
     assert [file.name for file in (models / "new").iterdir()] == ["precious"]
     assert not list(models.glob(".*"))
 
 
-# ------------------------------------------------------------------------------------------- what goes along
+# ------------------------------------------------------------------------- what goes along
 
 
 def test_what_comes_with_a_model(run, models):
@@ -131,7 +141,8 @@ def test_what_comes_with_a_model(run, models):
         "chat_template.jinja": "{{ messages }}",
         "additional_chat_templates/tool.jinja": "{{ tools }}",
         "preprocessor_config.json": "{}",
-        "modules.json": '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../b"}, {"path": "/etc"}]',
+        "modules.json": '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../b"}, '
+        '{"path": "/etc"}]',
         "1_Pooling/config.json": "{}",
         "2_Dense/config.json": "{}",
         "2_Dense/model.safetensors": "a dense layer's own",
@@ -155,7 +166,13 @@ def test_what_comes_with_a_model(run, models):
         "hf_quant_config.json": "it describes another quantization",
         ".gitattributes": "hidden",
     }
-    folders = ["onnx/model.onnx", "original/params.json", "checkpoint-5/model.safetensors", ".git/HEAD", "figures/a.png"]
+    folders = [
+        "onnx/model.onnx",
+        "original/params.json",
+        "checkpoint-5/model.safetensors",
+        ".git/HEAD",
+        "figures/a.png",
+    ]
     for name, text in {**kept, **left_out, **dict.fromkeys(folders, "x")}.items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)
@@ -165,11 +182,25 @@ def test_what_comes_with_a_model(run, models):
     assert status == 0
     for name, text in kept.items():
         assert (models / "out" / name).read_text() == text, name
-    there = {file.relative_to(models / "out").as_posix() for file in (models / "out").rglob("*") if file.is_file()}
-    assert there - set(kept) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    said = dict(line.removeprefix("Left out ").split(": ", 1) for line in err.splitlines() if line.startswith("Left out "))
+    there = {
+        file.relative_to(models / "out").as_posix() for file in (models / "out").rglob("*") if file.is_file()
+    }
+    assert there - set(kept) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    said = dict(
+        line.removeprefix("Left out ").split(": ", 1)
+        for line in err.splitlines()
+        if line.startswith("Left out ")
+    )
     why = "neither modules.json names it nor does it hold a tokenizer, a processor or templates alone"
-    assert said == left_out | {f"{name.partition('/')[0]}/": why for name in folders} | {"pipe.json": "it is no file"}
+    assert said == left_out | {f"{name.partition('/')[0]}/": why for name in folders} | {
+        "pipe.json": "it is no file"
+    }
     assert (models / "out" / "LICENSE").stat().st_mode == (models / "out" / "config.json").stat().st_mode
 
 
@@ -182,10 +213,13 @@ def test_tensors_that_have_no_place_are_said(run, models):
     save_file(tensors | extra, file, {"format": "pt"})
     status, _, err = run("quantize", "models/a", "out")
     assert status == 0
-    assert "Left out model.layers.*.self_attn.rotary_emb.inv_freq (2 such): LlamaForCausalLM has no place for it\n" in err
+    assert (
+        "Left out model.layers.*.self_attn.rotary_emb.inv_freq (2 such): LlamaForCausalLM has no place for "
+        "it\n" in err
+    )
 
 
-# ------------------------------------------------------------------------------------------- an early end
+# ---------------------------------------------------------------------------- an early end
 
 
 def test_a_tokenizer_that_cannot_be_copied_leaves_nothing(run, models, monkeypatch):
@@ -217,7 +251,11 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("number", "times", "status", "name"),
-    [(signal.SIGTERM, 1, 143, "SIGTERM"), (signal.SIGINT, 3, 130, "SIGINT"), (signal.SIGHUP, 1, 129, "SIGHUP")],
+    [
+        (signal.SIGTERM, 1, 143, "SIGTERM"),
+        (signal.SIGINT, 3, 130, "SIGINT"),
+        (signal.SIGHUP, 1, 129, "SIGHUP"),
+    ],
 )
 def test_a_signal_leaves_nothing(models, number, times, status, name):
     before = tree(models)

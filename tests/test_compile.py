@@ -13,7 +13,9 @@ from torchao.utils import unwrap_tensor_subclass
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4
 
 # torch.export copies what it deprecated itself.
-pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:`isinstance\(treespec, LeafSpec\)` is " r"deprecated:FutureWarning"
+)
 
 every_width = pytest.mark.parametrize("bits", [4, 8])
 
@@ -37,7 +39,9 @@ class Attention(nn.Module):
 
 
 def mlp(dim=96, bits=4):
-    model = nn.Sequential(nn.Linear(dim, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8, bias=False))
+    model = nn.Sequential(
+        nn.Linear(dim, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8, bias=False)
+    )
     quantize_(model, rtn(bits, 32))
     return model
 
@@ -50,17 +54,20 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------- whole models
+# ---------------------------------------------------------------------------- whole models
 
 
 @every_width
 @pytest.mark.parametrize("grad", ["grad", "no_grad", "inference_mode"])
 def test_mlp_and_new_batch_sizes(bits, grad):
-    """One graph for the first batch, one with a symbolic batch, and no more (1 is a size of its own to torch)."""
+    """One graph for the first batch, one with a symbolic batch, and no more (1 is a size of its own to
+    torch)."""
     model = mlp(bits=bits)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[grad]():
+    with {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[
+        grad
+    ]():
         for batch in (7, 33, 12, 50):
             x = torch.randn(batch, 96)
             close(compiled(x), model(x))
@@ -105,7 +112,7 @@ def test_identical_layers_share_one_graph():
     assert counter.frame_count == 2
 
 
-# ------------------------------------------------------------------------------------------- each op
+# --------------------------------------------------------------------------------- each op
 
 
 def op_names(fn, *args):
@@ -116,7 +123,9 @@ def op_names(fn, *args):
         seen.extend(str(n.target) for n in graph.graph.nodes if "rtn" in str(n.target))
         return graph
 
-    out = torch.compile(fn, backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=backend), fullgraph=True)(*args)
+    out = torch.compile(
+        fn, backend=torch._dynamo.backends.common.aot_autograd(fw_compiler=backend), fullgraph=True
+    )(*args)
     close(out, fn(*args))
     return seen
 
@@ -144,7 +153,10 @@ CASES = {
     "bmm": ("rtn.grouped.default", lambda w, x: torch.bmm(x.expand(3, 5, 96), w.mT)),
     "matmul-3d": ("rtn.grouped.default", lambda w, x: x.expand(3, 5, 96) @ w.mT),
     "grouped_mm": ("rtn.grouped.default", lambda w, x: torch._grouped_mm(x, w.mT, offs=OFFS)),
-    "grouped_mm-functional": ("rtn.grouped.default", lambda w, x: F.grouped_mm(x, w.transpose(-2, -1), offs=OFFS)),
+    "grouped_mm-functional": (
+        "rtn.grouped.default",
+        lambda w, x: F.grouped_mm(x, w.transpose(-2, -1), offs=OFFS),
+    ),
     "one-expert": ("rtn.linear.default", lambda w, x: F.linear(x, w[1])),
 }
 EXPERTS = ("bmm", "matmul-3d", "grouped_mm", "grouped_mm-functional", "one-expert")
@@ -181,7 +193,7 @@ def test_autocast_inside():
     torch.testing.assert_close(out, fn(x), rtol=2e-2, atol=2e-2)
 
 
-# ------------------------------------------------------------------------------------------- gradients
+# ------------------------------------------------------------------------------- gradients
 
 
 class LoRA(nn.Module):
@@ -208,7 +220,7 @@ def test_backward(bits):
     assert counter.frame_count == 1
 
 
-# ------------------------------------------------------------------------------------------- fresh weights
+# --------------------------------------------------------------------------- fresh weights
 
 
 @every_width
@@ -258,7 +270,10 @@ def test_from_float_inside_compile(bits, scale_method):
 
 def test_a_graph_with_symbols_gives_tensors_without():
     """A new width must not come out with the in_features of the trace, nor bits and group_size as symbols."""
-    wide = torch.compile(lambda w: (RTNQuantizedTensor.from_float(w, 4, 32), RTNQuantizedTensor.from_float(w, 4, 32).t()), dynamic=True)
+    wide = torch.compile(
+        lambda w: (RTNQuantizedTensor.from_float(w, 4, 32), RTNQuantizedTensor.from_float(w, 4, 32).t()),
+        dynamic=True,
+    )
     for k in (128, 100):
         w = torch.randn(64, k)
         expected = RTNQuantizedTensor.from_float(w, 4, 32)
@@ -272,7 +287,7 @@ def test_a_graph_with_symbols_gives_tensors_without():
         assert torch.equal(out, RTNQuantizedTensor.from_float(w, bits, group_size))
 
 
-# ------------------------------------------------------------------------------------------- export
+# ---------------------------------------------------------------------------------- export
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +326,7 @@ def test_aotinductor(exportable, tmp_path):
         close(run(x), model(x))
 
 
-# ------------------------------------------------------------------------------------------- frames that Dynamo gives up
+# ------------------------------------------------------------- frames that Dynamo gives up
 
 
 def in_a_loop(w, x):
@@ -329,7 +344,9 @@ def in_a_try(w, x):
         print(end="")
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize(
     "fn",
     [

@@ -31,12 +31,15 @@ def test_is_a_value():
         assert type(again) is type(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.bits = 8
-    assert_expected_inline(repr(config), """RTNInt4WeightConfig(bits=4, group_size=64, scale_method='absmax', version=1)""")
+    assert_expected_inline(
+        repr(config), """RTNInt4WeightConfig(bits=4, group_size=64, scale_method='absmax', version=1)"""
+    )
     assert eval(repr(config)) == config
 
 
 def test_its_class_has_its_bits():
-    """transformers reads them off the class's name, torchao finds what quantizes a module by the exact class."""
+    """transformers reads them off the class's name, torchao finds what quantizes a module by the exact
+    class."""
     assert set(CLASSES) == set(FORMATS)
     for bits, kind in CLASSES.items():
         assert kind.__name__ == f"RTNInt{bits}WeightConfig"
@@ -65,7 +68,12 @@ class Own(RTNConfig):
 
 def test_a_subclass_stays_one():
     config = Own(8, 32, note="mine")
-    for again in (config, copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config, bits=4)):
+    for again in (
+        config,
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        dataclasses.replace(config, bits=4),
+    ):
         assert type(again) is Own
         assert again.note == "mine"
     linear = nn.Linear(64, 8)
@@ -116,7 +124,9 @@ def test_group_size_is_checked(group_size):
 
 @pytest.mark.parametrize("scale_method", ["", "mse", "Absmax", None, 4])
 def test_scale_method_is_checked(scale_method):
-    with pytest.raises(ValueError, match=r"^scale_method=.* is not supported; use one of 'absmax', 'signed', 'search'$"):
+    with pytest.raises(
+        ValueError, match=r"^scale_method=.* is not supported; use one of 'absmax', 'signed', " r"'search'$"
+    ):
         RTNConfig(scale_method=scale_method)
 
 
@@ -132,7 +142,9 @@ def test_messages():
     )
     with pytest.raises(ValueError, match="scale_method") as error:
         rtn_int8(scale_method="hqq")
-    assert_expected_inline(str(error.value), """scale_method='hqq' is not supported; use one of 'absmax', 'signed', 'search'""")
+    assert_expected_inline(
+        str(error.value), """scale_method='hqq' is not supported; use one of 'absmax', 'signed', 'search'"""
+    )
     with pytest.raises(ValueError, match="bits") as error:
         dataclasses.replace(rtn_int4(), bits=3)
     assert_expected_inline(str(error.value), """bits=3 is not supported; use 4 or 8""")

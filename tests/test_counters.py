@@ -1,4 +1,5 @@
-"""Who shares zeros with whom, with CUDA's answers made up; on a GPU, the split-K tests show that launches leave them at zero."""
+"""Who shares zeros with whom, with CUDA's answers made up; on a GPU, the split-K tests show that launches
+leave them at zero."""
 
 from types import SimpleNamespace
 
@@ -22,7 +23,9 @@ def cuda(monkeypatch):
 
     monkeypatch.setattr(counters, "allocate", allocate)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream)
+    )
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **kwargs: zeros(*size, **kwargs))
     return state

@@ -1,5 +1,5 @@
-"""The C++ library of the CPU kernels in every instruction set: as installed, under AddressSanitizer and UndefinedBehaviorSanitizer, and for
-aarch64 in an emulator. Then its threads."""
+"""The C++ library of the CPU kernels in every instruction set: as installed, under AddressSanitizer and
+UndefinedBehaviorSanitizer, and for aarch64 in an emulator. Then its threads."""
 
 import contextlib
 import ctypes
@@ -32,16 +32,18 @@ _spec.loader.exec_module(setup)
 
 DTYPES = list(cpu.DTYPE_CODES)
 GROUP_SIZES = [32, 64, 96, 128, -1]
-# Tokens below, at and above a tile of every instruction set, then more than a block of them and than a block of K.
+# Tokens below, at and above a tile of every instruction set, then more than a block of them and than a block
+# of K.
 SHAPES = [*product((0, 1, 2, 3, 12, 13, 17, 24, 25, 200), (1, 5, 33, 100), (32, 100, 576, 1000))]
-LONG = [(25, 300, 2100), (600, 33, 2100)]  # several steps along K; blocks of rows that share them, and runs of tokens
+# Several steps along K; blocks of rows that share them, and runs of tokens.
+LONG = [(25, 300, 2100), (600, 33, 2100)]
 
 each_bits = pytest.mark.parametrize("bits", FORMATS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_group_size = pytest.mark.parametrize("group_size", GROUP_SIZES)
 
 
-# ------------------------------------------------------------------------------------------- where the library runs
+# ------------------------------------------------------------------ where the library runs
 
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 if platform.machine() == "x86_64":
@@ -52,12 +54,15 @@ AARCH64_LIBRARY = os.environ.get("RTN_AARCH64_LIBRARY")  # one that was built al
 
 
 class Driver:
-    """In the place of `cpu.library()`: hands each call, with its buffers, to tests/cpu_driver.cpp in a process of its own."""
+    """In the place of `cpu.library()`: hands each call, with its buffers, to tests/cpu_driver.cpp in a
+    process of its own."""
 
     def __init__(self, *command):
         self.errors = tempfile.TemporaryFile()
         environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment
+        )
         self.available = self._read(8) == bytes(8)
 
     def close(self):
@@ -68,13 +73,17 @@ class Driver:
         data = self.process.stdout.read(size)
         if len(data) < size:
             self.errors.seek(0)
-            raise AssertionError(f"the driver ended: {self.process.wait()}\n{self.errors.read(10000).decode()}")
+            raise AssertionError(
+                f"the driver ended: {self.process.wait()}\n{self.errors.read(10000).decode()}"
+            )
         return data
 
     def _call(self, function, fields, extents, written):
         sizes = [extent if address else -1 for extent, address in zip(extents, fields, strict=False)]
         request = [struct.pack(f"={len(fields) + 1}q", function, *sizes, *fields[len(sizes) :])]
-        request += [ctypes.string_at(address, size) for address, size in zip(fields, sizes, strict=False) if size > 0]
+        request += [
+            ctypes.string_at(address, size) for address, size in zip(fields, sizes, strict=False) if size > 0
+        ]
         with contextlib.suppress(BrokenPipeError):  # then reading says why
             self.process.stdin.write(b"".join(request))
             self.process.stdin.flush()
@@ -85,7 +94,22 @@ class Driver:
 
     def rtn_linear(self, arguments):
         fields = cpu._LINEAR.unpack(arguments)
-        m, n, k, experts, bits, group_size, dtype, scale_dtype, x_stride, y_stride, q_stride, q_expert, s_stride, s_expert = fields[6:20]
+        (
+            m,
+            n,
+            k,
+            experts,
+            bits,
+            group_size,
+            dtype,
+            scale_dtype,
+            x_stride,
+            y_stride,
+            q_stride,
+            q_expert,
+            s_stride,
+            s_expert,
+        ) = fields[6:20]
         extents = [
             _extent(dtype, (m, x_stride), (k, 1)),
             _extent(None, (experts, q_expert), (n, q_stride), (FORMATS[bits].row_bytes(k), 1)),
@@ -118,11 +142,17 @@ class Driver:
 def _extent(dtype, *dims):
     """Bytes from the first element to the last of dims (size, stride)."""
     element = 1 if dtype is None else DTYPES[dtype].itemsize
-    return element * (1 + sum((size - 1) * stride for size, stride in dims)) if all(size for size, _ in dims) else 0
+    return (
+        element * (1 + sum((size - 1) * stride for size, stride in dims))
+        if all(size for size, _ in dims)
+        else 0
+    )
 
 
 def isas(machine):
-    return [Path(source).stem[4:] for source in setup.sources(machine) if Path(source).stem.startswith("isa_")]
+    return [
+        Path(source).stem[4:] for source in setup.sources(machine) if Path(source).stem.startswith("isa_")
+    ]
 
 
 def need(*tools):
@@ -147,7 +177,8 @@ def command_of(tmp_path_factory):
             need("g++")
             compiler, start = "g++", []
             if how == "sanitized":
-                # -O0: GCC takes twice as long to optimize what the sanitizers add, and it reads and writes no less.
+                # -O0: GCC takes twice as long to optimize what the sanitizers add, and it reads and writes no
+                # less.
                 flags, files = ["-O0", "-g1", *SANITIZERS], setup.sources(platform.machine()) | driver
             else:
                 flags, files = ["-O2"], driver
@@ -159,7 +190,18 @@ def command_of(tmp_path_factory):
             os.chdir(here)
         library = {"guarded": str(cpu.LIBRARY), "aarch64": AARCH64_LIBRARY}.get(how)
         link = [library, f"-Wl,-rpath,{Path(library).parent}"] if library else []
-        setup.run(compiler, *flags, *objects, *link, "-o", program, "-pthread", "-Wl,--no-as-needed", "-lgomp", "-ldl")
+        setup.run(
+            compiler,
+            *flags,
+            *objects,
+            *link,
+            "-o",
+            program,
+            "-pthread",
+            "-Wl,--no-as-needed",
+            "-lgomp",
+            "-ldl",
+        )
         return [*start, program]
 
     return command
@@ -174,9 +216,18 @@ def need_library():
     scope="module",
     params=[
         *(pytest.param(("installed", isa), id=isa) for isa in isas(platform.machine())),
-        *(pytest.param(("guarded", isa), id=f"guarded-{isa}", marks=pytest.mark.slow) for isa in isas(platform.machine())),
-        *(pytest.param(("sanitized", isa), id=f"sanitized-{isa}", marks=pytest.mark.slow) for isa in isas(platform.machine())),
-        *(pytest.param(("aarch64", isa), id=f"aarch64-{isa}", marks=pytest.mark.slow) for isa in isas("aarch64")),
+        *(
+            pytest.param(("guarded", isa), id=f"guarded-{isa}", marks=pytest.mark.slow)
+            for isa in isas(platform.machine())
+        ),
+        *(
+            pytest.param(("sanitized", isa), id=f"sanitized-{isa}", marks=pytest.mark.slow)
+            for isa in isas(platform.machine())
+        ),
+        *(
+            pytest.param(("aarch64", isa), id=f"aarch64-{isa}", marks=pytest.mark.slow)
+            for isa in isas("aarch64")
+        ),
     ],
 )
 def place(request, command_of):
@@ -219,7 +270,7 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-# ------------------------------------------------------------------------------------------- products, within the bound
+# -------------------------------------------------------------- products, within the bound
 
 
 def check(x, w, bias=None):
@@ -241,7 +292,10 @@ def test_linear(library, dtype, bits, group_size):
 def test_linear_with_another_scale_dtype(library, bits, group_size):
     for dtype, scale_dtype in product(DTYPES, DTYPES):
         for m in (1, 30):
-            check(activations(m, 200, dtype), random_planes(35, 200, bits=bits, group_size=group_size, dtype=scale_dtype))
+            check(
+                activations(m, 200, dtype),
+                random_planes(35, 200, bits=bits, group_size=group_size, dtype=scale_dtype),
+            )
 
 
 @each_bits
@@ -272,9 +326,16 @@ def test_linear_of_views(library, dtype, bits):
 @each_bits
 @each_dtype
 def test_grouped(library, dtype, bits, group_size):
-    """Experts with no rows, with few, and with more than one block; rows that belong to none, and ends past the last row."""
+    """Experts with no rows, with few, and with more than one block; rows that belong to none, and ends past
+    the last row."""
     w = random_planes(6, 35, 100, bits=bits, group_size=group_size, dtype=dtype)
-    cases = [(450, [0, 230, 230, 233, 440, 440]), (8, [1, 2, 3, 4, 5, 6]), (8, [0] * 6), (450, [450] * 6), (8, [3, 20, 20, 20, 20, 20])]
+    cases = [
+        (450, [0, 230, 230, 233, 440, 440]),
+        (8, [1, 2, 3, 4, 5, 6]),
+        (8, [0] * 6),
+        (450, [450] * 6),
+        (8, [3, 20, 20, 20, 20, 20]),
+    ]
     for m, ends in cases:
         offs = torch.tensor(ends, dtype=torch.int32)
         x = activations(m, 100, dtype)
@@ -284,7 +345,7 @@ def test_grouped(library, dtype, bits, group_size):
         assert torch.equal(y[ends[-1] :], torch.zeros_like(y[ends[-1] :]))
 
 
-# ------------------------------------------------------------------------------------------- ops without sums: bit-exact
+# ------------------------------------------------------------- ops without sums: bit-exact
 
 
 def assert_same(got, expected):
@@ -332,7 +393,8 @@ def test_quantize(library, dtype, bits, group_size, method):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_quotient_rounds_as_a_division(library, dtype, bits):
-    """Every mantissa as a row's largest weight, over every mantissa of what may round to one or more: quotients that are ties included."""
+    """Every mantissa as a row's largest weight, over every mantissa of what may round to one or more:
+    quotients that are ties included."""
     mantissas = torch.arange(128 if dtype == torch.bfloat16 else 1024)[:: 1 if dtype == torch.bfloat16 else 8]
     one = torch.tensor(1.0, dtype=dtype).view(torch.int16).item()
     largest = (one + mantissas).to(torch.int16).view(dtype)
@@ -352,7 +414,13 @@ def test_dequantize(library, dtype, bits, group_size):
     for k, scale_dtype in product((1, 32, 100, 1000), DTYPES):
         limits = torch.finfo(scale_dtype)
         scale = torch.randn(40, groups(k, group_size)) * torch.logspace(-45, 38, 40)[:, None]
-        scale[0], scale[1], scale[2], scale[3], scale[4] = torch.nan, torch.inf, 0, limits.tiny * limits.eps, limits.max
+        scale[0], scale[1], scale[2], scale[3], scale[4] = (
+            torch.nan,
+            torch.inf,
+            0,
+            limits.tiny * limits.eps,
+            limits.max,
+        )
         scale = scale.to(scale_dtype)
         qdata = torch.randint(256, (40, FORMATS[bits].row_bytes(k)), dtype=torch.uint8)
         for rows in (slice(None), slice(3, 7), slice(0, 0)):
@@ -364,7 +432,11 @@ def test_dequantize(library, dtype, bits, group_size):
 @each_dtype
 def test_embedding(library, dtype, bits):
     w = random_planes(9, 100, bits=bits, group_size=64, dtype=dtype)
-    for indices in (torch.tensor([[8, 0, 3], [3, 3, 1]]), torch.tensor([7, 2], dtype=torch.int32), torch.zeros(2, 0, dtype=torch.int64)):
+    for indices in (
+        torch.tensor([[8, 0, 3], [3, 3, 1]]),
+        torch.tensor([7, 2], dtype=torch.int32),
+        torch.zeros(2, 0, dtype=torch.int64),
+    ):
         expected = reference.embedding(indices, w.qdata, w.scale, bits, 64, 100)
         assert_same(cpu.embedding(indices, w.qdata, w.scale, bits, 64, 100), expected)
 
@@ -386,7 +458,7 @@ def test_set_isa_refuses_what_there_is_not():
     assert cpu.isa() == before
 
 
-# ------------------------------------------------------------------------------------------- from torch's dispatcher, without Python
+# ------------------------------------------------- from torch's dispatcher, without Python
 
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="the C++ library was not built")
 
@@ -452,7 +524,8 @@ def test_what_cpp_does_not_take_goes_through_python(monkeypatch):
         monkeypatch.setenv("RTN_KERNEL", "nothing")
         with pytest.raises(ValueError, match="RTN_KERNEL='nothing' names no kernel"):
             ops.linear(x, *planes)
-        with pytest.raises(RuntimeError, match="RTN_KERNEL='nothing' names no kernel|printed above"):  # the latter before torch 2.13
+        # The latter before torch 2.13.
+        with pytest.raises(RuntimeError, match="RTN_KERNEL='nothing' names no kernel|printed above"):
             torch.ops.rtn.linear(x, *planes)
         monkeypatch.setattr(ops, "choose", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -470,13 +543,15 @@ def test_the_cpp_op_gives_its_tensors_back(monkeypatch):
 
     before = uses()
     for forced in ("", "reference"):
-        monkeypatch.setenv("RTN_KERNEL", forced) if forced else monkeypatch.delenv("RTN_KERNEL", raising=False)
+        monkeypatch.setenv("RTN_KERNEL", forced) if forced else monkeypatch.delenv(
+            "RTN_KERNEL", raising=False
+        )
         y = [torch.ops.rtn.linear(*tensors, 4, 32) for _ in range(3)]
         assert torch._C._storage_Use_Count(y[0].untyped_storage()._cdata) <= 2  # ours, and the asking
         assert uses() == before
 
 
-# ------------------------------------------------------------------------------------------- threads and processes
+# ------------------------------------------------------------------- threads and processes
 
 
 @pytest.fixture
@@ -490,7 +565,10 @@ def threads():
 @each_bits
 @each_dtype
 def test_threads_do_not_change_a_bit(threads, dtype, bits):
-    w, offs = random_planes(3, 1000, 576, bits=bits, group_size=96, dtype=dtype), torch.tensor([100, 101, 290], dtype=torch.int32)
+    w, offs = (
+        random_planes(3, 1000, 576, bits=bits, group_size=96, dtype=dtype),
+        torch.tensor([100, 101, 290], dtype=torch.int32),
+    )
     x = activations(300, 576, dtype)
 
     def results():
@@ -525,7 +603,12 @@ def test_python_threads_at_once(threads):
 
 def run_python(script, cwd=ROOT, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

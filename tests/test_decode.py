@@ -39,10 +39,15 @@ def test_two_at_a_time(model):
 
 
 @pytest.mark.parametrize(
-    "prompt", [tokens(24), tokens(30), tokens(5)[:, :0], tokens(5)[0], tokens(6).view(2, 3)], ids=lambda t: str(t.shape)
+    "prompt",
+    [tokens(24), tokens(30), tokens(5)[:, :0], tokens(5)[0], tokens(6).view(2, 3)],
+    ids=lambda t: str(t.shape),
 )
 def test_prompts_that_do_not_fit(model, prompt):
-    with pytest.raises(ValueError, match=r"input_ids has shape \[.*\]; pass \[1, T\] with 1 <= T < 24, the decoder's room"):
+    with pytest.raises(
+        ValueError,
+        match=r"input_ids has shape \[.*\]; pass \[1, T\] with 1 <= T < 24, the " r"decoder's room",
+    ):
         Decoder(model, 24)(prompt)
 
 
@@ -79,9 +84,13 @@ def test_models_that_keep_other_states_than_keys_and_values():
         RwkvForCausalLM(RwkvConfig(**small)),
         XLMWithLMHeadModel(XLMConfig(vocab_size=100, emb_dim=64, n_layers=2, n_heads=4)),
     ):
-        with pytest.raises(TypeError, match="keeps other states than keys and values; decode by model.generate"):
+        with pytest.raises(
+            TypeError, match="keeps other states than keys and values; decode by model.generate"
+        ):
             Decoder(other.eval(), 20)
-    encoder_decoder = T5ForConditionalGeneration(T5Config(vocab_size=100, d_model=64, num_layers=2, num_heads=4, d_ff=96, d_kv=16))
+    encoder_decoder = T5ForConditionalGeneration(
+        T5Config(vocab_size=100, d_model=64, num_layers=2, num_heads=4, d_ff=96, d_kv=16)
+    )
     for other in (encoder_decoder, torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="is no causal language model of transformers"):
             Decoder(other.eval(), 20)

@@ -1,4 +1,5 @@
-"""FSDP2, tensor parallelism, distributed checkpoints and training, on gloo ranks of this machine; the cases are in sharded_*.py."""
+"""FSDP2, tensor parallelism, distributed checkpoints and training, on gloo ranks of this machine; the cases
+are in sharded_*.py."""
 
 import functools
 
@@ -20,7 +21,9 @@ MODULES = (
     "sharded_2d",
     "sharded_ddp",
 )
-CASES = [(module, name, ranks) for module in MODULES for ranks in cases(module).ranks for name in cases(module)]
+CASES = [
+    (module, name, ranks) for module in MODULES for ranks in cases(module).ranks for name in cases(module)
+]
 
 
 @functools.cache

@@ -42,11 +42,17 @@ print(json.dumps(failed))
 
 
 def blocks(page: Path, kind: str) -> list[str]:
-    return [text for found, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S) if found == kind]
+    return [
+        text
+        for found, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        if found == kind
+    ]
 
 
 def commands(page: Path, program: str) -> list[str]:
-    return [line for text in blocks(page, "sh") for line in text.splitlines() if line.split()[:1] == [program]]
+    return [
+        line for text in blocks(page, "sh") for line in text.splitlines() if line.split()[:1] == [program]
+    ]
 
 
 def run(command: list[str], cwd: Path, text: str | None = None, **environment: str) -> str:
@@ -60,14 +66,15 @@ def named(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-# ---------------------------------------------------------------------- Python and commands
+# --------------------------------------------------------------------- Python and commands
 
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> dict[str, str]:
-    """By page, the traceback of its Python blocks, run in order as a reader would type them, beside `my-model`."""
+    """By page, the traceback of its Python blocks, run in order as a reader would type them, beside
+    `my-model`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     top = tmp_path_factory.mktemp("pages")
@@ -76,7 +83,9 @@ def failures(tmp_path_factory) -> dict[str, str]:
     for page in WITH_PYTHON:
         model.save_pretrained(top / page.stem / "my-model")
     programs = {page.stem: "\n".join(blocks(page, "python")) for page in WITH_PYTHON}
-    return json.loads(run([sys.executable, *STRICT, "-c", RUNNER], top, json.dumps(programs)).splitlines()[-1])
+    return json.loads(
+        run([sys.executable, *STRICT, "-c", RUNNER], top, json.dumps(programs)).splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
@@ -93,7 +102,14 @@ def test_page_has_only_kinds_of_blocks_that_are_run_here(page):
     assert set(re.findall(r"^```(\w*)$", text, re.M)) <= {"python", "sh", "text", ""}
     assert text.count("\n```") % 2 == 0
     shell = "".join(blocks(page, "sh")).splitlines()
-    assert {line.split()[0] for line in shell if line} <= {"make", "pip", "python", "rtn-tensor", "vllm", "hf"}
+    assert {line.split()[0] for line in shell if line} <= {
+        "make",
+        "pip",
+        "python",
+        "rtn-tensor",
+        "vllm",
+        "hf",
+    }
     assert all((ROOT / line.split()[1]).is_file() for line in commands(page, "python"))
 
 
@@ -111,7 +127,9 @@ WITH_COMMANDS = [page for page in PAGES if commands(page, "rtn-tensor")]
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=named)
 def test_commands(page, tmp_path):
     if any(" evaluate " in line for line in commands(page, "rtn-tensor")):
-        pytest.importorskip("lm_eval", reason="lm-evaluation-harness, which one of them runs, is not installed")
+        pytest.importorskip(
+            "lm_eval", reason="lm-evaluation-harness, which one of them runs, is not installed"
+        )
     try:
         smollm2(), state_of_the_union(), task_data()
     except ModelUnavailable as reason:
@@ -126,12 +144,15 @@ def test_every_command_is_shown():
     assert {"quantize", "inspect", "generate", "perplexity", "evaluate", "explain"} <= shown
 
 
-# ---------------------------------------------------------------------- links, and what is generated
+# ------------------------------------------------------------ links, and what is generated
 
 
 def anchors(page: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    return {
+        re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
+        for title in re.findall(r"^#+ (.+)$", text, re.M)
+    }
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=named)
@@ -146,7 +167,9 @@ def test_links(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_files_that_are_named_are_there(page):
-    named_here = re.findall(r"`((?:tests|tutorials|benchmarks|rtn_tensor|docs)/[\w/.*-]+)`", page.read_text(encoding="utf-8"))
+    named_here = re.findall(
+        r"`((?:tests|tutorials|benchmarks|rtn_tensor|docs)/[\w/.*-]+)`", page.read_text(encoding="utf-8")
+    )
     for name in named_here:
         assert list(ROOT.glob(name)) or name.endswith("librtn.so"), f"{name} is not there"
 
@@ -170,10 +193,12 @@ def test_the_page_of_the_command_line_is_current():
         import command_line
     finally:
         sys.path.pop(0)
-    assert command_line.PAGE.read_text(encoding="utf-8") == command_line.page(), "`python docs/command_line.py` writes it anew"
+    assert command_line.PAGE.read_text(encoding="utf-8") == command_line.page(), (
+        "`python docs/command_line.py` writes it anew"
+    )
 
 
-# ---------------------------------------------------------------------- tutorials
+# ------------------------------------------------------------------------------- tutorials
 
 
 @pytest.mark.parametrize("tutorial", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda path: path.stem)

@@ -1,4 +1,5 @@
-"""What a misuse says: one sentence that names the parameter, of one type, whether the model runs eagerly, under autograd or compiled."""
+"""What a misuse says: one sentence that names the parameter, of one type, whether the model runs eagerly,
+under autograd or compiled."""
 
 import copy
 import warnings
@@ -26,7 +27,9 @@ def misused(forward, names: bool = True) -> Misused:
     if names:
         quantize_(m, [("proj", rtn_int4(32)), ("emb.weight", rtn_int4(32))])
     else:
-        torchao.quantization.quantize_(m, rtn_int4(32), filter_fn=lambda module, fqn: isinstance(module, nn.Linear | nn.Embedding))
+        torchao.quantization.quantize_(
+            m, rtn_int4(32), filter_fn=lambda module, fqn: isinstance(module, nn.Linear | nn.Embedding)
+        )
     return m
 
 
@@ -36,18 +39,53 @@ def product(m: Misused, x):
 
 X = torch.randn(2, 64)
 MISUSES = {
-    "float64": (product, X.double(), TypeError, "proj.weight: x is torch.float64 but the weight is torch.float32; use x.to(torch.float32)"),
+    "float64": (
+        product,
+        X.double(),
+        TypeError,
+        "proj.weight: x is torch.float64 but the weight is torch.float32; use x.to(torch.float32)",
+    ),
     "integers": (product, X.int(), TypeError, "proj.weight: x is torch.int32"),
     "complex": (product, X.cfloat(), TypeError, "proj.weight: x is torch.complex64"),
-    "in_features": (product, X[:, :32], ValueError, "proj.weight: x of shape (2, 32) does not fit a weight of shape (64, 64)"),
+    "in_features": (
+        product,
+        X[:, :32],
+        ValueError,
+        "proj.weight: x of shape (2, 32) does not fit a weight of shape (64, 64)",
+    ),
     "scalar": (product, X[0, 0], ValueError, "proj.weight: x of shape () does not fit"),
     "device": (product, X.to("meta"), ValueError, "proj.weight: x is on meta, where tensors have no numbers"),
-    "quantized": (product, RTNQuantizedTensor.from_float(X, 4, 32), TypeError, "proj.weight: a quantized tensor cannot multiply"),
+    "quantized": (
+        product,
+        RTNQuantizedTensor.from_float(X, 4, 32),
+        TypeError,
+        "proj.weight: a quantized tensor cannot multiply",
+    ),
     "matmul": (lambda m, x: x @ m.proj.weight.t(), X.double(), TypeError, "proj.weight: x is torch.float64"),
-    "matmul's size": (lambda m, x: x @ m.proj.weight, X[:, :32], ValueError, "proj.weight: x of shape (2, 32) does not fit"),
-    "bias": (lambda m, x: F.linear(x, m.proj.weight, X[0].double()), X, TypeError, "proj.weight: bias is torch.float64 but x is"),
-    "bias's size": (lambda m, x: F.linear(x, m.proj.weight, X[0, :63]), X, RuntimeError, "proj.weight: bias of shape (63,) does not fit"),
-    "addmm's size": (lambda m, x: torch.addmm(X[0, :63], x, m.proj.weight), X, RuntimeError, "proj.weight: bias of shape (63,) does not"),
+    "matmul's size": (
+        lambda m, x: x @ m.proj.weight,
+        X[:, :32],
+        ValueError,
+        "proj.weight: x of shape (2, 32) does not fit",
+    ),
+    "bias": (
+        lambda m, x: F.linear(x, m.proj.weight, X[0].double()),
+        X,
+        TypeError,
+        "proj.weight: bias is torch.float64 but x is",
+    ),
+    "bias's size": (
+        lambda m, x: F.linear(x, m.proj.weight, X[0, :63]),
+        X,
+        RuntimeError,
+        "proj.weight: bias of shape (63,) does not fit",
+    ),
+    "addmm's size": (
+        lambda m, x: torch.addmm(X[0, :63], x, m.proj.weight),
+        X,
+        RuntimeError,
+        "proj.weight: bias of shape (63,) does not",
+    ),
     "unknown op": (
         lambda m, x: m.proj.weight.softmax(-1),
         X,
@@ -67,12 +105,32 @@ MISUSES = {
         "proj.weight: RTNQuantizedTensor does not implement aten.mul",
     ),
     "slice": (lambda m, x: m.proj.weight[:, 1:3], X, ValueError, "proj.weight: cannot slice columns 1:3"),
-    "view": (lambda m, x: m.proj.weight.view(-1), X, ValueError, "proj.weight: cannot view shape (64, 64) as (-1,)"),
+    "view": (
+        lambda m, x: m.proj.weight.view(-1),
+        X,
+        ValueError,
+        "proj.weight: cannot view shape (64, 64) as (-1,)",
+    ),
     "cat": (lambda m, x: torch.cat([m.proj.weight, x]), X, TypeError, "proj.weight: cannot cat"),
-    "einsum": (lambda m, x: torch.einsum("ij,kj->ikj", x, m.proj.weight), X, NotImplementedError, "proj.weight: einsum("),
+    "einsum": (
+        lambda m, x: torch.einsum("ij,kj->ikj", x, m.proj.weight),
+        X,
+        NotImplementedError,
+        "proj.weight: einsum(",
+    ),
     "bmm": (lambda m, x: torch.bmm(x, m.proj.weight), X, ValueError, "proj.weight: bmm needs x [E, M, K]"),
-    "float64 weight": (lambda m, x: m.proj.weight.double(), X, TypeError, "proj.weight: dtype torch.float64 is not supported"),
-    "no indices": (lambda m, x: m.emb(x), X, TypeError, "emb.weight: input is torch.float32; it must be torch.int64 or torch.int32"),
+    "float64 weight": (
+        lambda m, x: m.proj.weight.double(),
+        X,
+        TypeError,
+        "proj.weight: dtype torch.float64 is not supported",
+    ),
+    "no indices": (
+        lambda m, x: m.emb(x),
+        X,
+        TypeError,
+        "emb.weight: input is torch.float32; it must be torch.int64 or torch.int32",
+    ),
 }
 EAGER = {
     "grad": torch.enable_grad(),
@@ -86,7 +144,9 @@ EAGER = {
 @pytest.mark.parametrize("case", MISUSES)
 def test_eager(case: str, mode: str):
     forward, x, kind, sentence = MISUSES[case]
-    sentence = sentence.replace("but x is", "but x is torch.bfloat16" if mode == "autocast" else "but x is torch.float32")
+    sentence = sentence.replace(
+        "but x is", "but x is torch.bfloat16" if mode == "autocast" else "but x is torch.float32"
+    )
     with pytest.raises(kind) as caught:
         EAGER[mode](misused(forward))(x)
     assert type(caught.value) is kind
@@ -104,7 +164,13 @@ def test_with_a_gradient():
 @pytest.mark.parametrize("case", MISUSES)
 def test_compiled_is_as_eager(case: str):
     """Dynamo leaves what cannot be traced to eager code, and that raises."""
-    mode = "inference_mode" if case in ("float64", "unknown op") else "no_grad" if case in ("in_features", "view") else "grad"
+    mode = (
+        "inference_mode"
+        if case in ("float64", "unknown op")
+        else "no_grad"
+        if case in ("in_features", "view")
+        else "grad"
+    )
     forward, x, kind, sentence = MISUSES[case]
     torch._dynamo.reset()
     with pytest.raises(kind) as caught:
@@ -160,12 +226,16 @@ def test_weights_that_others_quantized_are_named_by_the_model_that_runs(case: st
 
 def test_capsules_and_storages_that_have_no_memory():
     w = misused(product).proj.weight
-    with pytest.raises(NotImplementedError, match=r"^proj\.weight: DLPack gives the memory .*use \.dequantize\(\)"):
+    with pytest.raises(
+        NotImplementedError, match=r"^proj\.weight: DLPack gives the memory .*use " r"\.dequantize\(\)"
+    ):
         torch.utils.dlpack.to_dlpack(w)
     with pytest.raises(NotImplementedError, match=r"^proj\.weight: DLPack"):
         torch.to_dlpack(w)
     for part in (w, w[:32], w.t()):
-        with pytest.raises(TypeError, match=r"^proj\.weight: a quantized weight lies in two planes.*\.qdata and \.scale"):
+        with pytest.raises(
+            TypeError, match=r"^proj\.weight: a quantized weight lies in two planes.*\.qdata " r"and \.scale"
+        ):
             part.untyped_storage()
     plain = torch.randn(3)
     with warnings.catch_warnings():

@@ -29,7 +29,8 @@ def tokens(n):
 
 @torch.no_grad()
 def brute_force(model, ids, window, stride):
-    """Scores each token once, given all that precedes it in the first window that holds it, by a forward pass of its own."""
+    """Scores each token once, given all that precedes it in the first window that holds it, by a forward pass
+    of its own."""
     losses = []
     for i in range(1, len(ids)):
         start = stride * max(0, math.ceil((i + 1 - window) / stride))
@@ -66,7 +67,9 @@ def test_one_window_is_cross_entropy(model):
 )
 def test_windows_by_brute_force(model, n, window, stride):
     ids = tokens(n)
-    assert perplexity(model, ids, window, stride) == pytest.approx(brute_force(model, ids, window, stride), rel=1e-4)
+    assert perplexity(model, ids, window, stride) == pytest.approx(
+        brute_force(model, ids, window, stride), rel=1e-4
+    )
 
 
 def test_more_rows_than_are_cast_at_once(model, monkeypatch):
@@ -139,7 +142,7 @@ got 0 tokens and window=1024; both must be at least 2, as a token is scored give
     )
 
 
-# ------------------------------------------------------------------------------------------- generate
+# -------------------------------------------------------------------------------- generate
 
 
 def test_generate_is_greedy(model, tokenizer):
@@ -167,7 +170,9 @@ def test_generate_stops_at_the_end_of_sequence(tokenizer):
 
 def test_generate_uses_the_chat_template(model):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ bos_token }}user: {{ messages[0]['content'] }}{% if add_generation_prompt %} state:{% endif %}"
+    tokenizer.chat_template = (
+        "{{ bos_token }}user: {{ messages[0]['content'] }}{% if add_generation_prompt %} state:{% endif %}"
+    )
     asked = generate(model, tokenizer, "the people", 10)
     ids = tokenizer("<s>user: the people state:", return_tensors="pt")["input_ids"]
     assert asked.text == tokenizer.decode(greedy(model, ids, 10)[0, ids.shape[1] :]).strip()
@@ -223,17 +228,33 @@ def test_what_changes_no_greedy_token_is_no_reason_to_refuse(monkeypatch, tokeni
         "max_length": 4096,
         "repetition_penalty": 1.0,
     }
-    settings |= {"eos_token_id": [1, 2], "pad_token_id": 0, "cache_implementation": "static", "length_penalty": 2.0, "guidance_scale": 1.0}
-    settings |= {"no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": [], "min_length": 0, "of_another_program": "chatml"}
+    settings |= {
+        "eos_token_id": [1, 2],
+        "pad_token_id": 0,
+        "cache_implementation": "static",
+        "length_penalty": 2.0,
+        "guidance_scale": 1.0,
+    }
+    settings |= {
+        "no_repeat_ngram_size": 0,
+        "bad_words_ids": None,
+        "suppress_tokens": [],
+        "min_length": 0,
+        "of_another_program": "chatml",
+    }
     model = tiny_llama()
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
     monkeypatch.setattr("rtn_tensor.evaluation.decoding._compiled", lambda step: step)
-    assert generate(model, tokenizer, "We", 5, compile=True).text == generate(tiny_llama(), tokenizer, "We", 5).text
+    assert (
+        generate(model, tokenizer, "We", 5, compile=True).text
+        == generate(tiny_llama(), tokenizer, "We", 5).text
+    )
 
 
 def test_generate_keeps_to_what_the_model_asks_for(tokenizer):
-    """A setting that changes the result's type, and one that transformers applies only if it is given the tokenizer."""
+    """A setting that changes the result's type, and one that transformers applies only if it is given the
+    tokenizer."""
     model = tiny_llama()
     plain = generate(model, tokenizer, "We the people", 10)
     model.generation_config.return_dict_in_generate = True
@@ -247,7 +268,13 @@ def test_generate_keeps_to_what_the_model_asks_for(tokenizer):
 def test_a_model_that_is_not_causal_is_refused(tokenizer, compile):
     from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
 
-    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+    }
     for kind in (BertForMaskedLM, BertLMHeadModel):
         model = kind(BertConfig(**sizes)).eval()
         with pytest.raises(ValueError, match="give a causal language model"):

@@ -1,4 +1,5 @@
-"""Whole models through torch.compile, torch.export and AOTInductor, in this process and in one that has never traced them."""
+"""Whole models through torch.compile, torch.export and AOTInductor, in this process and in one that has never
+traced them."""
 
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from rtn_tensor.kernels import cpu
 # torch.export copies what it deprecated itself.
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning"),  # transformers' own
+    # transformers' own.
+    pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning"),
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +61,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------- compile
+# --------------------------------------------------------------------------------- compile
 
 # torch makes graphs for a size of 1 of its own.
 NEW_SIZES = [(2, 7), (3, 9), (4, 12), (2, 5), (5, 30)]
@@ -117,7 +119,7 @@ def test_a_whole_model_under_inductor():
     assert counter.frame_count == 2
 
 
-# ------------------------------------------------------------------------------------------- every mode reaches the kernel
+# ----------------------------------------------------------- every mode reaches the kernel
 
 
 @pytest.fixture
@@ -136,7 +138,9 @@ def autocast():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode, autocast], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode, autocast], ids=lambda mode: mode.__name__
+)
 @pytest.mark.parametrize("how", ["eager", "compiled", "exported"])
 def test_every_mode_reaches_the_kernel(mode, how, calls):
     model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -162,7 +166,7 @@ def test_every_mode_reaches_the_kernel(mode, how, calls):
     assert y.requires_grad == (mode is torch.enable_grad or mode is autocast)
 
 
-# ------------------------------------------------------------------------------------------- export
+# ---------------------------------------------------------------------------------- export
 
 
 def export(model, strict=False):
@@ -211,7 +215,11 @@ def test_an_exported_model_keeps_its_packed_weights(exported):
     planes = {name: w for name, w in model.named_parameters() if hasattr(w, "qdata")}
     assert {name for name, w in program.state_dict.items() if hasattr(w, "qdata")} == planes.keys()
     lowered = program.run_decompositions()
-    assert [str(node.target) for node in lowered.graph.nodes].count("rtn.linear.default") == len(planes) == 4 * 7 + 1
+    assert (
+        [str(node.target) for node in lowered.graph.nodes].count("rtn.linear.default")
+        == len(planes)
+        == 4 * 7 + 1
+    )
     close(lowered.module()(ids := tokens(3, 4)), expected(ids))
 
 
@@ -230,7 +238,7 @@ def test_a_saved_export_runs_in_a_fresh_process(exported, tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------- AOTInductor
+# ----------------------------------------------------------------------------- AOTInductor
 
 RUN_PACKAGE = """
 run = torch._inductor.aoti_load_package(sys.argv[1])
@@ -271,6 +279,8 @@ def test_a_package_runs_with_nothing_but_the_library(package):
 @pytest.mark.slow
 def test_a_package_says_what_it_lacks(package):
     said = in_a_fresh_process(
-        "import sys, torch\ntry: torch._inductor.aoti_load_package(sys.argv[1])\nexcept RuntimeError as error: print(error)", *package
+        "import sys, torch\ntry: torch._inductor.aoti_load_package(sys.argv[1])\nexcept RuntimeError as "
+        "error: print(error)",
+        *package,
     )
     assert "Could not find schema for rtn::linear" in said

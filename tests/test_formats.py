@@ -12,7 +12,8 @@ def position(bits: int, k: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("bits", "value", "field"), [(4, 1, 0x1), (4, -1, 0xF), (4, -8, 0x8), (8, 1, 0x01), (8, -1, 0xFF), (8, -128, 0x80)]
+    ("bits", "value", "field"),
+    [(4, 1, 0x1), (4, -1, 0xF), (4, -8, 0x8), (8, 1, 0x01), (8, -1, 0xFF), (8, -128, 0x80)],
 )
 @pytest.mark.parametrize("k", [1, 31, 32, 33, 100])
 def test_every_element_lies_where_the_formula_says(bits, value, field, k):
@@ -98,19 +99,24 @@ def test_gptq(bits):
     """Against Python's own integers."""
     fmt, each = FORMATS[bits], 32 // bits
     q = torch.arange(fmt.qmin, fmt.qmax + 1).repeat(2, 5 * each)[:, : 5 * each].to(torch.int8)
-    words = [[sum((int(x) - fmt.qmin) << (bits * i) for i, x in enumerate(word)) for word in row.split(each)] for row in q]
+    words = [
+        [sum((int(x) - fmt.qmin) << (bits * i) for i, x in enumerate(word)) for word in row.split(each)]
+        for row in q
+    ]
     assert torch.equal(pack_gptq(q, bits), torch.tensor(words).to(torch.int32))
 
 
 @pytest.mark.parametrize(
-    ("k", "int4", "int8"), [(0, 0, 0), (1, 16, 16), (16, 16, 16), (17, 16, 32), (32, 16, 32), (33, 32, 48), (1000, 512, 1008)]
+    ("k", "int4", "int8"),
+    [(0, 0, 0), (1, 16, 16), (16, 16, 16), (17, 16, 32), (32, 16, 32), (33, 32, 48), (1000, 512, 1008)],
 )
 def test_row_bytes(k, int4, int8):
     assert (FORMATS[4].row_bytes(k), FORMATS[8].row_bytes(k)) == (int4, int8)
 
 
 @pytest.mark.parametrize(
-    ("k", "group_size", "expected"), [(0, 32, 0), (0, -1, 1), (1, 32, 1), (32, 32, 1), (33, 32, 2), (100, 96, 2), (1000, -1, 1)]
+    ("k", "group_size", "expected"),
+    [(0, 32, 0), (0, -1, 1), (1, 32, 1), (32, 32, 1), (33, 32, 2), (100, 96, 2), (1000, -1, 1)],
 )
 def test_groups(k, group_size, expected):
     assert groups(k, group_size) == expected

@@ -56,25 +56,39 @@ def test_a_pattern_leaves_vectors():
 @pytest.mark.parametrize("first", [4, 8])
 def test_first_of_two_patterns_wins(first):
     other = 12 - first
-    assert chosen({r"re:(up|down)\.weight": rtn(first), r"re:.*p\.weight": rtn(other)}) == {"up.weight": first, "down.weight": first}
-    assert chosen({"re:up|down": rtn(first), "re:.*p": rtn(other)}) == {"up.weight": first, "down.weight": first}
+    assert chosen({r"re:(up|down)\.weight": rtn(first), r"re:.*p\.weight": rtn(other)}) == {
+        "up.weight": first,
+        "down.weight": first,
+    }
+    assert chosen({"re:up|down": rtn(first), "re:.*p": rtn(other)}) == {
+        "up.weight": first,
+        "down.weight": first,
+    }
 
 
 def test_none_at_an_exact_name_beats_patterns():
     model = nn.ModuleDict({"mlp": Experts()})
     model["mlp"].register_parameter("down_proj", nn.Parameter(torch.randn(3, 64, 32)))
     model["mlp"].register_parameter("router", nn.Parameter(torch.randn(3, 64)))
-    assert chosen({"mlp.down_proj": None, "mlp.bias": None, "re:mlp.*": rtn_int4()}, model) == {"mlp.gate_up_proj": 4, "mlp.router": 4}
+    assert chosen({"mlp.down_proj": None, "mlp.bias": None, "re:mlp.*": rtn_int4()}, model) == {
+        "mlp.gate_up_proj": 4,
+        "mlp.router": 4,
+    }
     assert chosen({"up": None, "re:.*(up|down)": rtn_int4()}) == {"down.weight": 4}
     assert chosen({"up.weight": None, "up": rtn_int4(), "down": rtn_int4()}) == {"down.weight": 4}
 
 
 def test_none_may_name_what_is_never_quantized():
-    assert chosen({"norm": None, "re:no.*": None, r"re:norm\.bias": None, "up": rtn_int4()}) == {"up.weight": 4}
+    assert chosen({"norm": None, "re:no.*": None, r"re:norm\.bias": None, "up": rtn_int4()}) == {
+        "up.weight": 4
+    }
 
 
 def test_none_as_the_first_pattern_excludes():
-    assert chosen({r"re:.*(up|head)\.weight": None, "re:.*": rtn_int4()}) == {"embed.weight": 4, "down.weight": 4}
+    assert chosen({r"re:.*(up|head)\.weight": None, "re:.*": rtn_int4()}) == {
+        "embed.weight": 4,
+        "down.weight": 4,
+    }
     assert chosen({"re:.*(up|head)": None, "re:[^.]*": rtn_int4()}) == {"embed.weight": 4, "down.weight": 4}
 
 
@@ -87,13 +101,22 @@ def test_default_is_for_linears():
 
 
 def test_a_misspelt_name_raises():
-    table = {"up": rtn_int4(), "down_proj": rtn_int4(), "head.wieght": rtn_int8(), "embde": None, "re:.*rom": None, "norm": None}
+    table = {
+        "up": rtn_int4(),
+        "down_proj": rtn_int4(),
+        "head.wieght": rtn_int8(),
+        "embde": None,
+        "re:.*rom": None,
+        "norm": None,
+    }
     message = rejected(Model(), FqnToConfig(table))
     assert_expected_inline(
         message,
-        """FqnToConfig names down_proj, embde, head.wieght, re:.*rom, which is no parameter and no linear or embedding of the model; use a name from model.named_parameters(), or a pattern 're:...' that matches the whole of one""",  # noqa: E501
+        """FqnToConfig names down_proj, embde, head.wieght, re:.*rom, which is no parameter and no linear or embedding of the model; use a name from model.named_parameters(), or a pattern 're:...' that matches the whole of one""",
     )
-    assert rejected(Model(), FqnToConfig({"re:[u": rtn_int4()})).startswith("FqnToConfig: 're:[u' is no regular expression: ")
+    assert rejected(Model(), FqnToConfig({"re:[u": rtn_int4()})).startswith(
+        "FqnToConfig: 're:[u' is no regular expression: "
+    )
 
 
 def test_fqn_to_config_takes_no_filter_fn():
@@ -103,7 +126,7 @@ def test_fqn_to_config_takes_no_filter_fn():
     )
 
 
-# ------------------------------------------------------------------------------------------- torchao's own quantize_
+# ----------------------------------------------------------------- torchao's own quantize_
 
 
 def assert_same_model(a, b):
@@ -124,13 +147,22 @@ def test_torchao_quantize_is_ours(config):
 
 def test_torchao_fqn_to_config_is_ours():
     config = FqnToConfig(
-        {"layer.up": rtn_int4(32), r"re:.*\.down\.weight": rtn_int8(), "experts.gate_up_proj": rtn_int4(64), "layer.head": None}
+        {
+            "layer.up": rtn_int4(32),
+            r"re:.*\.down\.weight": rtn_int8(),
+            "experts.gate_up_proj": rtn_int4(64),
+            "layer.head": None,
+        }
     )
     ours = nn.ModuleDict({"layer": Model(), "experts": Experts()})
     theirs = copy.deepcopy(ours)
     quantize_(ours, config)
     torchao.quantization.quantize_(theirs, config, filter_fn=None)
-    assert formats(theirs) == {"layer.up.weight": (4, 32), "layer.down.weight": (8, 128), "experts.gate_up_proj": (4, 64)}
+    assert formats(theirs) == {
+        "layer.up.weight": (4, 32),
+        "layer.down.weight": (8, 128),
+        "experts.gate_up_proj": (4, 64),
+    }
     assert_same_model(ours, theirs)
 
 
@@ -142,7 +174,17 @@ def test_torchao_quantize_names_the_parameter():
 
 
 KEYS = [
-    *("up", "down", "embed", "head", "up.weight", "down.weight", "embed.weight", "experts.gate_up_proj", "experts.bias"),
+    *(
+        "up",
+        "down",
+        "embed",
+        "head",
+        "up.weight",
+        "down.weight",
+        "embed.weight",
+        "experts.gate_up_proj",
+        "experts.bias",
+    ),
     *(
         "re:.*",
         "re:up|down",
@@ -162,12 +204,17 @@ def nested():
     return nn.ModuleDict({**dict(Model().named_children()), "experts": Experts()})
 
 
-@pytest.mark.filterwarnings("ignore:.*may be experts' weights:UserWarning", "ignore:no weight is selected:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*may be experts' weights:UserWarning", "ignore:no weight is selected:UserWarning"
+)
 @pytest.mark.parametrize("seed", range(60))
 def test_overlapping_keys_do_the_same_in_both(seed):
     """Whatever the table, and whichever of its keys wins."""
     pick = random.Random(seed)
-    table = {key: pick.choice([None, rtn_int4(), rtn_int8(), rtn(4, 64)]) for key in pick.sample(KEYS, pick.randint(1, 6))}
+    table = {
+        key: pick.choice([None, rtn_int4(), rtn_int8(), rtn(4, 64)])
+        for key in pick.sample(KEYS, pick.randint(1, 6))
+    }
     table |= {"up.bias": None} if pick.random() < 0.5 else {}
     ours = nested()
     theirs = copy.deepcopy(ours)
@@ -178,7 +225,10 @@ def test_overlapping_keys_do_the_same_in_both(seed):
 
 def test_torchaos_own_configs_are_torchaos():
     """Beside ours in one table, and alone."""
-    for table in ({"up": Int8WeightOnlyConfig(), "re:.*": rtn_int4()}, {"re:up|head": Int8WeightOnlyConfig()}):
+    for table in (
+        {"up": Int8WeightOnlyConfig(), "re:.*": rtn_int4()},
+        {"re:up|head": Int8WeightOnlyConfig()},
+    ):
         model = Model()
         torchao.quantization.quantize_(model, FqnToConfig(table), filter_fn=None)
         assert type(model.up.weight).__module__.startswith("torchao.")

@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py, as far as it goes without a GPU: what it does with measurements, and its jobs on a CPU with clocks that are told."""
+"""benchmarks/gpu.py, as far as it goes without a GPU: what it does with measurements, and its jobs on a CPU
+with clocks that are told."""
 
 import contextlib
 import dataclasses
@@ -42,7 +43,7 @@ def job(section="linear", name="a", function="test_gpu_benchmark:echo", least=0.
     return Job(section, name, function, arguments, least, most)
 
 
-# ------------------------------------------------------------------------------------------- the command
+# ----------------------------------------------------------------------------- the command
 
 
 def test_arguments():
@@ -51,8 +52,27 @@ def test_arguments():
     assert args.shapes[:2] == [(8192, 8192), (4096, 4096)]
     assert len(args.shapes) == 6
     assert args.tokens == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
-    args = gpu.arguments(["--only", "load,moe", "--shapes", "64x32,1x2", "--tokens", "3", "--seconds", "60", "--json", "a.json"])
-    assert (args.only, args.shapes, args.tokens, args.seconds, args.json.name) == (["load", "moe"], [(64, 32), (1, 2)], [3], 60, "a.json")
+    args = gpu.arguments(
+        [
+            "--only",
+            "load,moe",
+            "--shapes",
+            "64x32,1x2",
+            "--tokens",
+            "3",
+            "--seconds",
+            "60",
+            "--json",
+            "a.json",
+        ]
+    )
+    assert (args.only, args.shapes, args.tokens, args.seconds, args.json.name) == (
+        ["load", "moe"],
+        [(64, 32), (1, 2)],
+        [3],
+        60,
+        "a.json",
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +93,10 @@ def test_wrong_arguments(given, says, capsys):
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
-    assert_expected_inline(capsys.readouterr().err, """There is no CUDA GPU here that this torch can use; nothing was measured.\n""")
+    assert_expected_inline(
+        capsys.readouterr().err,
+        """There is no CUDA GPU here that this torch can use; nothing was measured.\n""",
+    )
 
 
 def every_job():
@@ -118,13 +141,21 @@ model: int8 g128, decoding at batch 1""",
 
 def test_correctness_covers_every_format_and_op():
     jobs = gpu_check.jobs([(8192, 8192)], [1, 4096], [1])
-    forms = {(j.arguments.get("op"), *(j.arguments[key] for key in ("dtype", "bits", "group_size"))) for j in jobs if "bits" in j.arguments}
+    forms = {
+        (j.arguments.get("op"), *(j.arguments[key] for key in ("dtype", "bits", "group_size")))
+        for j in jobs
+        if "bits" in j.arguments
+    }
     for dtype in ("bfloat16", "float16", "float32"):
         for bits in (4, 8):
             for group_size in (32, 64, 96, 128, -1):
                 for op in ("linear", "linear_dx", "grouped", "grouped_dx", None):
                     assert (op, dtype, bits, group_size) in forms
-    assert {j.arguments["mode"] for j in jobs if "mode" in j.arguments} == {"default", "reduce-overhead", "max-autotune"}
+    assert {j.arguments["mode"] for j in jobs if "mode" in j.arguments} == {
+        "default",
+        "reduce-overhead",
+        "max-autotune",
+    }
 
 
 class Told:
@@ -137,7 +168,12 @@ class Told:
 
     def run(self, job, seconds, row):
         if job.section == "correctness":
-            row({"check": job.name, "error": "AssertionError: no" if self.wrong and "CUDA graphs" in job.name else None})
+            row(
+                {
+                    "check": job.name,
+                    "error": "AssertionError: no" if self.wrong and "CUDA graphs" in job.name else None,
+                }
+            )
         elif job.section == "machine":
             row({"gpu": "NVIDIA T800 (fake)", "versions": {"torch": "2.11"}})
         elif job.section == "ceilings":
@@ -163,9 +199,24 @@ def test_a_whole_run_ends_in_json_and_a_status(wrong, monkeypatch, tmp_path, cap
     assert out.rstrip().endswith("gpu-NVIDIA-T800-fake.json")
     results = json.loads((tmp_path / "benchmarks" / "results" / "gpu-NVIDIA-T800-fake.json").read_text())
     assert list(results) == [
-        *("machine", "ceilings", "correctness", "linear", "moe", "model", "load", "errors", "skipped", "jobs", "targets", "seconds")
+        *(
+            "machine",
+            "ceilings",
+            "correctness",
+            "linear",
+            "moe",
+            "model",
+            "load",
+            "errors",
+            "skipped",
+            "jobs",
+            "targets",
+            "seconds",
+        )
     ]
-    assert results["correctness"]["failed"] == ([{"check": "CUDA graphs", "error": "AssertionError: no"}] if wrong else [])
+    assert results["correctness"]["failed"] == (
+        [{"check": "CUDA graphs", "error": "AssertionError: no"}] if wrong else []
+    )
     assert results["correctness"]["passed"] == len(gpu_check.jobs(gpu.sizes(gpu.SHAPES), [1], [1])) - wrong
     assert {e["section"] for e in results["errors"]} == {"model"}
     assert {len(r["target"]) > 0 for r in results["targets"]} == {True}
@@ -179,7 +230,7 @@ def test_only_some_sections(monkeypatch, tmp_path):
     assert [j["name"] for j in results["jobs"]] == ["about", "1 GB"]
 
 
-# ------------------------------------------------------------------------------------------- time and processes
+# ---------------------------------------------------------------------- time and processes
 
 
 def test_budget_and_what_is_skipped():
@@ -194,7 +245,12 @@ def test_budget_and_what_is_skipped():
             row({"name": job.name})
 
     said = []
-    jobs = [job(name="a", takes=50, most=60), job(name="b", takes=30), job(name="c", takes=1, least=30), job(name="d", takes=1, least=5)]
+    jobs = [
+        job(name="a", takes=50, most=60),
+        job(name="b", takes=30),
+        job(name="c", takes=1, least=30),
+        job(name="d", takes=1, least=5),
+    ]
     gpu_workers.run(jobs, Taking(), budget, lambda job, kind, what: said.append((job.name, kind, what)))
     assert given == [("a", 60), ("b", 50), ("d", 20)]
     assert said == [
@@ -264,19 +320,25 @@ def test_worker(worker):
     assert worker.run(job(a=1, b=(2, 3)), 60, rows.append) is None
     assert rows == [{"a": 1}, {"b": (2, 3)}]
     first = worker.process
-    assert worker.run(job(function="test_gpu_benchmark:failing"), 60, rows.append) == "ValueError: several lines"
+    assert (
+        worker.run(job(function="test_gpu_benchmark:failing"), 60, rows.append) == "ValueError: several lines"
+    )
     assert rows[-1] == {"before": 1}
     assert worker.run(job(function="test_gpu_benchmark:absent"), 60, rows.append).startswith("AttributeError")
     assert worker.process is first
 
 
 def test_worker_that_dies_is_followed_by_another(worker):
-    assert worker.run(job(function="test_gpu_benchmark:dying"), 60, print) == "its process ended (exit code -11)"
+    assert (
+        worker.run(job(function="test_gpu_benchmark:dying"), 60, print) == "its process ended (exit code -11)"
+    )
     assert worker.run(job(), 60, print) is None
 
 
 def test_worker_that_hangs_is_killed(worker):
-    assert worker.run(job(function="test_gpu_benchmark:hanging"), 0.1, print) == "killed: it took more than 0 s"
+    assert (
+        worker.run(job(function="test_gpu_benchmark:hanging"), 0.1, print) == "killed: it took more than 0 s"
+    )
     assert killed.is_set()
     assert worker.run(job(), 60, print) is None
 
@@ -301,7 +363,9 @@ def test_workers_share_jobs():
 
     workers, said = [Slow(), Slow(), Slow()], []
     jobs = [job(name=str(i)) for i in range(12)]
-    gpu_workers.run_together(jobs, workers, endless(), lambda job, kind, what: said.append((job.name, kind, what)))
+    gpu_workers.run_together(
+        jobs, workers, endless(), lambda job, kind, what: said.append((job.name, kind, what))
+    )
     assert sorted(int(name) for name, kind, _ in said if kind == "done") == list(range(12))
     assert len({what["worker"] for _, kind, what in said if kind == "row"}) == 3
     assert all(worker.stopped for worker in workers)
@@ -320,16 +384,24 @@ def crashing(report, budget):
 def test_real_processes():
     worker, rows = Worker({"RTN_OF_THE_TEST": "1"}), []
     try:
-        assert worker.run(job(function="test_gpu_benchmark:environment_of", variable="RTN_OF_THE_TEST"), 60, rows.append) is None
+        assert (
+            worker.run(
+                job(function="test_gpu_benchmark:environment_of", variable="RTN_OF_THE_TEST"), 60, rows.append
+            )
+            is None
+        )
         assert rows == ["1"]
-        assert worker.run(job(function="test_gpu_benchmark:crashing"), 60, rows.append) == "its process ended (exit code -11)"
+        assert (
+            worker.run(job(function="test_gpu_benchmark:crashing"), 60, rows.append)
+            == "its process ended (exit code -11)"
+        )
         assert worker.run(job(a=2), 60, rows.append) is None
         assert rows == ["1", {"a": 2}]
     finally:
         worker.stop()
 
 
-# ------------------------------------------------------------------------------------------- correctness
+# ----------------------------------------------------------------------------- correctness
 
 
 def checked(function, **arguments):
@@ -344,13 +416,30 @@ def checked(function, **arguments):
 def test_checks_pass_the_reference(op, dtype):
     shapes = [(1, 5, 100), (17, 33, 160)]
     for bits, group_size in ((4, 96), (8, -1)):
-        rows = checked(gpu_check.products, op=op, dtype=dtype, bits=bits, group_size=group_size, shapes=shapes, kernel=REFERENCE)
+        rows = checked(
+            gpu_check.products,
+            op=op,
+            dtype=dtype,
+            bits=bits,
+            group_size=group_size,
+            shapes=shapes,
+            kernel=REFERENCE,
+        )
         assert [r["error"] for r in rows] == [None] * (4 if op == "linear" else 2)
-    assert rows[-1]["check"].startswith(f"{op}{' with bias' if op == 'linear' else ''} int8 g-1 {dtype}, x 17 rows, weight [")
+    assert rows[-1]["check"].startswith(
+        f"{op}{' with bias' if op == 'linear' else ''} int8 g-1 {dtype}, x 17 rows, weight ["
+    )
 
 
 def test_checks_pass_the_reference_without_sums():
-    rows = checked(gpu_check.planes, dtype="bfloat16", bits=4, group_size=64, shapes=[(5, 100), (2, 64)], kernel=REFERENCE)
+    rows = checked(
+        gpu_check.planes,
+        dtype="bfloat16",
+        bits=4,
+        group_size=64,
+        shapes=[(5, 100), (2, 64)],
+        kernel=REFERENCE,
+    )
     assert [r["error"] for r in rows] == [None] * 18
 
 
@@ -361,7 +450,9 @@ def test_checks_pass_the_reference_of_experts():
         assert [r["error"] for r in rows] == [None] * 4
         kinds = [[f"experts {how}", activation] for how in ("sorted", "unsorted")]
         assert [r["check"].split(", ")[:2] for r in rows] == 2 * kinds
-    unweighted = dataclasses.replace(REFERENCE, routed=lambda *args: REFERENCE.routed(*args[:7], None, *args[8:]))
+    unweighted = dataclasses.replace(
+        REFERENCE, routed=lambda *args: REFERENCE.routed(*args[:7], None, *args[8:])
+    )
     rows = checked(gpu_check.routed, shape=Experts(3, 64, 32, 2), tokens=[5], kernel=unweighted, **form)
     assert all("out of bound" in r["error"] for r in rows)
 
@@ -393,7 +484,9 @@ def test_checks_see_what_is_wrong():
         (other_bits, "a second run gave other bits"),
     ):
         wrong = dataclasses.replace(REFERENCE, linear=linear)
-        rows = checked(gpu_check.products, op="linear", dtype="float32", shapes=[(3, 5, 64)], kernel=wrong, **form)
+        rows = checked(
+            gpu_check.products, op="linear", dtype="float32", shapes=[(3, 5, 64)], kernel=wrong, **form
+        )
         assert all(says in r["error"] for r in rows)
     wrong = dataclasses.replace(REFERENCE, quantize=quantize, embedding=print)
     rows = checked(gpu_check.planes, dtype="float32", shapes=[(5, 64)], kernel=wrong, **form)
@@ -417,7 +510,11 @@ def test_large_weights_are_checked_in_parts(monkeypatch):
 
 
 def test_bounds_of_experts_bite():
-    x, gate, up = torch.randn(5, 64).bfloat16(), torch.randn(8, 64).double() / 8, torch.randn(8, 64).double() / 8
+    x, gate, up = (
+        torch.randn(5, 64).bfloat16(),
+        torch.randn(8, 64).double() / 8,
+        torch.randn(8, 64).double() / 8,
+    )
     y = (F.silu(x.double() @ gate.mT) * (x.double() @ up.mT)).bfloat16()
     gpu_check.assert_gated_close(y, x, gate, up, "silu")
     router = torch.rand(5)
@@ -452,7 +549,7 @@ def test_experts_in_the_interpreter():
         assert [r["error"] for r in rows] == [None] * 4
 
 
-# ------------------------------------------------------------------------------------------- timing
+# ---------------------------------------------------------------------------------- timing
 
 
 def told(seconds):
@@ -517,13 +614,20 @@ class Gpu:
             gpu.capturing = None
             gpu.sizes.append(of.launches)
 
-        names = {"Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph, "current_stream": Stream}
+        names = {
+            "Stream": Stream,
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "graph": graph,
+            "current_stream": Stream,
+        }
         return names | {"stream": lambda stream: contextlib.nullcontext()}
 
 
 @pytest.mark.parametrize(("copies", "launches"), [(2, 18), (20, 60), (13, 65), (200, 200)])
 def test_graphs_are_long_enough(copies, launches, monkeypatch):
-    """As many rounds as 1 ms has room for, by the time of the first, and where those are more than one 128 launches at most."""
+    """As many rounds as 1 ms has room for, by the time of the first, and where those are more than one 128
+    launches at most."""
     fake = Gpu()
     for name, value in fake.module().items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -544,8 +648,13 @@ def test_linear_rows():
     rows = []
     names = [CUBLAS, "rtn int4 g128", "rtn int8 g-1", "rtn dequantize + cuBLAS"]
     given = {"shape": (256, 384), "tokens": [1, 3], "kernels": names, "device": "cpu", "l2_bytes": 100_000}
-    gpu_time.linear(rows.append, endless(), **given, measure=told([8e-6, 2e-6, 4e-6, 16e-6, 9e-6, 3e-6, 9e-6]))
-    assert [(r["M"], r["kernel"]) for r in rows] == [*((1, name) for name in names), *((3, name) for name in names if name != names[2])]
+    gpu_time.linear(
+        rows.append, endless(), **given, measure=told([8e-6, 2e-6, 4e-6, 16e-6, 9e-6, 3e-6, 9e-6])
+    )
+    assert [(r["M"], r["kernel"]) for r in rows] == [
+        *((1, name) for name in names),
+        *((3, name) for name in names if name != names[2]),
+    ]
     assert all("error" not in r for r in rows)
     assert [r["graph"]["over_cublas"] for r in rows] == pytest.approx([1, 4, 2, 0.5, 1, 3, 1])
     int4 = rows[1]
@@ -572,11 +681,16 @@ def test_linear_loses_nothing_to_a_kernel_that_fails(monkeypatch):
     monkeypatch.setattr(gpu_time, "KERNELS", gpu_peers.KERNELS | more)
 
     def measure(calls):
-        return {"graph": {"error": "RuntimeError: not permitted when stream is capturing"}, "do_bench": gpu_time.summed_up([1e-6])}
+        return {
+            "graph": {"error": "RuntimeError: not permitted when stream is capturing"},
+            "do_bench": gpu_time.summed_up([1e-6]),
+        }
 
     rows = []
     kernels = [CUBLAS, "no", "wrong", "breaks", "rtn int8 g128"]
-    gpu_time.linear(rows.append, endless(), (64, 128), [2], kernels, device="cpu", l2_bytes=1000, measure=measure)
+    gpu_time.linear(
+        rows.append, endless(), (64, 128), [2], kernels, device="cpu", l2_bytes=1000, measure=measure
+    )
     by = {r["kernel"]: r for r in rows}
     assert by["no"] == {"N": 64, "K": 128, "kernel": "no", "error": "ImportError: no such library"}
     assert by["wrong"]["error"].startswith("ValueError: wrong result: of shape [2, 64], off by 0.5")
@@ -588,13 +702,21 @@ def test_linear_loses_nothing_to_a_kernel_that_fails(monkeypatch):
 def test_cublas_is_told_once():
     rows = []
     given = {"shape": (64, 128), "tokens": [1], "device": "cpu", "l2_bytes": 1000}
-    gpu_time.linear(rows.append, endless(), kernels=[CUBLAS, "rtn dequantize + cuBLAS"], **given, measure=told([4e-6, 2e-6]))
+    gpu_time.linear(
+        rows.append,
+        endless(),
+        kernels=[CUBLAS, "rtn dequantize + cuBLAS"],
+        **given,
+        measure=told([4e-6, 2e-6]),
+    )
     assert [(r["kernel"], r["graph"]["over_cublas"]) for r in rows] == [("rtn dequantize + cuBLAS", 2)]
 
 
 def test_linear_out_of_time():
     rows = []
-    gpu_time.linear(rows.append, Budget(-1), (64, 128), [1, 2], [CUBLAS], device="cpu", l2_bytes=1000, measure=told([]))
+    gpu_time.linear(
+        rows.append, Budget(-1), (64, 128), [1, 2], [CUBLAS], device="cpu", l2_bytes=1000, measure=told([])
+    )
     assert [(r["M"], r["skipped"]) for r in rows] == [(1, "no time was left"), (2, "no time was left")]
 
 
@@ -638,11 +760,25 @@ def test_moe_rows(monkeypatch):
     }
     monkeypatch.setattr(gpu_time, "MOE_KERNELS", kernels)
     rows = []
-    given = {"model": "a", "tokens": [1, 5], "kernels": list(kernels), "shape": Experts(4, 32, 16, 2), "device": "cpu", "l2_bytes": 3000}
-    gpu_time.moe(rows.append, endless(), **given, measure=told([8e-6, 6e-6, 4e-6, 3e-6, 2e-6, 8e-6, 8e-6, 4e-6, 2e-6]))
-    assert rows[0] == {"model": "a", "experts": 4, "hidden": 32, "between": 16, "top_k": 2, "kernel": "no"} | {
-        "error": "ZeroDivisionError: division by zero"
+    given = {
+        "model": "a",
+        "tokens": [1, 5],
+        "kernels": list(kernels),
+        "shape": Experts(4, 32, 16, 2),
+        "device": "cpu",
+        "l2_bytes": 3000,
     }
+    gpu_time.moe(
+        rows.append, endless(), **given, measure=told([8e-6, 6e-6, 4e-6, 3e-6, 2e-6, 8e-6, 8e-6, 4e-6, 2e-6])
+    )
+    assert rows[0] == {
+        "model": "a",
+        "experts": 4,
+        "hidden": 32,
+        "between": 16,
+        "top_k": 2,
+        "kernel": "no",
+    } | {"error": "ZeroDivisionError: division by zero"}
     found = [(r["tokens"], r["kernel"], r["what"], r["graph"]["over_grouped_mm"]) for r in rows[1:]]
     before = "layer, sorted before"
     assert found == [
@@ -683,7 +819,9 @@ def test_packed_rows():
         q = torch.randint(-(1 << bits - 1), 1 << bits - 1, (6, 64), dtype=torch.int8)
         packed = gpu_peers.packed_rows(q, bits)
         assert packed.shape == (64 * bits // 32, 6)
-        fields = torch.stack([packed >> bits * i & (1 << bits) - 1 for i in range(32 // bits)], 1).reshape(64, 6)
+        fields = torch.stack([packed >> bits * i & (1 << bits) - 1 for i in range(32 // bits)], 1).reshape(
+            64, 6
+        )
         assert torch.equal(fields.t() - (1 << bits - 1), q.int())
 
 
@@ -693,7 +831,7 @@ def test_versions():
     assert gpu_time.package_version("no-such-package") is None
 
 
-# ------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------- the model
 
 TINY = gpu_model.Shape(layers=2, hidden=64, between=96, heads=4, kv_heads=2, vocabulary=50)
 
@@ -714,7 +852,10 @@ def test_speed_rows(prompt):
     rows = []
     for weights in gpu_model.FORMATS:
         given = {"weights": weights, "batch": 1, "prompt": prompt, "device": "cpu", "shape": TINY, "room": 8}
-        told = {"rounds": lambda step, steps: [step() is None or 2.0, 3.0, 1.0], "compiled": lambda model, decoding: model}
+        told = {
+            "rounds": lambda step, steps: [step() is None or 2.0, 3.0, 1.0],
+            "compiled": lambda model, decoding: model,
+        }
         gpu_model.speed(rows.append, endless(), **given, **told)
     assert [r["weights"] for r in rows] == ["bf16", "int8 g128", "int4 g128"]
     assert {(r["what"], r["tokens"], r["seconds"], r["relative_error"]) for r in rows} == {
@@ -748,7 +889,7 @@ def test_size_of_the_real_shapes():
         assert 0.95e9 < 2 * sum(p.numel() for p in gpu_model.Llama(gpu_model.SMALL).parameters()) < 1.1e9
 
 
-# ------------------------------------------------------------------------------------------- the report
+# ------------------------------------------------------------------------------ the report
 
 
 def linear_rows(n, k, kernels, tokens=(1, 16, 32, 64, 128, 256)):
@@ -759,20 +900,42 @@ def linear_rows(n, k, kernels, tokens=(1, 16, 32, 64, 128, 256)):
             size = gpu_peers.KERNELS[name].bytes(n, k)
             seconds = size / (2e12 if name == CUBLAS else 1.5e12) * max(1, m / 32)
             dense = 2 * n * k / 2e12 * max(1, m / 32)
-            time = {"seconds": seconds, "spread": 0.01, "over_cublas": dense / seconds, "cublas_seconds": dense}
+            time = {
+                "seconds": seconds,
+                "spread": 0.01,
+                "over_cublas": dense / seconds,
+                "cublas_seconds": dense,
+            }
             time |= {"bytes_per_s": size / seconds, "flop_per_s": 2 * m * n * k / seconds}
-            rows.append({"N": n, "K": k, "M": m, "kernel": name, "relative_error": 0.1, "graph": time, "do_bench": dict(time)})
+            rows.append(
+                {
+                    "N": n,
+                    "K": k,
+                    "M": m,
+                    "kernel": name,
+                    "relative_error": 0.1,
+                    "graph": time,
+                    "do_bench": dict(time),
+                }
+            )
     return rows
 
 
 def some_results():
     results = gpu.no_results()
-    results["machine"] = {"gpu": "NVIDIA T800", "driver": "580.1", "cuda": "13.0", "versions": {"torch": "2.11.0", "vllm": None}}
+    results["machine"] = {
+        "gpu": "NVIDIA T800",
+        "driver": "580.1",
+        "cuda": "13.0",
+        "versions": {"torch": "2.11.0", "vllm": None},
+    }
     results["ceilings"] = {"copy_bytes_per_s": 3e12, "matmul_flop_per_s": 8e14}
     results["correctness"] |= {"passed": 1234, "skipped": 2}
     names = [CUBLAS, "rtn int4 g128", "rtn int8 g128", "humming int4 g128"]
     results["linear"] = linear_rows(8192, 8192, names) + linear_rows(6144, 4096, names[:3], [1, 64])
-    results["linear"].append({"N": 8192, "K": 8192, "kernel": "mslk int4 g128", "error": "OSError: mslk.so: undefined symbol"})
+    results["linear"].append(
+        {"N": 8192, "K": 8192, "kernel": "mslk int4 g128", "error": "OSError: mslk.so: undefined symbol"}
+    )
     for kernel, what, t, ratio in (
         (GROUPED_MM, "layer", 1, 1.0),
         ("rtn int4 g128", "layer", 1, 2.5),
@@ -782,16 +945,39 @@ def some_results():
         ("rtn int4 g128", "layer", 64, 1.5),
     ):
         time = {"seconds": 1e-4 / ratio, "over_grouped_mm": ratio}
-        results["moe"].append({"model": "Mixtral 8x7B", "tokens": t, "kernel": kernel, "what": what, "graph": time, "do_bench": time})
+        results["moe"].append(
+            {
+                "model": "Mixtral 8x7B",
+                "tokens": t,
+                "kernel": kernel,
+                "what": what,
+                "graph": time,
+                "do_bench": time,
+            }
+        )
     for weights, seconds in (("bf16", 5.6e-3), ("int4 g128", 2.5e-3)):
         row = {"what": "decode", "weights": weights, "batch": 1, "tokens": 1024, "seconds": seconds}
         results["model"].append(row | {"tokens_per_s": 1 / seconds, "bytes_per_s": 3e9 / seconds})
     results["load"] = [
-        {"weights": "int4 g128", "run": 1, "checkpoint_bytes": 10**9, "finished_bytes": 3 * 10**8, "extra_bytes": 9 * 10**7}
+        {
+            "weights": "int4 g128",
+            "run": 1,
+            "checkpoint_bytes": 10**9,
+            "finished_bytes": 3 * 10**8,
+            "extra_bytes": 9 * 10**7,
+        }
         | {"allowed_extra_bytes": 2 * 10**8, "seconds": 1.5, "read_seconds": 0.75}
     ]
-    results["errors"] = [{"section": "model", "name": "int8 g128, decoding at batch 1", "error": "killed: it took more than 135 s"}]
-    results["skipped"] = [{"section": "model", "name": "bf16, prefill of 2048", "why": "12 s were left, and it takes 30"}]
+    results["errors"] = [
+        {
+            "section": "model",
+            "name": "int8 g128, decoding at batch 1",
+            "error": "killed: it took more than 135 s",
+        }
+    ]
+    results["skipped"] = [
+        {"section": "model", "name": "bf16, prefill of 2048", "why": "12 s were left, and it takes 30"}
+    ]
     results["targets"] = gpu_report.compared(results)
     return results
 
@@ -870,11 +1056,21 @@ load: bytes above the model over largest tensor + 64 MiB        <= 1     0.45 at
 
 def test_report_of_what_is_wrong():
     results = some_results()
-    results["correctness"]["failed"] = [{"check": "linear int4 g128", "error": "AssertionError: 3 of 9 elements are out of bound"}]
-    results["errors"].append({"section": "correctness", "name": "CUDA graphs", "error": "its process ended (exit code -11)"})
-    results["errors"].append({"section": "model", "name": "int4, decoding", "error": "AssertionError: logits that are not finite"})
-    results["errors"].append({"section": "linear", "name": "64x32, mslk int4 g128", "error": "its process ended (exit code -11)"})
-    results["linear"].append({"N": 64, "K": 32, "M": 3, "kernel": "rtn int8 g128", "error": "ValueError: wrong result"})
+    results["correctness"]["failed"] = [
+        {"check": "linear int4 g128", "error": "AssertionError: 3 of 9 elements are out of bound"}
+    ]
+    results["errors"].append(
+        {"section": "correctness", "name": "CUDA graphs", "error": "its process ended (exit code -11)"}
+    )
+    results["errors"].append(
+        {"section": "model", "name": "int4, decoding", "error": "AssertionError: logits that are not finite"}
+    )
+    results["errors"].append(
+        {"section": "linear", "name": "64x32, mslk int4 g128", "error": "its process ended (exit code -11)"}
+    )
+    results["linear"].append(
+        {"N": 64, "K": 32, "M": 3, "kernel": "rtn int8 g128", "error": "ValueError: wrong result"}
+    )
     results["moe"].append({"model": "Qwen3", "kernel": "rtn int4 g128", "error": "CompilationError: no"})
     assert_expected_inline(
         "\n".join(gpu_report.wrong(results)),
@@ -922,7 +1118,12 @@ def test_report_is_not_too_long():
         for kernel in gpu_peers.MOE_KERNELS
         for what in ("layer", "layer, sorted before")
     ]
-    results["model"] = [r | {"batch": b, "what": what} for r in results["model"] for b in (1, 16) for what in ("decode", "prefill")]
+    results["model"] = [
+        r | {"batch": b, "what": what}
+        for r in results["model"]
+        for b in (1, 16)
+        for what in ("decode", "prefill")
+    ]
     results["load"] *= 6
     results["errors"] *= 20
     results["skipped"] *= 20
@@ -937,10 +1138,18 @@ def test_picture(tmp_path):
         pictures.write(pictures.gpu, tmp_path / "gpu-a.json", tmp_path / name)
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn == (tmp_path / "b.svg").read_text()
-    for text in ("humming int4 g128", "weight [6144, 4096]", "roofline int4", "NVIDIA T800, torch 2.11.0, Triton 3.6.0", "do_bench"):
+    for text in (
+        "humming int4 g128",
+        "weight [6144, 4096]",
+        "roofline int4",
+        "NVIDIA T800, torch 2.11.0, Triton 3.6.0",
+        "do_bench",
+    ):
         assert text in drawn
     row = results["linear"][0]
-    assert pictures.roofline(row, "graph", "rtn int4 g128", results["ceilings"]) == pytest.approx(1.5 * 16384 / (4096 + 128))
+    assert pictures.roofline(row, "graph", "rtn int4 g128", results["ceilings"]) == pytest.approx(
+        1.5 * 16384 / (4096 + 128)
+    )
     results["ceilings"] = {}
     (tmp_path / "gpu-a.json").write_text(json.dumps(results))
     pictures.write(pictures.gpu, tmp_path / "gpu-a.json", tmp_path / "c.svg")
@@ -948,7 +1157,9 @@ def test_picture(tmp_path):
 
 
 def test_json_has_a_row_a_line(tmp_path):
-    gpu.write({"a": [], "b": {"c": (1.23456789, None)}, "d": [{"e": 2}, {"e": 1e-7 / 3}]}, tmp_path / "a.json")
+    gpu.write(
+        {"a": [], "b": {"c": (1.23456789, None)}, "d": [{"e": 2}, {"e": 1e-7 / 3}]}, tmp_path / "a.json"
+    )
     written = (tmp_path / "a.json").read_text()
     assert_expected_inline(
         written,
@@ -974,5 +1185,8 @@ def test_into_keeps_what_was_told(tmp_path):
     tell(job("linear", "y"), "done", 1.234)
     found = json.loads(file.read_text())
     assert found["correctness"] == {"passed": 0, "skipped": 1, "failed": []}
-    assert (found["linear"], found["jobs"]) == ([{"kernel": "k"}], [{"section": "linear", "name": "y", "seconds": 1.2}])
+    assert (found["linear"], found["jobs"]) == (
+        [{"kernel": "k"}],
+        [{"section": "linear", "name": "y", "seconds": 1.2}],
+    )
     assert found["errors"] == [{"section": "linear", "name": "y", "error": "killed"}]

@@ -1,4 +1,5 @@
-"""torch's caches of compiled graphs on disk, which processes share: what was compiled for one weight must not run another."""
+"""torch's caches of compiled graphs on disk, which processes share: what was compiled for one weight must not
+run another."""
 
 import os
 import shutil
@@ -33,9 +34,18 @@ print("hit" if counters["aot_autograd"]["autograd_cache_hit"] else "miss")
 
 
 def run(cache, package, *args):
-    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(package),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, args)], env=env, capture_output=True, text=True, timeout=300, cwd=package
+        [sys.executable, "-c", PROGRAM, *map(str, args)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=package,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -1,4 +1,5 @@
-"""Converting a module whose weight something else holds, and writing through views of a weight that a compiled graph has several of."""
+"""Converting a module whose weight something else holds, and writing through views of a weight that a
+compiled graph has several of."""
 
 import contextlib
 import copy
@@ -34,7 +35,7 @@ def model():
 X = torch.ones(2, 64)
 
 
-# ------------------------------------------------------------------------------------------- converting what is held
+# ----------------------------------------------------------------- converting what is held
 
 HOLDERS = {
     "view": lambda m: m[0].weight.view(64, 64),
@@ -66,9 +67,15 @@ def test_a_held_weight_is_named(holder, conversion):
     twin = copy.deepcopy(m)
     held = HOLDERS[holder](m)
     name = "1.weight" if holder == "slice-of-the-second" else "0.weight"
-    kind = r"a weak reference \(torch.export leaves one for good\)" if "weak" in holder or holder == "export" else "a view or a trace"
+    kind = (
+        r"a weak reference \(torch.export leaves one for good\)"
+        if "weak" in holder or holder == "export"
+        else "a view or a trace"
+    )
     with pytest.raises(
-        RuntimeError, match=rf"^{name}: torch cannot convert or move .* while {kind} holds it; let go of that first, or convert a copy"
+        RuntimeError,
+        match=rf"^{name}: torch cannot convert or move .* while {kind} holds it; let go of "
+        r"that first, or convert a copy",
     ):
         CONVERSIONS[conversion](m)
     # The first way out: another call goes on where this one stopped.
@@ -112,18 +119,29 @@ def test_data_converts_a_held_weight(holder, dtype):
 
 def test_what_holds_no_tensor_is_in_nobodys_way():
     m = model()
-    kept = [m.state_dict(), m[0].weight, m[0].weight.data, m[0].weight.detach(), m[0].weight.data[8:], m(X.bfloat16().requires_grad_())]
+    kept = [
+        m.state_dict(),
+        m[0].weight,
+        m[0].weight.data,
+        m[0].weight.detach(),
+        m[0].weight.data[8:],
+        m(X.bfloat16().requires_grad_()),
+    ]
     kept.append(torch.optim.SGD(m.parameters()))
     assert torch.equal(m.float()(X), model().float()(X))
     assert len(kept) == 7
 
 
 def test_double_names_the_weight():
-    with pytest.raises(TypeError, match=r"^0.weight: dtype torch.float64 is not supported for a quantized weight; use torch.float32, "):
+    with pytest.raises(
+        TypeError,
+        match=r"^0.weight: dtype torch.float64 is not supported for a quantized "
+        r"weight; use torch.float32, ",
+    ):
         model().double()
 
 
-# ------------------------------------------------------------------------------------------- frames that Dynamo gave up
+# -------------------------------------------------------------- frames that Dynamo gave up
 
 
 def in_a_loop(body, w, x):
@@ -180,7 +198,7 @@ def test_frames_that_dynamo_gave_up(body, frame, mode, dynamic):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------- writes after a graph break
+# -------------------------------------------------------------- writes after a graph break
 
 
 def writes_and_reads_both(w, new):
@@ -248,7 +266,8 @@ FUNCTIONS = [
 @pytest.mark.parametrize(("mode", "dynamic"), MODES, ids=IDS)
 @pytest.mark.parametrize("fn", FUNCTIONS, ids=lambda fn: fn.__name__)
 def test_a_write_through_a_slice_after_a_graph_break(fn, mode, dynamic):
-    """Right, or an error that says what to do, and the weight as it was: a graph would have two copies of the part that is written."""
+    """Right, or an error that says what to do, and the weight as it was: a graph would have two copies of the
+    part that is written."""
     w, new = RTNQuantizedTensor.from_float(torch.randn(6, 128), 4, 32), torch.randn(6, 128)
     twin = w.clone()
     refused = fn in (writes_and_reads_both, adds_to_one, copies_one_into_the_other)

@@ -1,6 +1,8 @@
-"""Inputs that are not what they seem to be: views that negate, zeros that were never written, other layouts, no memory, other dtypes.
+"""Inputs that are not what they seem to be: views that negate, zeros that were never written, other layouts,
+no memory, other dtypes.
 
-Each gives what a plain tensor of the same numbers gives, or one sentence, for every argument that a user hands in.
+Each gives what a plain tensor of the same numbers gives, or one sentence, for every argument that a user
+hands in.
 """
 
 import pytest
@@ -15,7 +17,9 @@ NAME = "layers.0.weight"
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32) -> RTNQuantizedTensor:
-    w = RTNQuantizedTensor.from_float(torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype), 4, 32)
+    w = RTNQuantizedTensor.from_float(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype), 4, 32
+    )
     w.fqn = NAME  # type: ignore[attr-defined]
     return w
 
@@ -73,18 +77,25 @@ def test_views_give_what_their_numbers_give(view: str, mode):
             (x[:, :64] @ w, x_plain[:, :64].contiguous() @ w),
             (w @ x.t(), w @ x_plain.t()),
             (torch.addmm(bias, x, w.t()), torch.addmm(bias_plain, x_plain, w.t())),
-            (torch.bmm(torch.stack([x, x]), experts.mT), torch.bmm(torch.stack([x_plain, x_plain]), experts.mT)),
+            (
+                torch.bmm(torch.stack([x, x]), experts.mT),
+                torch.bmm(torch.stack([x_plain, x_plain]), experts.mT),
+            ),
             (F.grouped_mm(x, experts.mT, offs=offs), F.grouped_mm(x_plain, experts.mT, offs=offs)),
             (torch.ops.rtn.linear(x, w.qdata, w.scale, bias, 4, 32), F.linear(x_plain, w, bias_plain)),
             (torch.ops.rtn.linear_dx(bias[None], w.qdata, w.scale, 4, 32, 96), bias_plain[None] @ w),
-            (RTNQuantizedTensor.from_float(w_float, 4, 32).dequantize(), RTNQuantizedTensor.from_float(w_plain, 4, 32).dequantize()),
+            (
+                RTNQuantizedTensor.from_float(w_float, 4, 32).dequantize(),
+                RTNQuantizedTensor.from_float(w_plain, 4, 32).dequantize(),
+            ),
             (weight(64, 96).copy_(w_float).dequantize(), weight(64, 96).copy_(w_plain).dequantize()),
         ]
     for i, (got, expected) in enumerate(pairs):
         assert torch.equal(got.as_subclass(Tensor), expected), i
 
 
-@pytest.mark.parametrize("view", ["zeros", "every other", "one row"])  # torch.compile loses a negation of a dense input, too
+# torch.compile loses a negation of a dense input, too.
+@pytest.mark.parametrize("view", ["zeros", "every other", "one row"])
 def test_views_in_a_compiled_function(view: str):
     w, x = weight(64, 96), VIEWS[view](5, 96)
     with torch.no_grad():
@@ -105,11 +116,20 @@ def test_indices_that_are_views():
 
 
 UNFIT = {
-    "coo": (lambda t: t.to_sparse(), r"is of torch\.sparse_coo, where a dense tensor is needed; use \.to_dense\(\)"),
+    "coo": (
+        lambda t: t.to_sparse(),
+        r"is of torch\.sparse_coo, where a dense tensor is needed; use " r"\.to_dense\(\)",
+    ),
     "csr": (lambda t: t.to_sparse_csr(), r"is of torch\.sparse_csr"),
     "mkldnn": (lambda t: t.to_mkldnn(), r"is of torch\._mkldnn"),
-    "qint8": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), r"is of torch's own torch\.qint8.*\.dequantize\(\)"),
-    "nested": (lambda t: torch.nested.nested_tensor([t[:1], t[1:]]), "a nested tensor, where a dense one is needed"),
+    "qint8": (
+        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        r"is of torch's own torch\.qint8.*\.dequantize\(\)",
+    ),
+    "nested": (
+        lambda t: torch.nested.nested_tensor([t[:1], t[1:]]),
+        "a nested tensor, where a dense one is needed",
+    ),
     "complex": (lambda t: t.to(torch.complex64), r"torch\.complex64"),
 }
 
@@ -167,7 +187,9 @@ def test_meta_beside_a_weight_with_numbers():
         lambda: F.linear(x, w, torch.empty(64, device="meta")),
         lambda: F.linear(x, w.to("meta")),
         lambda: F.embedding(torch.tensor([1], device="meta"), w),
-        lambda: F.grouped_mm(x, weight(2, 64, 96).mT, offs=torch.tensor([1, 5], dtype=torch.int32, device="meta")),
+        lambda: F.grouped_mm(
+            x, weight(2, 64, 96).mT, offs=torch.tensor([1, 5], dtype=torch.int32, device="meta")
+        ),
         lambda: w.copy_(torch.empty(64, 96, device="meta")),
     ):
         with pytest.raises(ValueError, match=f"{NAME}: .*on meta, where tensors have no numbers"):
@@ -193,7 +215,9 @@ def test_what_is_no_index(kind: str):
 
 
 def test_embedding_out_of_range_names_the_weight():
-    with pytest.raises(IndexError, match=f"{NAME}: embedding index 64 is out of range: the weight has 64 rows"):
+    with pytest.raises(
+        IndexError, match=f"{NAME}: embedding index 64 is out of range: the weight has 64 rows"
+    ):
         F.embedding(torch.tensor([64]), weight(64, 96))
     with pytest.raises(ValueError, match=f"{NAME}: padding_idx=64 is out of range"):
         F.embedding(torch.tensor([0]), weight(64, 96), padding_idx=64)
@@ -230,7 +254,8 @@ def test_copy_into_other_dtypes():
         expected = torch.empty(4, 32, dtype=dtype).copy_(w.dequantize())
         got = torch.empty(4, 32, dtype=dtype).copy_(w)
         assert torch.equal(
-            got.float() if dtype == torch.float8_e4m3fn else got, expected.float() if dtype == torch.float8_e4m3fn else expected
+            got.float() if dtype == torch.float8_e4m3fn else got,
+            expected.float() if dtype == torch.float8_e4m3fn else expected,
         )
     negated = torch._neg_view(torch.zeros(4, 32))
     assert torch.equal(negated.copy_(w).resolve_neg(), w.dequantize())
@@ -242,5 +267,11 @@ def test_plain_tensors_take_the_short_way():
         inference = numbers(5, 96)
     for t in (x, inference, torch.nn.Parameter(x), torch.nn.Buffer(x), x.t(), x[::2], x.long()):
         assert not tracing(t)
-    for special in (torch._neg_view(x), torch._efficientzerotensor((2,)), x.to_sparse(), x.to_mkldnn(), x.to("meta")):
+    for special in (
+        torch._neg_view(x),
+        torch._efficientzerotensor((2,)),
+        x.to_sparse(),
+        x.to_mkldnn(),
+        x.to("meta"),
+    ):
         assert tracing(special)

@@ -123,25 +123,49 @@ ABI = 'extern "C" long rtn_abi() { return %d; }'
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
 DAMAGED = {  # how the file comes about, and what is said of it
     "empty": (written(b""), "is empty;"),
-    "text": (written(b"version https://git-lfs.github.com/spec/v1\n" * 4), "is damaged: it is not a shared library;"),
+    "text": (
+        written(b"version https://git-lfs.github.com/spec/v1\n" * 4),
+        "is damaged: it is not a shared library;",
+    ),
     "one byte": (written(b"\x7f"), "is damaged: it is not a shared library;"),
     "a folder": (lambda file: file.mkdir(), "cannot be loaded ("),
     **{
-        f"truncated to {part}": (changed(lambda data, part=part: data[: int(part * len(data))]), "is damaged: it ends after")
+        f"truncated to {part}": (
+            changed(lambda data, part=part: data[: int(part * len(data))]),
+            "is damaged: it ends after",
+        )
         for part in (0.0001, 0.01, 0.5, 0.9, 0.999)
     },
     "without its last byte": (changed(lambda data: data[:-1]), "is damaged: it ends after"),
     "its header alone": (changed(lambda data: data[:64]), "is damaged: it ends after 64 of"),
     "half of its header": (changed(lambda data: data[:32]), "is damaged: it is not a shared library;"),
-    "zeros at its end": (changed(lambda data: data[:-10000] + bytes(10000)), "is damaged: its end was never written;"),
+    "zeros at its end": (
+        changed(lambda data: data[:-10000] + bytes(10000)),
+        "is damaged: its end was never written;",
+    ),
     "tables beyond its end": (header(32, b"\xff" * 16), "is damaged: it ends after"),
-    "another processor": (header(18, b"\x3e\0" if OTHER == "x86_64" else b"\xb7\0"), f"was built for {OTHER}, and this is"),
+    "another processor": (
+        header(18, b"\x3e\0" if OTHER == "x86_64" else b"\xb7\0"),
+        f"was built for {OTHER}, and this is",
+    ),
     "an unknown processor": (header(18, b"\xf3\0"), "was built for another processor (243), and this is"),
-    "32 bits": (header(4, b"\1"), "was built for another processor: it is not a 64-bit little-endian library;"),
-    "big-endian": (header(5, b"\2"), "was built for another processor: it is not a 64-bit little-endian library;"),
+    "32 bits": (
+        header(4, b"\1"),
+        "was built for another processor: it is not a 64-bit little-endian library;",
+    ),
+    "big-endian": (
+        header(5, b"\2"),
+        "was built for another processor: it is not a 64-bit little-endian library;",
+    ),
     "another library": (built("int x;"), "has no rtn_abi, rtn_isa,"),
-    "an old one": (built(ABI % 1), f"built from other sources than this Python code (interface 1, and not {cpu.ABI})"),
-    "a newer one": (built(ABI % 99), f"built from other sources than this Python code (interface 99, and not {cpu.ABI})"),
+    "an old one": (
+        built(ABI % 1),
+        f"built from other sources than this Python code (interface 1, and not {cpu.ABI})",
+    ),
+    "a newer one": (
+        built(ABI % 99),
+        f"built from other sources than this Python code (interface 99, and not {cpu.ABI})",
+    ),
     "without a function": (built(ABI % cpu.ABI), "has no rtn_isa, rtn_set_isa,"),
     "with a dependency that is not there": (needing_another, "cannot be loaded (libother.so: cannot open"),
 }
@@ -162,7 +186,9 @@ def test_a_library_that_cannot_be_used_is_as_none(use_library, tmp_path, how):
             y = F.linear(x[:m], weight)
         found = explain(weight, x)
     (warning,) = caught
-    reason = str(warning.message).removeprefix("rtn_tensor runs quantized layers in plain torch on the CPU, many times slower. ")
+    reason = str(warning.message).removeprefix(
+        "rtn_tensor runs quantized layers in plain torch on the CPU, many times slower. "
+    )
     assert reason.startswith("Its C++ library ")
     assert why in reason
     assert "reinstall rtn-tensor" in reason
@@ -188,7 +214,9 @@ def test_a_copy_and_a_stripped_one_are_used(use_library, tmp_path):
 def test_an_import_with_a_truncated_library(tmp_path):
     """In a process of its own, as reading pages that a file does not have ends the process."""
     need_library()
-    shutil.copytree(ROOT / "rtn_tensor", tmp_path / "rtn_tensor", ignore=shutil.ignore_patterns("__pycache__", "csrc"))
+    shutil.copytree(
+        ROOT / "rtn_tensor", tmp_path / "rtn_tensor", ignore=shutil.ignore_patterns("__pycache__", "csrc")
+    )
     file = tmp_path / "rtn_tensor/kernels/librtn.so"
     file.write_bytes(file.read_bytes()[:500_000])
     out = run_python(
@@ -217,7 +245,9 @@ print(rtn_tensor.explain(weight, M=3).reasons["cpu"])
 def source(tmp_path):
     """A copy of what an installation reads."""
     folder = tmp_path / "source"
-    shutil.copytree(ROOT / "rtn_tensor", folder / "rtn_tensor", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        ROOT / "rtn_tensor", folder / "rtn_tensor", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
@@ -253,14 +283,20 @@ print(rtn_tensor.explain(weight, x).kernel)
 
 def test_one_version():
     """Its one source is the package, and installers read it without importing torch."""
-    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert done.stdout.split()[-1] == rtn_tensor.__version__, done.stderr
     assert (Path(rtn_tensor.__file__).parent / "py.typed").exists()
 
 
 def test_the_oldest_versions_that_are_tested_are_those_that_are_claimed():
-    claimed = dict(re.findall(r'"(torch|torchao|transformers)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
-    tested = dict(re.findall(r"(\w+)==([\d.]+)", re.search("^OLDEST := (.*)", (ROOT / "Makefile").read_text(), re.M)[1]))
+    claimed = dict(
+        re.findall(r'"(torch|torchao|transformers)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    )
+    tested = dict(
+        re.findall(r"(\w+)==([\d.]+)", re.search("^OLDEST := (.*)", (ROOT / "Makefile").read_text(), re.M)[1])
+    )
     assert len(claimed) == 3
     for package, version in claimed.items():
         assert f"{tested[package]}.".startswith(f"{version}.")
@@ -281,8 +317,12 @@ def test_wheel(source, tmp_path):
         archive.extractall(tmp_path / "wheel")
     assert {name.split("/")[0].split("-")[0] for name in names} == {"rtn_tensor"}
     assert not [name for name in names if "test" in name or name.endswith((".cpp", ".h"))]
-    assert {"rtn_tensor/py.typed", "rtn_tensor/kernels/triton/tuned/NVIDIA-A1-triton-3.6.0.json"} <= set(names)
-    metadata = email.message_from_bytes((tmp_path / f"wheel/rtn_tensor-{rtn_tensor.__version__}.dist-info/METADATA").read_bytes())
+    assert {"rtn_tensor/py.typed", "rtn_tensor/kernels/triton/tuned/NVIDIA-A1-triton-3.6.0.json"} <= set(
+        names
+    )
+    metadata = email.message_from_bytes(
+        (tmp_path / f"wheel/rtn_tensor-{rtn_tensor.__version__}.dist-info/METADATA").read_bytes()
+    )
     assert metadata["Version"] == rtn_tensor.__version__
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().startswith("# rtn-tensor")
@@ -308,7 +348,11 @@ def test_source_distribution(source, tmp_path):
     (archive,) = source.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    sources = {str(file.relative_to(ROOT)) for file in (ROOT / "rtn_tensor").rglob("*") if file.suffix in (".py", ".cpp", ".h", ".typed")}
+    sources = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "rtn_tensor").rglob("*")
+        if file.suffix in (".py", ".cpp", ".h", ".typed")
+    }
     expected = sources | {
         "setup.py",
         "pyproject.toml",

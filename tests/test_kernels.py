@@ -36,17 +36,24 @@ SHAPES = [
 
 
 def runs_on(kernel, device):
-    return kernel.name == "reference" or device in {"cpu": ["cpu"], "triton": ["cuda", *["cpu"] * triton.interpreting()]}.get(
-        kernel.name, DEVICES
-    )
+    return kernel.name == "reference" or device in {
+        "cpu": ["cpu"],
+        "triton": ["cuda", *["cpu"] * triton.interpreting()],
+    }.get(kernel.name, DEVICES)
 
 
 def having(*ops):
     """Every kernel of the list, on every device it runs on, with every op of these that it has."""
     cases = [
-        (kernel, op, device) for kernel in KERNELS for op in ops for device in DEVICES if getattr(kernel, op) and runs_on(kernel, device)
+        (kernel, op, device)
+        for kernel in KERNELS
+        for op in ops
+        for device in DEVICES
+        if getattr(kernel, op) and runs_on(kernel, device)
     ]
-    return pytest.mark.parametrize(("kernel", "op", "device"), [pytest.param(*c, id="-".join([c[0].name, *c[1:]])) for c in cases])
+    return pytest.mark.parametrize(
+        ("kernel", "op", "device"), [pytest.param(*c, id="-".join([c[0].name, *c[1:]])) for c in cases]
+    )
 
 
 products = having("linear", "linear_dx", "grouped", "grouped_dx")
@@ -77,7 +84,9 @@ def use():
 
 
 def run(kernel, op, x, w, bias=None, offs=None):
-    if reason := why_not(kernel, make_problem(op, x.dtype, x.shape[0], w.k, w.qdata, w.scale, w.bits, w.group_size)):
+    if reason := why_not(
+        kernel, make_problem(op, x.dtype, x.shape[0], w.k, w.qdata, w.scale, w.bits, w.group_size)
+    ):
         pytest.skip(reason)
     third = {"linear": (bias,), "linear_dx": (), "grouped": (offs,), "grouped_dx": (offs,)}[op]
     k = (w.k,) if op.endswith("dx") else ()
@@ -85,9 +94,11 @@ def run(kernel, op, x, w, bias=None, offs=None):
 
 
 def check(kernel, op, x, w, bias=None):
-    """Runs the op and holds what comes out to the bound. For experts the rows are dealt as to one that is empty first, one in the
-    middle, and nobody at the end."""
-    rounds = kernel.rounds_weight(make_problem(op, x.dtype, x.shape[0], w.k, w.qdata, w.scale, w.bits, w.group_size))
+    """Runs the op and holds what comes out to the bound. For experts the rows are dealt as to one that is
+    empty first, one in the middle, and nobody at the end."""
+    rounds = kernel.rounds_weight(
+        make_problem(op, x.dtype, x.shape[0], w.k, w.qdata, w.scale, w.bits, w.group_size)
+    )
     exact = w.exact(x.dtype if rounds else None)
     exact = exact.mT if op.endswith("dx") else exact
     if w.qdata.dim() == 2:
@@ -107,7 +118,7 @@ def operands(op, m, n, k, bits, group_size, dtype, device):
     return activations(m, n if op.endswith("dx") else k, dtype, device), w
 
 
-# ------------------------------------------------------------------------------------------- products, within the bound
+# -------------------------------------------------------------- products, within the bound
 
 
 @products
@@ -183,10 +194,13 @@ def test_product_with_two_threads(kernel, op, device, bits):
 @each_dtype
 @pytest.mark.parametrize(("n", "k", "group_size"), [(5, 100, 32), (100, 576, 96), (5, 1000, -1)])
 def test_product_is_exact_on_small_integers(kernel, op, device, bits, dtype, n, k, group_size):
-    """Every partial sum is a multiple of 2^-6 below 2^16, so fp32 holds it whatever the order: one rounding at the end remains."""
+    """Every partial sum is a multiple of 2^-6 below 2^16, so fp32 holds it whatever the order: one rounding
+    at the end remains."""
     experts = (4,) if op.startswith("grouped") else ()
     q = torch.randint(FORMATS[bits].qmin, FORMATS[bits].qmax + 1, (*experts, n, k), dtype=torch.int8)
-    scale = torch.exp2(torch.randint(-6, -2, (*experts, n, groups(k, group_size)))) * (1 - 2 * torch.randint(2, (n, 1)))
+    scale = torch.exp2(torch.randint(-6, -2, (*experts, n, groups(k, group_size)))) * (
+        1 - 2 * torch.randint(2, (n, 1))
+    )
     w = Planes(pack(q, bits).to(device), scale.to(device, dtype), bits, group_size, k)
     x = torch.randint(-4, 5, (17, n if op.endswith("dx") else k), device=device).to(dtype)
     bias = torch.randint(-4, 5, (n,), device=device).to(dtype) if op == "linear" else None
@@ -200,7 +214,7 @@ def test_product_is_exact_on_small_integers(kernel, op, device, bits, dtype, n, 
     assert torch.equal(run(kernel, op, x, w, bias, offs), expected.to(dtype))
 
 
-# ------------------------------------------------------------------------------------------- the bound bites
+# ------------------------------------------------------------------------- the bound bites
 
 
 def _zeroed_row(y, x, w, bias):
@@ -264,7 +278,10 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("bits", "wrong"), [*((4, wrong) for wrong in [*WRONG, _swapped_nibbles]), *((8, wrong) for wrong in WRONG)])
+@pytest.mark.parametrize(
+    ("bits", "wrong"),
+    [*((4, wrong) for wrong in [*WRONG, _swapped_nibbles]), *((8, wrong) for wrong in WRONG)],
+)
 @each_dtype
 @pytest.mark.parametrize("m", [1, 17])
 def test_bound_rejects_a_wrong_kernel(wrong, bits, dtype, m):
@@ -284,7 +301,7 @@ def test_bound_rejects_another_shape_and_dtype():
             assert_linear_close(other, x, w.exact())
 
 
-# ------------------------------------------------------------------------------------------- ops without sums: bit-exact
+# ------------------------------------------------------------- ops without sums: bit-exact
 
 
 @having("dequantize")
@@ -295,7 +312,9 @@ def test_dequantize(kernel, op, device, bits, dtype, group_size):
     for shape in [(1, 32), (5, 100), (3, 5, 1000), (0, 64)]:
         for scale_dtype in DTYPES:
             w = random_planes(*shape, bits=bits, group_size=group_size, dtype=scale_dtype, device=device)
-            if reason := why_not(kernel, make_problem(op, dtype, shape[0], w.k, w.qdata, w.scale, bits, group_size)):
+            if reason := why_not(
+                kernel, make_problem(op, dtype, shape[0], w.k, w.qdata, w.scale, bits, group_size)
+            ):
                 pytest.skip(reason)
             got = kernel.dequantize(w.qdata, w.scale, bits, group_size, w.k, dtype)
             assert got.dtype == dtype
@@ -308,9 +327,15 @@ def test_dequantize(kernel, op, device, bits, dtype, group_size):
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_embedding(kernel, op, device, bits, dtype, group_size):
     w = random_planes(9, 1000, bits=bits, group_size=group_size, dtype=dtype, device=device)
-    for indices in (torch.tensor([[8, 0], [3, 3]]), torch.tensor([1], dtype=torch.int32), torch.zeros(0, dtype=torch.int64)):
+    for indices in (
+        torch.tensor([[8, 0], [3, 3]]),
+        torch.tensor([1], dtype=torch.int32),
+        torch.zeros(0, dtype=torch.int64),
+    ):
         indices = indices.to(device)
-        if reason := why_not(kernel, make_problem(op, dtype, indices.numel(), w.k, w.qdata, w.scale, bits, group_size)):
+        if reason := why_not(
+            kernel, make_problem(op, dtype, indices.numel(), w.k, w.qdata, w.scale, bits, group_size)
+        ):
             pytest.skip(reason)
         got = kernel.embedding(indices, w.qdata, w.scale, bits, group_size, w.k)
         assert got.dtype == dtype
@@ -321,9 +346,11 @@ def test_embedding(kernel, op, device, bits, dtype, group_size):
 @each_bits
 @each_dtype
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("group_size", [96, -1] if triton.interpreting() else GROUP_SIZES)  # there a case takes 2 s, and they are alike
+# There a case takes 2 s, and they are alike.
+@pytest.mark.parametrize("group_size", [96, -1] if triton.interpreting() else GROUP_SIZES)
 def test_quantize(kernel, op, device, bits, dtype, method, group_size):
-    """Bit for bit what the reference gives on the CPU (test_reference holds that to the formulas), odd groups included."""
+    """Bit for bit what the reference gives on the CPU (test_reference holds that to the formulas), odd groups
+    included."""
     w = torch.randn(3, 5, 1000) * torch.rand(3, 5, 1)
     w[0, 0] = 0
     w[0, 1] *= torch.finfo(dtype).tiny
@@ -333,7 +360,9 @@ def test_quantize(kernel, op, device, bits, dtype, method, group_size):
     for scale_dtype in DTYPES:
         for view in (w, w[1:, 1:4, :100], w[2].t().contiguous().t(), w[:, :0]):
             on_device = view.to(device)
-            if reason := why_not(kernel, make_problem(op, dtype, 5, view.shape[-1], on_device, on_device, bits, group_size)):
+            if reason := why_not(
+                kernel, make_problem(op, dtype, 5, view.shape[-1], on_device, on_device, bits, group_size)
+            ):
                 pytest.skip(reason)
             qdata, scale = kernel.quantize(on_device, bits, group_size, method, scale_dtype)
             expected_qdata, expected_scale = reference.quantize(view, bits, group_size, method, scale_dtype)
@@ -353,13 +382,18 @@ def test_quantize_into_planes_that_are_there(kernel, op, device, bits, group_siz
         expected = kernel.quantize(w, bits, group_size, "absmax", scale_dtype)
         planes = [torch.zeros(4, *plane.shape[1:], dtype=plane.dtype, device=device) for plane in expected]
         out = tuple(plane[1:3] for plane in planes)
-        assert all(a is b for a, b in zip(kernel.quantize(w, bits, group_size, "absmax", scale_dtype, out), out, strict=True))
+        assert all(
+            a is b
+            for a, b in zip(
+                kernel.quantize(w, bits, group_size, "absmax", scale_dtype, out), out, strict=True
+            )
+        )
         for plane, filled in zip(planes, expected, strict=True):
             assert torch.equal(plane[1:3], filled)
             assert not plane[[0, 3]].any()
 
 
-# ------------------------------------------------------------------------------------------- the list and the choice
+# ----------------------------------------------------------------- the list and the choice
 
 
 def counting(kernel):
@@ -379,7 +413,10 @@ def small(problem):
 
 SMALL = Kernel(name="small", why_not=small, rounds_weight=lambda p: False, linear=reference.linear)
 OTHER_DEVICE = Kernel(
-    name="gpu", why_not=lambda p: "It needs a GPU." if p.device == "cpu" else None, rounds_weight=lambda p: False, linear=print
+    name="gpu",
+    why_not=lambda p: "It needs a GPU." if p.device == "cpu" else None,
+    rounds_weight=lambda p: False,
+    linear=print,
 )
 
 
@@ -399,7 +436,9 @@ def test_the_list():
         assert any(getattr(kernel, op) for op in ops_)
         for device in ("cpu", "cuda", "xpu"):
             for bits in FORMATS:
-                reason = why_not(kernel, problem(device=device, bits=bits, capability=(7, 0) if device == "cuda" else None))
+                reason = why_not(
+                    kernel, problem(device=device, bits=bits, capability=(7, 0) if device == "cuda" else None)
+                )
                 assert reason is None or reason.endswith("."), "a reason is one sentence"
 
 
@@ -408,13 +447,26 @@ def test_problem():
     scale = torch.ones(8, 4, dtype=torch.bfloat16)
     p = make_problem("linear", torch.float16, 5, 100, q[:512].view(8, 64), scale, 4, 32)
     assert p == ("linear", "cpu", None, torch.float16, torch.bfloat16, 4, 32, 8, 8, 100, None, 16)
-    buckets = [make_problem("linear", torch.float16, m, 100, q[:64], scale, 4, 32).M for m in (0, 1, 2, 3, 4, 5, 17, 4096)]
+    buckets = [
+        make_problem("linear", torch.float16, m, 100, q[:64], scale, 4, 32).M
+        for m in (0, 1, 2, 3, 4, 5, 17, 4096)
+    ]
     assert buckets == [0, 1, 2, 4, 4, 8, 32, 4096]
-    aligned = [make_problem("linear", torch.float16, 1, 100, q[at:], scale, 4, 32).alignment for at in (0, 16, 8, 24, 4, 2, 1)]
+    aligned = [
+        make_problem("linear", torch.float16, 1, 100, q[at:], scale, 4, 32).alignment
+        for at in (0, 16, 8, 24, 4, 2, 1)
+    ]
     assert aligned == [16, 16, 8, 8, 4, 2, 1]
     assert make_problem("linear", torch.float16, 1, 100, q, scale.flatten()[4:], 4, 32).alignment == 16
-    assert make_problem("grouped", torch.float16, 1, 100, q[:1024].view(2, 8, 64), scale, 4, 32)[8:11] == (8, 100, 2)
-    assert make_problem("linear", torch.float16, 1, 100, q[:64].to("meta"), scale.to("meta"), 4, 32).device == "meta"
+    assert make_problem("grouped", torch.float16, 1, 100, q[:1024].view(2, 8, 64), scale, 4, 32)[8:11] == (
+        8,
+        100,
+        2,
+    )
+    assert (
+        make_problem("linear", torch.float16, 1, 100, q[:64].to("meta"), scale.to("meta"), 4, 32).device
+        == "meta"
+    )
 
 
 def test_first_that_can_is_chosen(use):
@@ -437,7 +489,8 @@ def test_choice_is_made_once_for_a_bucket_of_rows(use):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_kernel_before_the_cpus_runs(compiled, monkeypatch):
-    """Wherever a product comes from: eager products and compiled graphs go to C++ on their own, which asks no list."""
+    """Wherever a product comes from: eager products and compiled graphs go to C++ on their own, which asks no
+    list."""
     monkeypatch.delenv("RTN_KERNEL", raising=False)
     calls = []
     linear = reference.linear
@@ -505,7 +558,10 @@ def test_forcing_errors(use, monkeypatch):
     monkeypatch.setenv("RTN_KERNEL", "fast")
     with pytest.raises(ValueError, match="fast") as error:
         choose(problem())
-    assert_expected_inline(str(error.value), """RTN_KERNEL='fast' names no kernel; use one of gpu, small, dense, reference, or unset it""")
+    assert_expected_inline(
+        str(error.value),
+        """RTN_KERNEL='fast' names no kernel; use one of gpu, small, dense, reference, or unset it""",
+    )
     monkeypatch.setenv("RTN_KERNEL", "small")
     with pytest.raises(ValueError, match="small") as error:
         choose(problem(M=8))
@@ -569,7 +625,11 @@ reference        It could, but dense is preferred.""",
     [
         ({"device": "banana"}, ValueError, "device='banana' is no device; cpu and cuda are"),
         ({"device": 0.5}, TypeError, "device=0.5; give its name"),
-        ({"dtype": torch.int8}, ValueError, "dtype=torch.int8 is none that a product with a quantized weight has"),
+        (
+            {"dtype": torch.int8},
+            ValueError,
+            "dtype=torch.int8 is none that a product with a quantized weight has",
+        ),
         ({"dtype": "bfloat16"}, ValueError, "dtype='bfloat16' is none"),
         ({"op": 3}, ValueError, "op=3 is not an op"),
         ({"M": "1"}, TypeError, "M='1': sizes are whole numbers"),
@@ -587,7 +647,10 @@ def test_explain_says_what_is_wrong(given, error, message):
 def test_explain_of_a_gpu_that_is_not_there(device):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(ValueError, match="there is no CUDA device here, and which kernel runs depends on it; use device='cpu'"):
+    with pytest.raises(
+        ValueError,
+        match="there is no CUDA device here, and which kernel runs depends on it; use device='cpu'",
+    ):
         explain(device=device)
 
 
@@ -648,7 +711,10 @@ def test_explain_errors():
         explain(op="why_not")
     with pytest.raises(TypeError, match="Parameter") as error:
         explain(torch.nn.Linear(3, 4).weight)
-    assert_expected_inline(str(error.value), """explain needs a quantized weight, got Parameter; quantize it, or describe it by numbers""")
+    assert_expected_inline(
+        str(error.value),
+        """explain needs a quantized weight, got Parameter; quantize it, or describe it by numbers""",
+    )
 
 
 def test_explain_agrees_with_what_runs(use):

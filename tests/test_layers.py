@@ -87,18 +87,25 @@ LAYERS = [
     "cli",
     "__main__",
 ]
-LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "tqdm", "lm_eval"}  # imported in the functions that need them
+# Imported in the functions that need them.
+LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "tqdm", "lm_eval"}
 # Modules of Triton kernels, which import triton.
-DEVICE_CODE = {f"kernels.triton.{name}" for name in ("words", "linear_kernel", "grouped_kernel", "planes_kernel", "launch")}
+DEVICE_CODE = {
+    f"kernels.triton.{name}"
+    for name in ("words", "linear_kernel", "grouped_kernel", "planes_kernel", "launch")
+}
 
 
-# An engine's plugin is made of subclasses of the engine's classes, is loaded by the engine only, and imports nothing else that is heavy.
+# An engine's plugin is made of subclasses of the engine's classes, is loaded by the engine only, and imports
+# nothing else that is heavy.
 PLUGINS = {f"integrations.{engine}": engine for engine in ("vllm", "sglang")}
 
 
 def name_of(file):
     """`kernels/dense.py` -> `kernels.dense`, `kernels/__init__.py` -> `kernels`, `__init__.py` -> ``."""
-    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+    return (
+        ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+    )
 
 
 MODULES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
@@ -114,7 +121,8 @@ def layer(name):
 
 
 def imports(tree):
-    """Full names of what the nodes of `tree` import; of `from a import b` both `a` and `a.b`, as b may be a module."""
+    """Full names of what the nodes of `tree` import; of `from a import b` both `a` and `a.b`, as b may be a
+    module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -125,11 +133,19 @@ def imports(tree):
 
 
 def ours(tree):
-    """Names of the modules of this package that `tree` imports. Only a package's `__init__` may import from the whole package."""
-    found = {name.removeprefix("rtn_tensor").removeprefix(".") for name in imports(tree) if name.split(".")[0] == "rtn_tensor"}
+    """Names of the modules of this package that `tree` imports. Only a package's `__init__` may import from
+    the whole package."""
+    found = {
+        name.removeprefix("rtn_tensor").removeprefix(".")
+        for name in imports(tree)
+        if name.split(".")[0] == "rtn_tensor"
+    }
     found &= set(MODULES)
-    # `from rtn_tensor.kernels import dense` imports kernels.dense; that it passes through kernels is no import of it.
-    return {name for name in found if not any(other.startswith(f"{name}.") for other in found) or name == ""} - {""}
+    # `from rtn_tensor.kernels import dense` imports kernels.dense; that it passes through kernels is no
+    # import of it.
+    return {
+        name for name in found if not any(other.startswith(f"{name}.") for other in found) or name == ""
+    } - {""}
 
 
 def outside_functions(tree):
@@ -147,12 +163,17 @@ def test_imports_go_up(name):
         above = layer(other)
         assert above is not None, f"{other} is in no layer"
         assert above < below, f"{name} imports {other}, which is not above it"
-        assert other not in PLUGINS, f"{name} imports {other}, a plugin of an engine, which nothing here imports"
+        assert other not in PLUGINS, (
+            f"{name} imports {other}, a plugin of an engine, which nothing here imports"
+        )
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_heavy_imports_are_inside_functions(name):
-    top = {imported.split(".")[0] for imported in imports(outside_functions(ast.parse(MODULES[name].read_text())))}
+    top = {
+        imported.split(".")[0]
+        for imported in imports(outside_functions(ast.parse(MODULES[name].read_text())))
+    }
     assert not top & (LAZY - ({"triton"} if name in DEVICE_CODE else {PLUGINS.get(name)}))
 
 
@@ -167,13 +188,22 @@ def test_the_checks_can_fail():
     assert ours(tree) == {"cli", "ops", "kernels.problem"}
     assert "transformers" in set(imports(tree))
     assert "transformers" not in set(imports(outside_functions(tree)))
-    assert layer("cli") > layer("ops") > layer("kernels") > layer("kernels.triton.linear_kernel") > layer("kernels.problem")
+    assert (
+        layer("cli")
+        > layer("ops")
+        > layer("kernels")
+        > layer("kernels.triton.linear_kernel")
+        > layer("kernels.problem")
+    )
     assert layer("new_module") is None
 
 
 def test_import_is_silent_and_light():
-    heavy = sorted(LAZY - {"triton", "safetensors", "tqdm", "lm_eval"})  # torch and torchao import these three
-    program = f"import sys, rtn_tensor; assert not set(sys.modules) & set({heavy}), set(sys.modules) & set({heavy})"
+    # torch and torchao import these three.
+    heavy = sorted(LAZY - {"triton", "safetensors", "tqdm", "lm_eval"})
+    program = (
+        f"import sys, rtn_tensor; assert not set(sys.modules) & set({heavy}), set(sys.modules) & set({heavy})"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

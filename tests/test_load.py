@@ -25,7 +25,9 @@ IDS = torch.tensor([[5, 77, 130, 9, 201, 64]])
 
 def make_mlp(dtype=torch.bfloat16):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(50, 96), nn.Linear(96, 160), nn.BatchNorm1d(160), nn.Linear(160, 33, bias=False)).to(dtype)
+    return nn.Sequential(
+        nn.Embedding(50, 96), nn.Linear(96, 160), nn.BatchNorm1d(160), nn.Linear(160, 33, bias=False)
+    ).to(dtype)
 
 
 def on_meta():
@@ -47,7 +49,7 @@ def assert_same(got, expected):
         assert p.requires_grad == q.requires_grad, name
 
 
-# ------------------------------------------------------------------------------------------- transformers folders
+# -------------------------------------------------------------------- transformers folders
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -87,9 +89,17 @@ def test_without_a_config(tmp_path):
 def test_which_weights(tmp_path, tied):
     model = tiny_llama(tied)
     model.save_pretrained(tmp_path)
-    config = FqnToConfig({"re:.*q_proj": rtn_int8(32), "re:.*mlp.*": rtn_int4(-1, "signed"), "model.embed_tokens": rtn_int4(64)})
+    config = FqnToConfig(
+        {
+            "re:.*q_proj": rtn_int8(32),
+            "re:.*mlp.*": rtn_int4(-1, "signed"),
+            "model.embed_tokens": rtn_int4(64),
+        }
+    )
     filtered = load(tmp_path, rtn_int4(32), filter_fn=lambda module, fqn: "down_proj" in fqn)
-    assert [row.name for row in report(filtered).rows if row.bits] == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
+    assert [row.name for row in report(filtered).rows if row.bits] == [
+        f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)
+    ]
     mixed = load(tmp_path, config)
     expected = tiny_llama(tied)
     quantize_(expected, config)
@@ -134,7 +144,9 @@ def test_what_is_loaded_maps_the_file_and_does_not_change_it(tmp_path):
     before = file.read_bytes()
     model = load(tmp_path / "model")
     w = model.model.layers[0].mlp.up_proj.weight
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    maps = [
+        line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))
+    ]
     spans = [[int(end, 16) for end in line[0].split("-")] for line in maps]
     for plane in (w.qdata, w.scale, model.model.norm.weight):
         assert any(start <= plane.data_ptr() < stop for start, stop in spans)
@@ -143,7 +155,7 @@ def test_what_is_loaded_maps_the_file_and_does_not_change_it(tmp_path):
     assert file.read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------- any module
+# ------------------------------------------------------------------------------ any module
 
 
 def test_modules_and_functions_that_make_them(tmp_path):
@@ -173,7 +185,10 @@ def test_buffers_that_no_file_holds(tmp_path):
     assert torch.equal(load(tmp_path, rtn_int4(32), Rotary).frequencies, torch.arange(4.0))
     with torch.device("meta"):
         model = Rotary()
-    with pytest.raises(ValueError, match="^frequencies was made on meta and is not in the checkpoint; give, as model, a function"):
+    with pytest.raises(
+        ValueError,
+        match="^frequencies was made on meta and is not in the checkpoint; give, as model, a function",
+    ):
         load(tmp_path, rtn_int4(32), model)
 
 
@@ -193,15 +208,23 @@ def test_rename_and_fuse(tmp_path):
     fuse = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     model = load(tmp_path, rtn_int4(32), Fused, rename={r"^h\.": "", "attn": "attention"}, fuse=fuse)
     qkv, parts = model.attention["qkv_proj"], [f"h.attn.{p}_proj" for p in "qkv"]
-    assert torch.equal(qkv.weight, RTNQuantizedTensor.from_float(torch.cat([tensors[f"{p}.weight"] for p in parts]), 4, 32))
+    assert torch.equal(
+        qkv.weight, RTNQuantizedTensor.from_float(torch.cat([tensors[f"{p}.weight"] for p in parts]), 4, 32)
+    )
     assert torch.equal(qkv.bias, torch.cat([tensors[f"{p}.bias"] for p in parts]))
     gate_up = torch.cat([tensors["h.mlp.gate_proj.weight"], tensors["h.mlp.up_proj.weight"]])
     assert torch.equal(model.mlp["gate_up_proj"].weight, RTNQuantizedTensor.from_float(gate_up, 4, 32))
-    with pytest.raises(ValueError, match="out_proj.bias is renamed to bias, and so is h.attn.k_proj.bias; mend the rename map"):
+    with pytest.raises(
+        ValueError,
+        match="out_proj.bias is renamed to bias, and so is h.attn.k_proj.bias; mend the rename map",
+    ):
         load(tmp_path, rtn_int4(32), Fused, rename={r"^.*\.": ""})
     del tensors["h.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="mlp.gate_proj.weight is to be fused with mlp.up_proj.weight, which the checkpoint lacks"):
+    with pytest.raises(
+        ValueError,
+        match="mlp.gate_proj.weight is to be fused with mlp.up_proj.weight, which the checkpoint lacks",
+    ):
         load(tmp_path, rtn_int4(32), Fused, rename={r"^h\.": "", "attn": "attention"}, fuse=fuse)
 
 
@@ -252,22 +275,32 @@ class MetaBytes(TorchDispatchMode):
 
 
 def test_what_another_device_holds_meanwhile(tmp_path, monkeypatch):
-    """Beside the model two chunks of 2 MiB at most, of tensors of 32: what a GPU would hold, as far as can be told without one."""
-    save_file({"0.weight": torch.zeros(16384, 1024).bfloat16(), "1.weight": torch.zeros(8192, 2048).bfloat16()}, tmp_path / "m.safetensors")
+    """Beside the model two chunks of 2 MiB at most, of tensors of 32: what a GPU would hold, as far as can be
+    told without one."""
+    save_file(
+        {"0.weight": torch.zeros(16384, 1024).bfloat16(), "1.weight": torch.zeros(8192, 2048).bfloat16()},
+        tmp_path / "m.safetensors",
+    )
     with torch.device("meta"):
         model = nn.Sequential(nn.Embedding(16384, 1024), nn.Linear(2048, 8192, bias=False)).bfloat16()
     watched = []
 
     def stream(pieces, destinations, meter):
         placed = [t for ts in destinations.values() for t in ts]
-        planes = [plane for t in placed for plane in ((t.qdata, t.scale) if isinstance(t, RTNQuantizedTensor) else (t,))]
+        planes = [
+            plane
+            for t in placed
+            for plane in ((t.qdata, t.scale) if isinstance(t, RTNQuantizedTensor) else (t,))
+        ]
         with MetaBytes(planes) as counted:
             fill.stream(pieces, destinations, meter)
         watched.append(counted)
 
     monkeypatch.setattr("rtn_tensor.checkpoint.load.stream", stream)
     monkeypatch.setattr(fill, "is_finite", lambda t: True)  # meta holds no values to look at
-    assert isinstance(load(tmp_path / "m.safetensors", rtn_int4(), model, device="meta")[1].weight, RTNQuantizedTensor)
+    assert isinstance(
+        load(tmp_path / "m.safetensors", rtn_int4(), model, device="meta")[1].weight, RTNQuantizedTensor
+    )
     (counted,) = watched
     assert 2 << 20 <= counted.peak <= 4 << 20
     assert counted.now == 0
@@ -308,14 +341,16 @@ def test_quantized_files_of_any_module(tmp_path):
 
 def test_transposed_weights_come_back_transposed(tmp_path):
     model = nn.Module()
-    model.w = nn.Parameter(RTNQuantizedTensor.from_float(torch.randn(2, 40, 64), 4, 32).mT, requires_grad=False)
+    model.w = nn.Parameter(
+        RTNQuantizedTensor.from_float(torch.randn(2, 40, 64), 4, 32).mT, requires_grad=False
+    )
     save(model, tmp_path / "model")
     empty = nn.Module()
     empty.w = nn.Parameter(torch.empty(2, 64, 40, device="meta"))
     assert torch.equal(load(tmp_path / "model", model=empty).w, model.w)
 
 
-# ------------------------------------------------------------------------------------------- failures
+# -------------------------------------------------------------------------------- failures
 
 
 def broken(tensors, **changes):
@@ -326,7 +361,9 @@ WRONG = {
     "missing": {"1.weight": None},
     "shape": {"1.weight": torch.zeros(160, 95, dtype=torch.bfloat16)},
     "unexpected": {"9.weight": torch.zeros(3)},
-    "nan": {"1.weight": torch.zeros(160, 96, dtype=torch.bfloat16).index_fill(0, torch.tensor([159]), torch.nan)},
+    "nan": {
+        "1.weight": torch.zeros(160, 96, dtype=torch.bfloat16).index_fill(0, torch.tensor([159]), torch.nan)
+    },
     "inf in a float weight": {"0.weight": torch.full((50, 96), torch.inf, dtype=torch.bfloat16)},
     "int": {"1.weight": torch.zeros(160, 96, dtype=torch.int8)},
     "fp8": {"3.weight": torch.zeros(33, 160, dtype=torch.float8_e4m3fn)},
@@ -367,11 +404,15 @@ def test_files_that_cannot_be_read(tmp_path):
     whole = shard.read_bytes()
     for content in (b"", whole[:4], whole[:300], whole[:-1], b"x" * 100):
         shard.write_bytes(content)
-        with pytest.raises(ValueError, match="is truncated or corrupt .*; copy or download it again") as caught:
+        with pytest.raises(
+            ValueError, match="is truncated or corrupt .*; copy or download it again"
+        ) as caught:
             load(tmp_path / "model", rtn_int4())
         assert str(caught.value).startswith(str(shard))
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {shard.name}, which model.safetensors.index.json names"):
+    with pytest.raises(
+        FileNotFoundError, match=f"lacks {shard.name}, which model.safetensors.index.json names"
+    ):
         load(tmp_path / "model", rtn_int4())
     (tmp_path / "bad.pt").write_bytes(whole)
     with pytest.raises(ValueError, match="bad.pt cannot be read .*; give a state_dict that torch.save wrote"):
@@ -384,7 +425,9 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_already_quantized(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "float")
     save(load(tmp_path / "float", rtn_int4(32)), tmp_path / "model")
-    with pytest.raises(ValueError, match="is quantized already; load it without a config, or give the float checkpoint"):
+    with pytest.raises(
+        ValueError, match="is quantized already; load it without a config, or give the float checkpoint"
+    ):
         load(tmp_path / "model", rtn_int8())
 
 

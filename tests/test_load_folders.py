@@ -43,7 +43,7 @@ def same_as_transformers(folder):
     return loaded
 
 
-# ------------------------------------------------------------------------------------------- which files
+# ----------------------------------------------------------------------------- which files
 
 
 STRAY = [
@@ -64,7 +64,9 @@ def test_stray_weights(folder, stray):
     same_as_transformers(folder)
 
 
-@pytest.mark.parametrize("stray", ["._model.safetensors", "consolidated.safetensors", "model-00009-of-00009.safetensors"])
+@pytest.mark.parametrize(
+    "stray", ["._model.safetensors", "consolidated.safetensors", "model-00009-of-00009.safetensors"]
+)
 def test_stray_weights_that_are_none(folder, stray):
     (folder / stray).write_bytes(b"\0\5\26\7")
     same_as_transformers(folder)
@@ -83,7 +85,10 @@ def test_stray_weights_beside_shards(tmp_path, stray):
     same_as_transformers(tmp_path)
 
 
-@pytest.mark.parametrize("stray", ["adapter_model.safetensors", "._pytorch_model.bin", "model.fp16.safetensors", "training_args.bin"])
+@pytest.mark.parametrize(
+    "stray",
+    ["adapter_model.safetensors", "._pytorch_model.bin", "model.fp16.safetensors", "training_args.bin"],
+)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_stray_weights_beside_bin(tmp_path, stray, sharded):
     model = tiny_llama(layers=1)
@@ -93,7 +98,9 @@ def test_stray_weights_beside_bin(tmp_path, stray, sharded):
         names = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(state)}
         for file in set(names.values()):
             torch.save({name: t.clone() for name, t in state.items() if names[name] == file}, tmp_path / file)
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        (tmp_path / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": names})
+        )
     else:
         torch.save(state, tmp_path / "pytorch_model.bin")
     save_file(tiny_llama(layers=1, seed=1).state_dict(), tmp_path / stray)
@@ -121,7 +128,9 @@ def test_files_of_another_name(folder):
 def test_an_adapter_alone(folder):
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="it holds an adapter alone: give the model that it belongs to"):
+    with pytest.raises(
+        FileNotFoundError, match="it holds an adapter alone: give the model that it belongs to"
+    ):
         load(folder)
 
 
@@ -129,14 +138,18 @@ def test_an_adapter_alone(folder):
 def test_a_file_of_before_torch_1_6(folder, config):
     """No zip archive, which torch cannot map."""
     expected = load(folder, config)
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        load_file(folder / "model.safetensors"),
+        folder / "pytorch_model.bin",
+        _use_new_zipfile_serialization=False,
+    )
     (folder / "model.safetensors").unlink()
     loaded = load(folder, config)
     for name, t in expected.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], t), name
 
 
-# ------------------------------------------------------------------------------------------- which tensors
+# --------------------------------------------------------------------------- which tensors
 
 
 def more(folder, **tensors):
@@ -146,7 +159,12 @@ def more(folder, **tensors):
 
 @pytest.mark.parametrize(
     "name",
-    ["model.layers.0.self_attn.rotary_emb.inv_freq", "cls.seq_relationship.weight", "model.layers.0.attn.masked_bias", "v_head.weight"],
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "cls.seq_relationship.weight",
+        "model.layers.0.attn.masked_bias",
+        "v_head.weight",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*has no place for")
 def test_names_that_the_model_has_no_place_for(folder, name):
@@ -157,16 +175,23 @@ def test_names_that_the_model_has_no_place_for(folder, name):
 
 def test_they_are_said(folder):
     more(folder, **{f"model.layers.{i}.eh_proj.weight": torch.ones(3) for i in range(7)})
-    with pytest.warns(UserWarning, match="LlamaForCausalLM has no place for, and load left out, model.layers.0.*eh.* and 2 more") as caught:
+    with pytest.warns(
+        UserWarning,
+        match="LlamaForCausalLM has no place for, and load left out, model.layers.0.*eh.* and 2 more",
+    ) as caught:
         load(folder)
     assert caught[0].filename == __file__
-    with pytest.raises(ValueError, match="lm_head.weight has no place in the model"):  # of any other module nobody knows
+    # Of any other module nobody knows.
+    with pytest.raises(ValueError, match="lm_head.weight has no place in the model"):
         load(folder, model=lambda: nn.ModuleDict({"extra": nn.Linear(2, 2)}))
 
 
 def test_a_file_of_another_model(folder):
     save_file({"transformer.wte.weight": torch.ones(3)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="transformer.wte.weight has no place in the model\n  the checkpoint lacks lm_head.weight"):
+    with pytest.raises(
+        ValueError,
+        match="transformer.wte.weight has no place in the model\n  the checkpoint lacks lm_head.weight",
+    ):
         load(folder)
 
 
@@ -177,7 +202,8 @@ def test_a_tie_that_the_file_denies(tmp_path):
     for config in (None, rtn_int4(32)):
         with pytest.warns(
             UserWarning,
-            match="lm_head.weight, model.embed_tokens.weight are one weight|model.embed_tokens.weight, lm_head.weight are one weight",
+            match="lm_head.weight, model.embed_tokens.weight are one weight|model.embed_tokens.weight, "
+            "lm_head.weight are one weight",
         ) as caught:
             loaded = load(tmp_path / "model", config)
         assert caught[0].filename == __file__
@@ -211,14 +237,17 @@ def test_two_values_for_one_weight_of_any_module(tmp_path):
         return model
 
     save_file({"a.weight": torch.zeros(4, 4), "b.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
-    with pytest.warns(UserWarning, match="a.weight, b.weight are one weight in the model, and the files hold different values"):
+    with pytest.warns(
+        UserWarning,
+        match="a.weight, b.weight are one weight in the model, and the files hold different values",
+    ):
         model = load(tmp_path, model=make)
     assert (model["a"].weight.sum(), model["b"].weight.sum()) == (0, 16)
     save_file({"a.weight": torch.ones(4, 4), "b.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
     assert load(tmp_path, model=make)["b"].weight.sum() == 16
 
 
-# ------------------------------------------------------------------------------------------- others' formats
+# ------------------------------------------------------------------------- others' formats
 
 
 @pytest.mark.parametrize("nothing", [None, {}])
@@ -251,7 +280,9 @@ def test_other_libraries_by_their_config(folder, config, kind):
         for make in (None, lambda: tiny_llama(layers=1)):
             with pytest.raises(ValueError, match="which load does not read; give the float model") as caught:
                 load(folder, model=make)
-            assert str(caught.value).startswith(f"{folder / 'config.json'} ({place}): the weights are quantized by {kind}, which")
+            assert str(caught.value).startswith(
+                f"{folder / 'config.json'} ({place}): the weights are quantized by {kind}, which"
+            )
 
 
 NAMES = {
@@ -271,7 +302,8 @@ def test_other_libraries_by_their_tensors(tmp_path, kind, names):
 
 
 @pytest.mark.parametrize(
-    ("file", "kind"), [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "Model")]
+    ("file", "kind"),
+    [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "Model")],
 )
 def test_other_libraries_by_their_files(tmp_path, file, kind):
     save_file({"0.packed": torch.ones(2)}, tmp_path / "model.safetensors")
@@ -288,12 +320,14 @@ def test_other_libraries_in_torch_files(tmp_path):
     torchao_quantize_(model, Int8WeightOnlyConfig(version=2))
     torch.save(model.state_dict(), tmp_path / "model.pt")
     with pytest.raises(
-        ValueError, match="model.pt: 0.weight is a Int8Tensor; load takes plain tensors, and those that rtn-tensor quantized"
+        ValueError,
+        match="model.pt: 0.weight is a Int8Tensor; load takes plain tensors, and those that "
+        "rtn-tensor quantized",
     ):
         load(tmp_path / "model.pt", model=lambda: nn.Sequential(nn.Linear(64, 64, bias=False)))
 
 
-# ------------------------------------------------------------------------------------------- code of others
+# -------------------------------------------------------------------------- code of others
 
 
 CODE = 'import pathlib\npathlib.Path(__file__).with_name("ran").touch()\n'
@@ -310,17 +344,29 @@ CODE = 'import pathlib\npathlib.Path(__file__).with_name("ran").touch()\n'
 )
 def test_code_in_a_folder_is_never_run(folder, changes):
     """Nor is anybody asked, who might not be there."""
-    configured(folder, auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}, **changes)
+    configured(
+        folder,
+        auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"},
+        **changes,
+    )
     (folder / "mine.py").write_text(CODE)
     program = f"from rtn_tensor import load\ntry:\n    load({str(folder)!r})\nexcept ValueError as error:\n    print('said:', error)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], input="y\n", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        input="y\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout.startswith(f"said: {folder / 'config.json'}: "), done
     assert "y/N" not in done.stdout
     assert not (folder / "ran").exists()
 
 
 def test_code_that_is_not_needed(folder):
-    configured(folder, auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"})
+    configured(
+        folder, auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    )
     (folder / "mine.py").write_text(CODE)
     load(folder)
     assert not (folder / "ran").exists()
@@ -334,17 +380,21 @@ class Evil:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_an_unsafe_pickle(folder, zipped, monkeypatch):
     monkeypatch.chdir(folder)
-    torch.save({"a": torch.ones(2), "b": Evil()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"a": torch.ones(2), "b": Evil()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
+    )
     (folder / "model.safetensors").unlink()
     with pytest.raises(
-        ValueError, match=r"pytorch_model.bin holds more than tensors \(posix.system\), and to read that could run any code"
+        ValueError,
+        match=r"pytorch_model.bin holds more than tensors \(posix.system\), and to read that "
+        r"could run any code",
     ) as caught:
         load(folder)
     assert "weights_only" not in str(caught.value)
     assert not (folder / "ran").exists()
 
 
-# ------------------------------------------------------------------------------------------- config.json
+# ----------------------------------------------------------------------------- config.json
 
 
 CONFIGS = {
@@ -435,7 +485,18 @@ INDICES = {
     **{
         f"weight_map to {name!r}": json.dumps({"weight_map": {"lm_head.weight": name}})
         for name in (
-            *("../secret.safetensors", "/etc/passwd", "a/b.safetensors", "a\\b.safetensors", "", ".", "..", "a\0b", "\ud800", "x" * 300),
+            *(
+                "../secret.safetensors",
+                "/etc/passwd",
+                "a/b.safetensors",
+                "a\\b.safetensors",
+                "",
+                ".",
+                "..",
+                "a\0b",
+                "\ud800",
+                "x" * 300,
+            ),
             *(3, None, ["model.safetensors"], {"a": 1}, True),
         )
     },

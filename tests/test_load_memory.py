@@ -1,4 +1,5 @@
-"""The memory that `load` takes beside the finished model, of a checkpoint that no test holds either; each in a process of its own."""
+"""The memory that `load` takes beside the finished model, of a checkpoint that no test holds either; each in
+a process of its own."""
 
 import json
 import math
@@ -82,7 +83,8 @@ def measured(folder, make, checkpoint, model, use, limit=""):
 
 
 def linears(folder, layers, rows, limit=""):
-    """Layers of 2048 x 4096, and an embedding, which is read in chunks. Also gives the bytes of the checkpoint."""
+    """Layers of 2048 x 4096, and an embedding, which is read in chunks. Also gives the bytes of the
+    checkpoint."""
     shapes = {"embedding.weight": (rows, 4096)} | {f"layers.{i}.weight": (2048, 4096) for i in range(layers)}
     size = synthetic(folder / "big.safetensors", shapes)
     make = f"""
@@ -122,12 +124,20 @@ def test_under_a_limit_smaller_than_the_float_model(tmp_path):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_peak_memory_of_experts(tmp_path, fused):
-    """Expert by expert (14 MB each) or a layer's in one tensor (235 MB): beside the finished model 64 MiB, of 0.7 GB in bf16."""
+    """Expert by expert (14 MB each) or a layer's in one tensor (235 MB): beside the finished model 64 MiB, of
+    0.7 GB in bf16."""
     from transformers import GptOssConfig, MixtralConfig
 
     E, H, inner, V, layers = 8, 2048, 3584, 256, 2
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": H // 8}
-    common = {"hidden_size": H, "intermediate_size": inner, "num_hidden_layers": layers, "num_local_experts": E, "vocab_size": V, **heads}
+    common = {
+        "hidden_size": H,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_local_experts": E,
+        "vocab_size": V,
+        **heads,
+    }
     kind, config = ("GptOss", GptOssConfig) if fused else ("Mixtral", MixtralConfig)
     config(**common, architectures=[f"{kind}ForCausalLM"], dtype="bfloat16").save_pretrained(tmp_path)
     shapes = {"model.embed_tokens.weight": (V, H), "model.norm.weight": (H,), "lm_head.weight": (V, H)}
@@ -136,15 +146,24 @@ def test_peak_memory_of_experts(tmp_path, fused):
         shapes |= {at + name + ".weight": (H,) for name in ("input_layernorm", "post_attention_layernorm")}
         shapes |= {f"{at}self_attn.{name}_proj.weight": (H, H) for name in "qkvo"}
         if fused:
-            shapes |= {f"{at}self_attn.{name}_proj.bias": (H,) for name in "qkvo"} | {at + "self_attn.sinks": (8,)}
+            shapes |= {f"{at}self_attn.{name}_proj.bias": (H,) for name in "qkvo"} | {
+                at + "self_attn.sinks": (8,)
+            }
             shapes |= {at + "mlp.router.weight": (E, H), at + "mlp.router.bias": (E,)}
-            shapes |= {at + "mlp.experts.gate_up_proj": (E, H, 2 * inner), at + "mlp.experts.gate_up_proj_bias": (E, 2 * inner)}
+            shapes |= {
+                at + "mlp.experts.gate_up_proj": (E, H, 2 * inner),
+                at + "mlp.experts.gate_up_proj_bias": (E, 2 * inner),
+            }
             shapes |= {at + "mlp.experts.down_proj": (E, inner, H), at + "mlp.experts.down_proj_bias": (E, H)}
         else:
             shapes[at + "block_sparse_moe.gate.weight"] = (E, H)
             for e in range(E):
                 part = f"{at}block_sparse_moe.experts.{e}."
-                shapes |= {part + "w1.weight": (inner, H), part + "w2.weight": (H, inner), part + "w3.weight": (inner, H)}
+                shapes |= {
+                    part + "w1.weight": (inner, H),
+                    part + "w2.weight": (H, inner),
+                    part + "w3.weight": (inner, H),
+                }
     size = synthetic(tmp_path / "model.safetensors", shapes)
     # transformers' code for this model is imported before what is measured.
     make = f"""

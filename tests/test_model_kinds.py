@@ -1,4 +1,5 @@
-"""Encoders, encoder-decoders, vision, diffusion and mixture-of-experts models: `load` gives each what `quantize_` and transformers give."""
+"""Encoders, encoder-decoders, vision, diffusion and mixture-of-experts models: `load` gives each what
+`quantize_` and transformers give."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from benchmarks.real_model import ModelUnavailable, minilm
 from rtn_tensor import RTNQuantizedTensor, load, quantize_, report, rtn_int4, rtn_int8, save
 from rtn_tensor.quantize.experts import transposed_experts
 
-# ------------------------------------------------------------------------------------------- the kinds
+# -------------------------------------------------------------------------------- the kinds
 
 
 class Resnet(nn.Module):
@@ -47,7 +48,10 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x, context):
-        q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            y.unflatten(-1, (4, -1)).transpose(1, 2)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -74,7 +78,8 @@ class Transformer(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """A down block of a diffusers UNet, with its time embedding, whose frequencies are a buffer that no checkpoint holds."""
+    """A down block of a diffusers UNet, with its time embedding, whose frequencies are a buffer that no
+    checkpoint holds."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +99,8 @@ class UNetBlock(nn.Module):
 class Kind:
     make: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, torch.Tensor]]
-    floats: set[str] = field(default_factory=set)  # the linear layers that `load` leaves float, by the last part of their names
+    # The linear layers that `load` leaves float, by the last part of their names.
+    floats: set[str] = field(default_factory=set)
 
 
 def small(kind, config, **options):
@@ -102,7 +108,10 @@ def small(kind, config, **options):
 
 
 def ids(**more):
-    return lambda: {"input_ids": torch.randint(2, 128, (2, 9)), **{name: make() for name, make in more.items()}}
+    return lambda: {
+        "input_ids": torch.randint(2, 128, (2, 9)),
+        **{name: make() for name, make in more.items()},
+    }
 
 
 HEADS = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
@@ -158,7 +167,10 @@ KINDS = {
             eos_token_id=1,
             decoder_start_token_id=1,
         ),
-        lambda: {"input_features": torch.randn(2, 16, 40), "decoder_input_ids": torch.randint(2, 128, (2, 9))},
+        lambda: {
+            "input_features": torch.randn(2, 16, 40),
+            "decoder_input_ids": torch.randint(2, 128, (2, 9)),
+        },
         {"proj_out"},
     ),
     "t5": Kind(
@@ -168,7 +180,8 @@ KINDS = {
             vocab_size=128,
             d_model=64,
             d_kv=8,
-            initializer_factor=0.4,  # it does not scale attention: with larger weights each query would look at one key only
+            # It does not scale attention: with larger weights each query would look at one key only.
+            initializer_factor=0.4,
             d_ff=96,
             num_layers=2,
             num_heads=4,
@@ -178,20 +191,36 @@ KINDS = {
         ids(decoder_input_ids=lambda: torch.randint(2, 128, (2, 7))),
         {"lm_head", "wo"},
     ),
-    "mixtral": Kind(small("MixtralForCausalLM", "MixtralConfig", **MOE, num_local_experts=12), ids(), {"lm_head"}),
+    "mixtral": Kind(
+        small("MixtralForCausalLM", "MixtralConfig", **MOE, num_local_experts=12), ids(), {"lm_head"}
+    ),
     "qwen3 moe": Kind(
-        small("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **MOE, head_dim=16, moe_intermediate_size=48, num_experts=12), ids(), {"lm_head"}
+        small(
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeConfig",
+            **MOE,
+            head_dim=16,
+            moe_intermediate_size=48,
+            num_experts=12,
+        ),
+        ids(),
+        {"lm_head"},
     ),
     "unet": Kind(
         UNetBlock,
-        lambda: {"sample": torch.randn(2, 16, 8, 8), "timestep": torch.tensor([3.0, 41.0]), "context": torch.randn(2, 5, 48)},
+        lambda: {
+            "sample": torch.randn(2, 16, 8, 8),
+            "timestep": torch.tensor([3.0, 41.0]),
+            "context": torch.randn(2, 5, 48),
+        },
     ),
 }
 TRANSFORMERS = [name for name in KINDS if name != "unet"]
 
 
 def make(name):
-    """The float model, no parameter or buffer of it as its constructor leaves it: whatever a load forgets shows."""
+    """The float model, no parameter or buffer of it as its constructor leaves it: whatever a load forgets
+    shows."""
     torch.manual_seed(0)
     model = KINDS[name].make().eval()
     for fqn, t in model.state_dict().items():
@@ -237,12 +266,18 @@ def error(got, expected):
 
 def linears(model, floats):
     """All but those whose last name is among `floats`; and modules of experts."""
-    modules = {fqn for fqn, module in model.named_modules() if isinstance(module, nn.Linear) or transposed_experts(module)}
+    modules = {
+        fqn
+        for fqn, module in model.named_modules()
+        if isinstance(module, nn.Linear) or transposed_experts(module)
+    }
     return {fqn for fqn in modules if fqn.rpartition(".")[2] not in floats}
 
 
 def quantized(model):
-    return {fqn.rpartition(".")[0] for fqn, w in model.named_parameters() if isinstance(w, RTNQuantizedTensor)}
+    return {
+        fqn.rpartition(".")[0] for fqn, w in model.named_parameters() if isinstance(w, RTNQuantizedTensor)
+    }
 
 
 def among(names):
@@ -263,7 +298,11 @@ def assert_same(name, loaded, model):
         for fqn, t in expected.items():
             assert (type(got[fqn]), got[fqn].dtype) == (type(t), t.dtype), fqn
             if isinstance(t, RTNQuantizedTensor):
-                assert (got[fqn].bits, got[fqn].group_size, got[fqn].scale_method) == (t.bits, t.group_size, t.scale_method), fqn
+                assert (got[fqn].bits, got[fqn].group_size, got[fqn].scale_method) == (
+                    t.bits,
+                    t.group_size,
+                    t.scale_method,
+                ), fqn
                 assert torch.equal(got[fqn].qdata, t.qdata), fqn
                 assert torch.equal(got[fqn].scale, t.scale), fqn
             else:
@@ -271,7 +310,7 @@ def assert_same(name, loaded, model):
     assert torch.equal(output(name, loaded), output(name, model))
 
 
-# ------------------------------------------------------------------------------------------- load
+# ------------------------------------------------------------------------------------ load
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -305,7 +344,9 @@ OLD_BUFFERS = {
 def test_checkpoint_with_a_buffer_that_is_computed_now(name, folder):
     path = folder(name)
     key, value = OLD_BUFFERS[name]
-    save_file(load_file(path / "model.safetensors") | {key: value}, path / "model.safetensors", {"format": "pt"})
+    save_file(
+        load_file(path / "model.safetensors") | {key: value}, path / "model.safetensors", {"format": "pt"}
+    )
     assert_same(name, read(name, path, rtn_int8(32)), quantized_float(name, path, rtn_int8(32)))
 
 
@@ -324,11 +365,15 @@ def test_as_quantize_does(name, config, folder):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_noise(name, folder):
-    """int8 is within a bound that int4 is not within, nor int8 with the rows of any one layer in the wrong places."""
+    """int8 is within a bound that int4 is not within, nor int8 with the rows of any one layer in the wrong
+    places."""
     path = folder(name)
     expected = output(name, make(name))
     model = read(name, path, rtn_int8(32))
-    noise, int4 = error(output(name, model), expected), error(output(name, read(name, path, rtn_int4(32))), expected)
+    noise, int4 = (
+        error(output(name, model), expected),
+        error(output(name, read(name, path, rtn_int4(32))), expected),
+    )
     broken = {}
     for fqn, w in model.named_parameters():
         if isinstance(w, RTNQuantizedTensor):
@@ -343,7 +388,7 @@ def test_noise(name, folder):
     assert broken[least] > 0.06, least
 
 
-# ------------------------------------------------------------------------------------------- transformers and back
+# ------------------------------------------------------------------- transformers and back
 
 
 # To quantize while it loads, transformers asks any model for its input embedding; a ResNet raises at that.
@@ -354,7 +399,8 @@ EMBEDDING = [name for name in TRANSFORMERS if name != "resnet"]
 def test_transformers_quantizes_the_same(name, folder, tmp_path):
     path = folder(name)
     model = type(make(name)).from_pretrained(path, quantization_config=TorchAoConfig(rtn_int8(32)))
-    # It means to leave T5's `wo` float, but compares that with the name of the weight, not of the layer. Experts it quantizes by name only.
+    # It means to leave T5's `wo` float, but compares that with the name of the weight, not of the layer.
+    # Experts it quantizes by name only.
     assert quantized(model) == linears(model, (KINDS[name].floats | {"experts"}) - {"wo"})
     assert_same(name, model, read(name, path, rtn_int8(32), filter_fn=among(quantized(model))))
     model.save_pretrained(tmp_path / "theirs")
@@ -370,7 +416,7 @@ def test_round_trip(name, folder, tmp_path):
         assert_same(name, type(model).from_pretrained(tmp_path / "quantized"), model)
 
 
-# ------------------------------------------------------------------------------------------- convolutions
+# ---------------------------------------------------------------------------- convolutions
 
 
 def test_report_of_convolutions(folder):
@@ -423,19 +469,28 @@ def test_a_model_of_another_library(config, folder, tmp_path):
     assert_same("unet", load(tmp_path / "saved", model=DiffusersBlock).eval(), model)
 
 
-# ------------------------------------------------------------------------------------------- experts
+# --------------------------------------------------------------------------------- experts
 
 
-EXPERTS = FqnToConfig({r"re:.*\.experts\.(gate_up|down)_proj": rtn_int8(32), r"re:.*self_attn\.[qkvo]_proj": rtn_int8(-1)})
+EXPERTS = FqnToConfig(
+    {r"re:.*\.experts\.(gate_up|down)_proj": rtn_int8(32), r"re:.*self_attn\.[qkvo]_proj": rtn_int8(-1)}
+)
 MOES = {
-    "mixtral": ("model.layers.0.block_sparse_moe.experts.10.w1.weight", "model.layers.0.mlp.experts.gate_up_proj"),
-    "qwen3 moe": ("model.layers.0.mlp.experts.10.gate_proj.weight", "model.layers.0.mlp.experts.gate_up_proj"),
+    "mixtral": (
+        "model.layers.0.block_sparse_moe.experts.10.w1.weight",
+        "model.layers.0.mlp.experts.gate_up_proj",
+    ),
+    "qwen3 moe": (
+        "model.layers.0.mlp.experts.10.gate_proj.weight",
+        "model.layers.0.mlp.experts.gate_up_proj",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MOES)
 def test_experts(name, folder, tmp_path):
-    """A checkpoint holds each expert's tensors, of which transformers makes one parameter; they are quantized into their place in it."""
+    """A checkpoint holds each expert's tensors, of which transformers makes one parameter; they are quantized
+    into their place in it."""
     path = folder(name)
     one, fused = MOES[name]
     with safe_open(path / "model.safetensors", "pt") as file:
@@ -445,8 +500,14 @@ def test_experts(name, folder, tmp_path):
 
     quantize_(expected, EXPERTS)
     loaded = read(name, path, EXPERTS)
-    assert (loaded.get_parameter(fused).group_size, loaded.model.layers[1].self_attn.k_proj.weight.group_size) == (32, -1)
-    assert torch.equal(loaded.get_parameter(fused)[10, : len(gate)].dequantize(), RTNQuantizedTensor.from_float(gate, 8, 32).dequantize())
+    assert (
+        loaded.get_parameter(fused).group_size,
+        loaded.model.layers[1].self_attn.k_proj.weight.group_size,
+    ) == (32, -1)
+    assert torch.equal(
+        loaded.get_parameter(fused)[10, : len(gate)].dequantize(),
+        RTNQuantizedTensor.from_float(gate, 8, 32).dequantize(),
+    )
     assert_same(name, loaded, expected)
     assert error(output(name, loaded), output(name, make(name))) < 0.1
 
@@ -464,7 +525,7 @@ def test_transformers_quantizes_experts_the_same(name, folder, tmp_path):
     assert_same(name, read(name, tmp_path / "theirs"), model)
 
 
-# ------------------------------------------------------------------------------------------- a real encoder
+# -------------------------------------------------------------------------- a real encoder
 
 
 SENTENCES = [
@@ -513,7 +574,9 @@ def test_minilm(minilm_folder, tmp_path):
     got = embed(model, minilm_folder)
     int8 = (got * expected).sum(1)
     int4 = (embed(load(minilm_folder, rtn_int4(32)), minilm_folder) * expected).sum(1)
-    print(f"cosines: int8 {int8.min():.5f} at least, int4 {int4.min():.5f} at least, {int4.max():.5f} at most")
+    print(
+        f"cosines: int8 {int8.min():.5f} at least, int4 {int4.min():.5f} at least, {int4.max():.5f} at most"
+    )
     assert int8.min() >= 0.999
     assert 0.9 <= int4.min() < int8.min()
     assert nearest(got) == nearest(expected)

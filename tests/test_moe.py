@@ -1,4 +1,5 @@
-"""Mixture-of-experts models: their experts are found, quantized, and run by kernels, whatever the implementation."""
+"""Mixture-of-experts models: their experts are found, quantized, and run by kernels, whatever the
+implementation."""
 
 import copy
 import warnings
@@ -12,7 +13,18 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from rtn_tensor import RTNQuantizedTensor, dequantize_, load, ops, quantize_, reference, report, rtn_int4, rtn_int8, save
+from rtn_tensor import (
+    RTNQuantizedTensor,
+    dequantize_,
+    load,
+    ops,
+    quantize_,
+    reference,
+    report,
+    rtn_int4,
+    rtn_int8,
+    save,
+)
 from rtn_tensor.integrations.transformers.experts import activation_of, use_experts
 from rtn_tensor.quantize.experts import transposed_experts, unknown_experts
 from rtn_tensor.quantize.selection import products as chosen
@@ -53,7 +65,7 @@ def close(a, b):
     return (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-# ------------------------------------------------------------------------------------------- found and quantized
+# --------------------------------------------------------------------- found and quantized
 
 
 @each_model
@@ -69,11 +81,14 @@ def test_every_implementation_gives_what_the_dequantized_weights_give(name, conf
     expected = logits(dense(model))
     called = []
     for op in ("grouped", "routed"):
-        monkeypatch.setattr(ops, op, lambda *args, run=getattr(ops, op), op=op: called.append(op) or run(*args))  # noqa: B008
+        run = getattr(ops, op)
+        monkeypatch.setattr(ops, op, lambda *args, run=run, op=op: called.append(op) or run(*args))
     assert close(logits(model), expected)
     layers = len(experts) // 2
     chosen = any(hasattr(module, "is_transposed") for module in model.modules())
-    assert called == (["routed"] if chosen else ["grouped"]) * 2 * layers, "two products a layer, whatever the routing"
+    assert called == (["routed"] if chosen else ["grouped"]) * 2 * layers, (
+        "two products a layer, whatever the routing"
+    )
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         choose(model, implementation)
         assert close(logits(model), expected), implementation
@@ -106,8 +121,17 @@ def test_each_block_within_the_bound():
 
 def test_report():
     model = tiny_moe("Qwen2Moe")
-    text = str(quantize_(model, FqnToConfig({"re:.*experts\\.gate_up_proj": rtn_int4(32), "re:.*experts\\.down_proj": rtn_int8(32)})))
-    rows = [line.rstrip() for line in text.splitlines() if "layers.1.mlp" in line or line.startswith("weight ")]
+    text = str(
+        quantize_(
+            model,
+            FqnToConfig(
+                {"re:.*experts\\.gate_up_proj": rtn_int4(32), "re:.*experts\\.down_proj": rtn_int8(32)}
+            ),
+        )
+    )
+    rows = [
+        line.rstrip() for line in text.splitlines() if "layers.1.mlp" in line or line.startswith("weight ")
+    ]
     assert_expected_inline(
         "\n".join(rows),
         """\
@@ -152,7 +176,9 @@ class PerExpert(nn.Module):
     def __init__(self):
         super().__init__()
         self.gate = nn.Linear(64, 4, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64)) for _ in range(4))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64)) for _ in range(4)
+        )
 
     def forward(self, x):
         weights = self.gate(x).softmax(-1)
@@ -242,11 +268,14 @@ name them in a rule or FqnToConfig, to quantize them along their last dim""",
         quantize_(Stacked((4, 96, 64), (4, 64, 96)), FqnToConfig({"w0": rtn_int4(32), "w1": None}))
 
 
-# ------------------------------------------------------------------------------------------- the function
+# ---------------------------------------------------------------------------- the function
 
 
 def test_activations_are_recognised_by_what_they_compute():
-    found = {name: {activation_of(m) for m in tiny_moe(name).modules() if hasattr(m, "has_gate")} for name in ("Mixtral", "GptOss")}
+    found = {
+        name: {activation_of(m) for m in tiny_moe(name).modules() if hasattr(m, "has_gate")}
+        for name in ("Mixtral", "GptOss")
+    }
     assert found == {"Mixtral": {"silu"}, "GptOss": {"gpt_oss"}}
     block = tiny_moe("Mixtral").model.layers[0].mlp.experts
     block.act_fn = nn.GELU()
@@ -315,10 +344,13 @@ def test_compiles_whole_and_once(name):
 def test_no_tokens():
     block = quantized("Mixtral").model.layers[0].mlp.experts
     with torch.no_grad():
-        assert block(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)).shape == (0, 64)
+        assert block(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)).shape == (
+            0,
+            64,
+        )
 
 
-# ------------------------------------------------------------------------------------------- copies, files
+# --------------------------------------------------------------------------- copies, files
 
 
 def test_fresh_weights_into_parts():
@@ -351,10 +383,15 @@ def same(a, b):
 
 @each_model
 def test_loading_and_saving(name, tmp_path):
-    """On the way from a float folder, as quantize_ afterwards; then by both savers, to both loaders, bit for bit."""
+    """On the way from a float folder, as quantize_ afterwards; then by both savers, to both loaders, bit for
+    bit."""
     tiny_moe(name, torch.bfloat16).save_pretrained(tmp_path / "float")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.bfloat16)
-    quantize_(expected, rtn_int4(32), filter_fn=lambda module, fqn: fqn != "lm_head" and chosen(expected)(module, fqn))
+    quantize_(
+        expected,
+        rtn_int4(32),
+        filter_fn=lambda module, fqn: fqn != "lm_head" and chosen(expected)(module, fqn),
+    )
     model = load(tmp_path / "float", rtn_int4(32))
     same(model, expected)
     assert torch.equal(logits(model), logits(expected))
@@ -366,7 +403,8 @@ def test_loading_and_saving(name, tmp_path):
     same(theirs, model)
     assert (logits(theirs) - logits(model)).abs().max() <= 0.03 * logits(model).abs().max()
     use_experts(theirs)
-    if name != "Jamba":  # which adds a bias and takes it off again, where transformers itself read it quantized
+    # Which adds a bias and takes it off again, where transformers itself read it quantized.
+    if name != "Jamba":
         assert torch.equal(logits(theirs), logits(model))
 
 
@@ -375,7 +413,9 @@ def test_transformers_quantizes_as_it_loads(name, tmp_path):
     """Experts, which it leaves float unless their names are given."""
     tiny_moe(name, torch.bfloat16).save_pretrained(tmp_path / "float")
     by_name = FqnToConfig({"re:.*_proj\\.weight": rtn_int4(32), "re:.*experts\\..*_proj": rtn_int4(32)})
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=TorchAoConfig(by_name))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=TorchAoConfig(by_name)
+    )
     expected = load(tmp_path / "float", by_name)
     same(model, expected)
     assert sum(isinstance(w, RTNQuantizedTensor) for w in stacks(model).values()) == 4
@@ -385,10 +425,18 @@ def test_transformers_quantizes_as_it_loads(name, tmp_path):
 def test_precision_by_part(tmp_path):
     model = tiny_moe("Qwen2Moe", torch.bfloat16)
     parts = FqnToConfig(
-        {"re:.*experts\\.gate_up_proj": rtn_int4(32), "re:.*experts\\.down_proj": rtn_int8(96), "re:.*shared_expert\\..*": rtn_int8(32)}
+        {
+            "re:.*experts\\.gate_up_proj": rtn_int4(32),
+            "re:.*experts\\.down_proj": rtn_int8(96),
+            "re:.*shared_expert\\..*": rtn_int8(32),
+        }
     )
     quantize_(model, parts)
-    bits = {row.name.split("mlp.")[-1]: (row.bits, row.group_size) for row in report(model).rows if "layers.1.mlp" in row.name}
+    bits = {
+        row.name.split("mlp.")[-1]: (row.bits, row.group_size)
+        for row in report(model).rows
+        if "layers.1.mlp" in row.name
+    }
     assert bits["experts.gate_up_proj"] == (4, 32)
     assert bits["experts.down_proj"] == (8, 96)
     assert bits["shared_expert.up_proj.weight"] == (8, 32)

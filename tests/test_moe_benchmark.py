@@ -1,4 +1,5 @@
-"""benchmarks/moe.py runs, checks its peers, and says what it measured; how fast anything is, no test asserts."""
+"""benchmarks/moe.py runs, checks its peers, and says what it measured; how fast anything is, no test
+asserts."""
 
 import json
 import warnings
@@ -24,7 +25,9 @@ def test_layers_are_those_of_the_models():
 @pytest.mark.parametrize("layer", [TINY, TINY_QWEN], ids=["mixtral", "qwen3"])
 def test_every_peer_is_measured_at_every_size(layer):
     rows = moe.measure(layer, [1, 3], 2, EAGER)
-    assert sorted((r["peer"], r["tokens"]) for r in rows) == sorted((name, t) for name in EAGER for t in (1, 3))
+    assert sorted((r["peer"], r["tokens"]) for r in rows) == sorted(
+        (name, t) for name in EAGER for t in (1, 3)
+    )
     for row in rows:
         assert row["layer"] == layer.model
         assert row["seconds"] > 0
@@ -37,7 +40,8 @@ def test_every_peer_is_measured_at_every_size(layer):
     count = layer.experts * 3 * 64 * 96
     sizes = {r["peer"]: r["weights_bytes"] for r in rows}
     assert sizes["bf16 eager"] == 2 * count
-    assert sizes["rtn int4 g128"] == count // 2 + 2 * layer.experts * (2 * 96 + 64)  # rows of less than 128: one scale each
+    # Rows of less than 128: one scale each.
+    assert sizes["rtn int4 g128"] == count // 2 + 2 * layer.experts * (2 * 96 + 64)
     assert sizes["rtn int8 g128"] == count + 2 * layer.experts * (2 * 96 + 64)
 
 
@@ -59,8 +63,12 @@ def test_extra_memory_is_what_a_call_takes():
 
 
 def test_a_wrong_peer_is_found(monkeypatch):
-    monkeypatch.setitem(moe.PEERS, "rtn int8 g128", lambda layer, weights: moe.bf16("eager", layer, moe.random_weights(layer)))
-    with pytest.raises(RuntimeError, match="rtn int8 g128 is wrong: its output is off by .* of bf16's, and 0.03 is what"):
+    monkeypatch.setitem(
+        moe.PEERS, "rtn int8 g128", lambda layer, weights: moe.bf16("eager", layer, moe.random_weights(layer))
+    )
+    with pytest.raises(
+        RuntimeError, match="rtn int8 g128 is wrong: its output is off by .* of bf16's, and 0.03 is what"
+    ):
         moe.measure(TINY, [2], 1, EAGER)
 
 
@@ -97,8 +105,17 @@ def test_report():
                 "best_bf16": "bf16 grouped_mm",
             }
             rows.append(row | {"error": error, "weights_bytes": int(size), "extra_bytes": int(extra * t)})
-        rows.append({"layer": "Tiny", "tokens": t, "peer": "bf16 batched_mm", "skipped": f"would copy {t}.0 GB of weights"})
-        rows.append({"layer": "Tiny", "tokens": t, "peer": "torchao int8", "failed": "NotImplementedError: no bmm"})
+        rows.append(
+            {
+                "layer": "Tiny",
+                "tokens": t,
+                "peer": "bf16 batched_mm",
+                "skipped": f"would copy {t}.0 GB of weights",
+            }
+        )
+        rows.append(
+            {"layer": "Tiny", "tokens": t, "peer": "torchao int8", "failed": "NotImplementedError: no bmm"}
+        )
     assert_expected_inline(
         moe.show(rows),
         """\
@@ -143,7 +160,20 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     """With the compiled peer."""
     monkeypatch.setitem(moe.LAYERS, "tiny", TINY)
     with warnings.catch_warnings():  # `main` filters them
-        moe.main(["--shapes", "tiny", "--tokens", "1,3", "--turns", "1", "--threads", "1", "--json", str(tmp_path / "moe.json")])
+        moe.main(
+            [
+                "--shapes",
+                "tiny",
+                "--tokens",
+                "1,3",
+                "--turns",
+                "1",
+                "--threads",
+                "1",
+                "--json",
+                str(tmp_path / "moe.json"),
+            ]
+        )
     printed = capsys.readouterr().out
     assert "Tiny: 4 experts, 64 -> 96 -> 64, 2 a token" in printed
     assert all(f"\n{name} " in printed for name in [*moe.PEERS, "target of int4"])

@@ -1,4 +1,5 @@
-"""Every experts module of the installed transformers, quantized, against its dequantized copy: with inputs far past any clamp."""
+"""Every experts module of the installed transformers, quantized, against its dequantized copy: with inputs
+far past any clamp."""
 
 import copy
 import importlib
@@ -36,19 +37,31 @@ def experts_classes():
         if "\n@use_experts_implementation" in path.read_text():
             module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
             for kind in vars(module).values():
-                if inspect.isclass(kind) and hasattr(kind, "_apply_gate") and kind.__module__ == module.__name__:
+                if (
+                    inspect.isclass(kind)
+                    and hasattr(kind, "_apply_gate")
+                    and kind.__module__ == module.__name__
+                ):
                     yield module, kind
 
 
 def configs(module):
     for kind in vars(module).values():
-        if inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedConfig) and kind is not transformers.PreTrainedConfig:
+        if (
+            inspect.isclass(kind)
+            and issubclass(kind, transformers.PreTrainedConfig)
+            and kind is not transformers.PreTrainedConfig
+        ):
             config = kind()
-            yield from (config, *(part for part in vars(config).values() if isinstance(part, transformers.PreTrainedConfig)))
+            yield from (
+                config,
+                *(part for part in vars(config).values() if isinstance(part, transformers.PreTrainedConfig)),
+            )
 
 
 def experts(kind, config, **settings):
-    """A module of `kind` with random weights, large enough that a few inputs reach what a gate does at its ends."""
+    """A module of `kind` with random weights, large enough that a few inputs reach what a gate does at its
+    ends."""
     for name, value in (SIZES | settings).items():
         setattr(config, name, value)
     torch.manual_seed(0)
@@ -70,7 +83,8 @@ def built(module, kind):
 
 
 def worst(block, scales=(0.1, 1, 10, 100, 1000), dtype=torch.float32):
-    """The largest relative error of `block` against a dequantized copy, run as transformers runs float experts one by one."""
+    """The largest relative error of `block` against a dequantized copy, run as transformers runs float
+    experts one by one."""
     reference = copy.deepcopy(block)
     dequantize_(reference)
     reference.config = copy.copy(block.config)
@@ -97,7 +111,11 @@ def test_every_experts_module():
 @pytest.mark.parametrize("limit", [0.5, 7.0, 10.0, 100.0, 1000.0])
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [(DeepseekV4Experts, DeepseekV4Config), (Glm5NextTextExperts, Glm5NextTextConfig), (HYV4Experts, HYV4Config)],
+    [
+        (DeepseekV4Experts, DeepseekV4Config),
+        (Glm5NextTextExperts, Glm5NextTextConfig),
+        (HYV4Experts, HYV4Config),
+    ],
     ids=lambda value: value.__name__,
 )
 def test_a_clamp_is_applied_however_wide(kind, config, limit):
@@ -107,7 +125,9 @@ def test_a_clamp_is_applied_however_wide(kind, config, limit):
     assert worst(block.bfloat16(), (0.1, 1), torch.bfloat16) < 0.03
 
 
-@pytest.mark.parametrize(("limit", "alpha", "known"), [(7.0, 1.702, "gpt_oss"), (70.0, 1.702, None), (7.0, 1.0, None)])
+@pytest.mark.parametrize(
+    ("limit", "alpha", "known"), [(7.0, 1.702, "gpt_oss"), (70.0, 1.702, None), (7.0, 1.0, None)]
+)
 def test_gpt_oss_with_other_settings(limit, alpha, known):
     block = experts(GptOssExperts, GptOssConfig(), swiglu_limit=limit, swiglu_alpha=alpha)
     assert activation_of(block) == known
@@ -117,7 +137,12 @@ def test_gpt_oss_with_other_settings(limit, alpha, known):
 def test_what_changes_after_the_first_call_counts():
     block = experts(MixtralExperts, MixtralConfig())
     assert (activation_of(block), worst(block) < 1e-4) == ("silu", True)
-    for act_fn, known in ((nn.GELU(), None), (nn.SiLU(), "silu"), (nn.ReLU(), None), (nn.functional.silu, "silu")):
+    for act_fn, known in (
+        (nn.GELU(), None),
+        (nn.SiLU(), "silu"),
+        (nn.ReLU(), None),
+        (nn.functional.silu, "silu"),
+    ):
         del block.act_fn
         block.act_fn = act_fn
         assert (activation_of(block), worst(block) < 1e-4) == (known, True), act_fn

@@ -1,4 +1,5 @@
-"""What is at the destination of `save` and `rtn-tensor quantize`: nothing of another's is deleted, and nothing half-made stays."""
+"""What is at the destination of `save` and `rtn-tensor quantize`: nothing of another's is deleted, and
+nothing half-made stays."""
 
 import os
 import signal
@@ -17,7 +18,11 @@ from rtn_tensor.checkpoint.folders import new_folder
 def tree(folder):
     """Every path below, with a file's content and a link's target."""
     return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
         for path in sorted(folder.rglob("*"))
     }
 
@@ -84,17 +89,27 @@ OTHERS = [
 def test_what_is_no_model_is_never_replaced(tmp_path, make, force):
     make(tmp_path / "out")
     before = tree(tmp_path)
-    with pytest.raises(FileExistsError, match="only a model's folder is replaced" if force else "pass force=True"):
+    with pytest.raises(
+        FileExistsError, match="only a model's folder is replaced" if force else "pass force=True"
+    ):
         save(nn.Linear(2, 2), tmp_path / "out", force=force)
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("force", [False, True])
 def test_what_appears_meanwhile_stays(tmp_path, force):
-    for make in (a_file, a_link_to_nothing, a_folder_of_texts, Path.mkdir if not force else a_folder_of_models):
+    for make in (
+        a_file,
+        a_link_to_nothing,
+        a_folder_of_texts,
+        Path.mkdir if not force else a_folder_of_models,
+    ):
         folder = tmp_path / make.__name__
         folder.mkdir()
-        with pytest.raises(FileExistsError, match="choose another name"), new_folder(folder / "out", force) as partial:  # noqa: PT012
+        with (  # noqa: PT012
+            pytest.raises(FileExistsError, match="choose another name"),
+            new_folder(folder / "out", force) as partial,
+        ):
             (partial / "new").write_text("new")
             make(folder / "out")
             before = tree(folder / "out")
@@ -128,7 +143,9 @@ def one_of_sentence_transformers(at):
 
 
 @pytest.mark.parametrize(
-    "make", [an_empty_folder, a_module, a_module_in_shards, a_quantized_model, one_of_sentence_transformers], ids=lambda make: make.__name__
+    "make",
+    [an_empty_folder, a_module, a_module_in_shards, a_quantized_model, one_of_sentence_transformers],
+    ids=lambda make: make.__name__,
 )
 def test_a_model_is_replaced_by_force(tmp_path, make):
     make(tmp_path / "out")

@@ -16,7 +16,10 @@ def results(name: str):
 def tables(page: str) -> list[list[list[str]]]:
     """Each table's rows of cells, its header first."""
     found = re.findall(r"(?:^\|.*\n)+", (ROOT / page).read_text(encoding="utf-8"), re.M)
-    split = [[[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()] for table in found]
+    split = [
+        [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+        for table in found
+    ]
     return [[rows[0], *rows[2:]] for rows in split]
 
 
@@ -35,7 +38,11 @@ def is_rounded(cell: str, value: float) -> bool:
 ACCURACY = {row["weights"]: row for row in results("accuracy.json")["rows"]}
 ALIASES = {  # what a row is called elsewhere
     "int8, group_size 128": "int8 g128",
-    **{f"int4, group_size {size}, {method}": f"int4 g{size} {method}" for size in (32, 64) for method in ("absmax", "signed", "search")},
+    **{
+        f"int4, group_size {size}, {method}": f"int4 g{size} {method}"
+        for size in (32, 64)
+        for method in ("absmax", "signed", "search")
+    },
     "int4, group_size 64, the paper's formula": "int4 g64 absmax",
     "GPTQ, group_size 64, calibrated": "GPTQ g64",
     "GPTQ g64, calibrated": "GPTQ g64",
@@ -57,7 +64,12 @@ def score(row: dict, task: str) -> float | None:
 @pytest.mark.parametrize("page", ["README.md", "docs/choose-a-format.md", "docs/accuracy.md"])
 def test_accuracy(page):
     columns = {"perplexity": "wikipedia", "Wikipedia": "wikipedia", "State of the Union": "sotu"}
-    columns |= {"LAMBADA": "lambada", "HellaSwag": "hellaswag", "ARC-Easy": "arc_easy", "ARC-Ch.": "arc_challenge"}
+    columns |= {
+        "LAMBADA": "lambada",
+        "HellaSwag": "hellaswag",
+        "ARC-Easy": "arc_easy",
+        "ARC-Ch.": "arc_challenge",
+    }
     columns |= {"PIQA": "piqa", "WinoG.": "winogrande"}
     found = table(page, "bits per weight", "kept, %")
     assert len(found) >= 7
@@ -91,15 +103,26 @@ def test_a_layer_on_a_cpu():
     for name, *cells in found[1:]:
         kernel = "rtn int4 g128" if name.startswith("[") else "aten int4 g128"
         shape = name if name.startswith("[") else shape
-        over = {str(r["M"]): r["over_dense"] for r in rows if r["kernel"] == kernel and f"[{r['N']}, {r['K']}]" == shape}
+        over = {
+            str(r["M"]): r["over_dense"]
+            for r in rows
+            if r["kernel"] == kernel and f"[{r['N']}, {r['K']}]" == shape
+        }
         assert all(is_rounded(cell, over[m]) for m, cell in zip(names, cells, strict=True)), (shape, kernel)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choose-a-format.md", "docs/speed.md"])
 def test_a_model_on_a_cpu(page):
     rows = {(row["weights"], row["what"]): row for row in results("cpu_model.json")["rows"]}
-    columns = {"prefill of 512, eager": "prefill eager", "decode, eager": "decode eager", "tokens per second": "decode compiled"}
-    columns |= {"decoding, tokens per second": "decode compiled", "prefill of 512, tokens per second": "prefill compiled"}
+    columns = {
+        "prefill of 512, eager": "prefill eager",
+        "decode, eager": "decode eager",
+        "tokens per second": "decode compiled",
+    }
+    columns |= {
+        "decoding, tokens per second": "decode compiled",
+        "prefill of 512, tokens per second": "prefill compiled",
+    }
     checked = 0
     for rows_of_page in tables(page):
         for name, *cells in rows_of_page[1:]:
@@ -110,7 +133,10 @@ def test_a_model_on_a_cpu(page):
                     row = rows[weights, columns[column]]
                     ours, _, over = cell.partition(" (")
                     assert is_rounded(ours, row["ours"]), (name, column)
-                    assert not over or is_rounded(over.strip(")"), row["ours"] / row["llama.cpp"]), (name, column)
+                    assert not over or is_rounded(over.strip(")"), row["ours"] / row["llama.cpp"]), (
+                        name,
+                        column,
+                    )
                     checked += 1
     assert checked >= 3
 
@@ -139,14 +165,20 @@ def test_serving():
 
 def test_experts():
     rows = results("moe.json")["rows"]
-    peers = {"int4, group_size 128": "rtn int4 g128", "int8, group_size 128": "rtn int8 g128", "torchao's int8": "torchao int8"}
+    peers = {
+        "int4, group_size 128": "rtn int4 g128",
+        "int8, group_size 128": "rtn int8 g128",
+        "torchao's int8": "torchao int8",
+    }
     found = table("docs/mixture-of-experts.md", "16", "MB of weights")
     for name, cells in found.items():
         layer = "Mixtral-8x7B" if name.startswith("Mixtral") else "Qwen3-30B-A3B"
         short = name.removeprefix("Mixtral: ")
         peer = peers.get(short, short.replace(", `", " ").replace("`", ""))
         over = {
-            str(row["tokens"]): row["over_bf16"] for row in rows if row["layer"] == layer and row["peer"] == peer and "over_bf16" in row
+            str(row["tokens"]): row["over_bf16"]
+            for row in rows
+            if row["layer"] == layer and row["peer"] == peer and "over_bf16" in row
         }
         assert over, (layer, peer)
         assert all(is_rounded(cell, over[m]) for m, cell in cells.items() if m in over and cell), name

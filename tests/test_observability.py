@@ -1,4 +1,5 @@
-"""What torch's and others' tools see of a quantized model: bytes, floating-point operations, profiles, a printed model, raw memory."""
+"""What torch's and others' tools see of a quantized model: bytes, floating-point operations, profiles, a
+printed model, raw memory."""
 
 import copy
 import ctypes
@@ -24,7 +25,7 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(10, 64), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32, bias=False))
 
 
-# ------------------------------------------------------------------------------------------- bytes
+# ----------------------------------------------------------------------------------- bytes
 
 
 @pytest.mark.parametrize("config", [rtn_int4(32), rtn_int8(64)])
@@ -48,7 +49,7 @@ def test_memory_footprint_of_transformers():
     assert m.get_memory_footprint() == pytest.approx(expected, abs=1)
 
 
-# ------------------------------------------------------------------------------------------- floating-point operations
+# --------------------------------------------------------------- floating-point operations
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -87,7 +88,7 @@ def test_flops_of_experts_and_of_a_compiled_model():
     assert counter.get_total_flops() == 2 * 7 * 96 * (64 + 32)
 
 
-# ------------------------------------------------------------------------------------------- profiles
+# -------------------------------------------------------------------------------- profiles
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -101,18 +102,23 @@ def test_a_profile_shows_every_product(mode):
         w.dequantize()
         RTNQuantizedTensor.from_float(numbers(64, 96), 4, 32)
     shapes = {event.name: event.input_shapes for event in profile.events() if event.name.startswith("rtn::")}
-    assert set(shapes) == {f"rtn::{op}" for op in ("linear", "embedding", "grouped", "linear_dx", "dequantize", "quantize")}
+    assert set(shapes) == {
+        f"rtn::{op}" for op in ("linear", "embedding", "grouped", "linear_dx", "dequantize", "quantize")
+    }
     assert shapes["rtn::linear"][:2] == [[5, 96], [64, 48]]
 
 
-# ------------------------------------------------------------------------------------------- printing
+# -------------------------------------------------------------------------------- printing
 
 
 def test_a_printed_model_names_what_is_quantized():
     m = model()
     before = repr(m)
     quantize_(m, rtn_int4(32), lambda module, name: name != "1")
-    assert repr(m[3]) == "Linear(in_features=96, out_features=32, bias=False, weight=RTNQuantizedTensor(bits=4, group_size=32))"
+    assert (
+        repr(m[3]) == "Linear(in_features=96, out_features=32, bias=False, weight=RTNQuantizedTensor(bits=4, "
+        "group_size=32))"
+    )
     assert "Embedding(10, 64, weight=RTNQuantizedTensor(bits=4, group_size=32))" in repr(m)
     assert repr(m[1]) == "Linear(in_features=64, out_features=96, bias=True)"
     shown = repr(m)
@@ -124,7 +130,11 @@ def test_a_printed_model_names_what_is_quantized():
     dequantize_(m)
     assert repr(m) == before
     m.load_state_dict(
-        {k: RTNQuantizedTensor.from_float(v, 8, 32, "signed") if v.dim() == 2 else v for k, v in m.state_dict().items()}, assign=True
+        {
+            k: RTNQuantizedTensor.from_float(v, 8, 32, "signed") if v.dim() == 2 else v
+            for k, v in m.state_dict().items()
+        },
+        assign=True,
     )
     assert "weight=RTNQuantizedTensor(bits=8, group_size=32, scale_method='signed')" in repr(m[1])
 
@@ -138,7 +148,7 @@ def test_a_printed_model_after_torchaos_quantize_():
     assert repr(experts) == "Module(gate_up_proj=RTNQuantizedTensor(bits=4, group_size=32))"
 
 
-# ------------------------------------------------------------------------------------------- raw memory
+# ------------------------------------------------------------------------------ raw memory
 
 MEMORY = {
     "numpy.from_dlpack": np.from_dlpack,
@@ -192,7 +202,10 @@ def test_safetensors_of_a_quantized_weight(tmp_path):
         lambda: save_model(m, str(tmp_path / "x.safetensors")),
         lambda: save(m.state_dict()),
     ):
-        with pytest.raises(TypeError, match=r"1\.weight: a quantized weight lies in two planes.*to save it, use rtn_tensor\.save"):
+        with pytest.raises(
+            TypeError,
+            match=r"1\.weight: a quantized weight lies in two planes.*to save it, " r"use rtn_tensor\.save",
+        ):
             call()
     assert not list(tmp_path.iterdir())
     rtn_save(m, tmp_path / "folder")

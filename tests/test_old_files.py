@@ -67,4 +67,6 @@ def test_transformers_folder(folder, reader):
     from transformers import AutoModelForCausalLM
 
     model = load(OLD / folder) if reader == "ours" else AutoModelForCausalLM.from_pretrained(OLD / folder)
-    assert_close(model(torch.arange(8)[None]).logits, torch.load(OLD / "llama_logits.pt"), rtol=2**-7, atol=2**-7)
+    assert_close(
+        model(torch.arange(8)[None]).logits, torch.load(OLD / "llama_logits.pt"), rtol=2**-7, atol=2**-7
+    )

@@ -13,7 +13,9 @@ from rtn_tensor import RTNQuantizedTensor, _torch, ops
 from rtn_tensor.formats import FORMATS
 
 rtn = torch.ops.rtn
-OPS = sorted(name.removeprefix("rtn::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("rtn::"))
+OPS = sorted(
+    name.removeprefix("rtn::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("rtn::")
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -34,18 +36,42 @@ def samples(op, dtype=torch.float32, requires_grad=False):
                 for rows in [(), (3,), (1,), (0,), (2, 3), (2, 0), (2, 1, 3)]
                 for bias in (True, False)
             ],
-            "linear_dx": [(grad(*rows, n), w.qdata, w.scale, *tail, k) for rows in [(), (3,), (1,), (0,), (2, 3)]],
-            "grouped": [(grad(m, k), experts.qdata, experts.scale, offs.clamp(max=m), *tail) for m in (5, 4, 0)],
-            "grouped_dx": [(grad(m, n), experts.qdata, experts.scale, offs.clamp(max=m), *tail, k) for m in (5, 4, 0)],
+            "linear_dx": [
+                (grad(*rows, n), w.qdata, w.scale, *tail, k) for rows in [(), (3,), (1,), (0,), (2, 3)]
+            ],
+            "grouped": [
+                (grad(m, k), experts.qdata, experts.scale, offs.clamp(max=m), *tail) for m in (5, 4, 0)
+            ],
+            "grouped_dx": [
+                (grad(m, n), experts.qdata, experts.scale, offs.clamp(max=m), *tail, k) for m in (5, 4, 0)
+            ],
             "routed": [
-                (torch.randn(m, k).to(dtype), *experts[:2], bias, torch.randint(3, (2 * m,)), *by_expert, torch.rand(2 * m), 2, "", *tail)
+                (
+                    torch.randn(m, k).to(dtype),
+                    *experts[:2],
+                    bias,
+                    torch.randint(3, (2 * m,)),
+                    *by_expert,
+                    torch.rand(2 * m),
+                    2,
+                    "",
+                    *tail,
+                )
                 for m in (3, 1, 0)
                 for bias in (None, torch.randn(3, n).to(dtype))
-                for by_expert in ((None, None), (torch.arange(2 * m, dtype=torch.int32), offs.clamp(max=2 * m)))
+                for by_expert in (
+                    (None, None),
+                    (torch.arange(2 * m, dtype=torch.int32), offs.clamp(max=2 * m)),
+                )
             ],
             "embedding": [
                 (torch.zeros(shape, dtype=index), w.qdata, w.scale, *tail, k)
-                for shape, index in [((3,), torch.int64), ((2, 3), torch.int32), ((), torch.int64), ((0,), torch.int32)]
+                for shape, index in [
+                    ((3,), torch.int64),
+                    ((2, 3), torch.int32),
+                    ((), torch.int64),
+                    ((0,), torch.int32),
+                ]
             ],
             "quantize": [
                 (torch.randn(*rows, k).to(dtype), *tail, method, torch.bfloat16)
@@ -66,7 +92,16 @@ differentiable = pytest.mark.parametrize("op", ["linear", "linear_dx", "grouped"
 
 
 def test_ops_are_all_here():
-    assert OPS == ["dequantize", "embedding", "grouped", "grouped_dx", "linear", "linear_dx", "quantize", "routed"]
+    assert OPS == [
+        "dequantize",
+        "embedding",
+        "grouped",
+        "grouped_dx",
+        "linear",
+        "linear_dx",
+        "quantize",
+        "routed",
+    ]
 
 
 # Tracing is most of opcheck's time.
@@ -85,7 +120,8 @@ def test_opcheck(op):
     opcheck(op, requires_grad=False)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch 2.14's opcheck asks for it
+# torch 2.14's opcheck asks for it.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @differentiable
 def test_opcheck_with_gradients(op):
     opcheck(op, requires_grad=True)
@@ -177,7 +213,8 @@ def test_tracing():
 
 
 def test_fast_path_leaves_the_dispatcher_out(monkeypatch):
-    """It is only faster if it is taken: for plain tensors, also under no_grad with an x that requires a gradient."""
+    """It is only faster if it is taken: for plain tensors, also under no_grad with an x that requires a
+    gradient."""
     w = random_planes(5, 100)
     monkeypatch.setattr(ops, "rtn_ops", None)
     for op in OPS:
@@ -191,7 +228,7 @@ def test_fast_path_leaves_the_dispatcher_out(monkeypatch):
         ops.linear(x, w.qdata, w.scale, None, 4, 32)
 
 
-# ------------------------------------------------------------------------------------------- autocast
+# -------------------------------------------------------------------------------- autocast
 
 
 @each_op
@@ -208,7 +245,7 @@ def test_autocast_does_not_reach_into_a_kernel(op, door, monkeypatch):
             assert torch.equal(a, b)
 
 
-# ------------------------------------------------------------------------------------------- gradients
+# ------------------------------------------------------------------------------- gradients
 
 
 def dense(op, x, w, bias, offs):
@@ -233,7 +270,12 @@ def test_gradients_are_those_of_the_dense_weight(op, bits, rows):
     offs = torch.tensor([2, 2, 4], dtype=torch.int32).clamp(max=rows[0] if rows else 1)
     x = torch.randn(*rows, 6 if op.endswith("dx") else 100, requires_grad=True)
     bias = torch.randn(6, requires_grad=True) if op == "linear" else None
-    args = {"linear": (bias, bits, 32), "linear_dx": (bits, 32, 100), "grouped": (offs, bits, 32), "grouped_dx": (offs, bits, 32, 100)}[op]
+    args = {
+        "linear": (bias, bits, 32),
+        "linear_dx": (bits, 32, 100),
+        "grouped": (offs, bits, 32),
+        "grouped_dx": (offs, bits, 32, 100),
+    }[op]
     inputs = [x] if bias is None else [x, bias]
     y = getattr(ops, op)(x, w.qdata, w.scale, *args)
     expected = dense(op, x, w.exact().float(), bias, offs)

@@ -43,7 +43,9 @@ DOORS = pytest.mark.parametrize("door", [by_transformers, by_load, by_quantize_]
 
 
 def lora(**kwargs):
-    return peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **kwargs)
+    return peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **kwargs
+    )
 
 
 def adapted(model, config=None):
@@ -85,7 +87,7 @@ def logits(model):
         return model.eval()(IDS).logits
 
 
-# ------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------- training
 
 
 @BITS
@@ -102,7 +104,8 @@ def test_lora_trains_over_frozen_weights(folder, door, bits):
 def test_lora_over_half_precision(folder, dtype):
     config = TorchAoConfig(rtn_int4(64))
     model = adapted(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype))
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}  # PEFT keeps adapters exact
+    # PEFT keeps adapters exact.
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     before = planes(model)
     first, last = train(model)
     assert last < 0.9 * first
@@ -131,16 +134,25 @@ def test_gradients_are_those_of_the_dequantized_model(folder):
 def test_initializations_from_the_weight_name_it(folder, init):
     """They fail as they are attached, before anything is trained."""
     model = by_quantize_(folder, rtn_int4(64))
-    with pytest.raises(NotImplementedError, match=r"q_proj.weight: .* call it on .dequantize\(\).* stays float by the rule"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"q_proj.weight: .* call it on .dequantize\(\).* stays " r"float by the rule",
+    ):
         peft.get_peft_model(model, lora(init_lora_weights=init))
 
 
-# ------------------------------------------------------------------------------------------- transformers' Trainer
+# ------------------------------------------------------------------- transformers' Trainer
 
 
 def trainer(model, folder, **kwargs):
     data = [{"input_ids": ids, "labels": ids} for ids in IDS]
-    options = {"max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no"}
+    options = {
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
     options |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True} | kwargs
     return Trainer(model, TrainingArguments(str(folder / "trainer"), **options), train_dataset=data)
 
@@ -153,7 +165,8 @@ def losses(trained):
 @BITS
 @DOORS
 def test_trainer(folder, door, bits):
-    """transformers goes by the name of the config: of its own door's models it trains adapters that PEFT put there over int8 alone."""
+    """transformers goes by the name of the config: of its own door's models it trains adapters that PEFT put
+    there over int8 alone."""
     model = adapted(door(folder, rtn(bits, 64)))
     if door is by_transformers and bits == 4:
         with pytest.raises(ValueError, match="that quantization method do not support training"):
@@ -199,7 +212,7 @@ def test_trainer_goes_on_from_its_checkpoint(folder):
     assert torch.equal(logits(rest.model), logits(whole.model))
 
 
-# ------------------------------------------------------------------------------------------- merging, saving
+# ------------------------------------------------------------------------- merging, saving
 
 
 @BITS
@@ -283,7 +296,8 @@ def trained_adapter(model, config):
     return model
 
 
-# BOFT builds an extension for CUDA, SHiRA and FRoD a sparse tensor, and what IA3 has multiplied by may be near 0.
+# BOFT builds an extension for CUDA, SHiRA and FRoD a sparse tensor, and what IA3 has multiplied by may be
+# near 0.
 noisy = pytest.mark.filterwarnings(
     "ignore:Failed to load the CUDA extension",
     "ignore:Setting boft_n",
@@ -296,7 +310,8 @@ noisy = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_adapters_that_merge_in_place(folder, name, safe):
-    """They compute with `weight.data`: a merged weight is what the same adapter makes of the dequantized one, quantized anew."""
+    """They compute with `weight.data`: a merged weight is what the same adapter makes of the dequantized one,
+    quantized anew."""
     model = trained_adapter(by_quantize_(folder, rtn_int8(32)), other(name))
     expected = logits(model)
     with model.disable_adapter():
@@ -349,7 +364,8 @@ def test_adapters_merge_into_half_precision(folder, name, dtype):
     assert (logits(merged) - expected).norm() < 0.1 * expected.norm()
 
 
-# Those that begin from the weight, or compute with it in each forward: (config, options, whether attaching it is already an error).
+# Those that begin from the weight, or compute with it in each forward: (config, options, whether attaching it
+# is already an error).
 REFUSED = {
     "DeLoRA": ("DeloraConfig", {"r": 4}, True),
     "PSOFT": ("PsoftConfig", {"r": 4}, True),
@@ -380,33 +396,49 @@ def test_adapters_that_are_refused_before_training(folder, name):
         with refuses:
             model(input_ids=IDS, labels=IDS)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    quantize_(model, [*((f"re:.*{target}.weight", None) for target in targets), ("model.layers.*", rtn_int8(32))])
+    quantize_(
+        model, [*((f"re:.*{target}.weight", None) for target in targets), ("model.layers.*", rtn_int8(32))]
+    )
     torch.manual_seed(0)
     model = peft.get_peft_model(model, config)
     assert sum(isinstance(p, RTNQuantizedTensor) for p in model.parameters()) == 10
     model(input_ids=IDS, labels=IDS).loss.backward()
     expected = logits(model)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=2e-3 * expected.abs().max().item())
+    torch.testing.assert_close(
+        logits(model.merge_and_unload()), expected, rtol=0, atol=2e-3 * expected.abs().max().item()
+    )
 
 
 def test_modules_to_save_of_a_quantized_layer_warns(folder):
     """PEFT would train a copy of it, and a quantized weight is not trained."""
     config = lora(modules_to_save=["up_proj"])
-    with pytest.warns(UserWarning, match=r"up_proj.weight is quantized and will not be trained .* stays float by the rule"):
+    with pytest.warns(
+        UserWarning,
+        match=r"up_proj.weight is quantized and will not be trained .* stays " r"float by the rule",
+    ):
         adapted(by_quantize_(folder, rtn_int4(64)), config)
     model = AutoModelForCausalLM.from_pretrained(folder)
     quantize_(model, [("*.up_proj", None), ("model.layers.*", rtn_int4(64))])
     model = adapted(model, config)
     model(IDS, labels=IDS).loss.backward()
-    assert model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.modules_to_save.default.weight").grad.abs().max() > 0
+    assert (
+        model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.modules_to_save.default.weight")
+        .grad.abs()
+        .max()
+        > 0
+    )
 
 
 def test_xlora(folder, tmp_path):
     for name in "01":
-        adapted(AutoModelForCausalLM.from_pretrained(folder), lora(init_lora_weights=False)).save_pretrained(tmp_path / name)
+        adapted(AutoModelForCausalLM.from_pretrained(folder), lora(init_lora_weights=False)).save_pretrained(
+            tmp_path / name
+        )
     model = by_quantize_(folder, rtn_int4(64))
     model.config.use_cache = False
-    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=96, xlora_depth=2, adapters={n: str(tmp_path / n) for n in "01"})
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=96, xlora_depth=2, adapters={n: str(tmp_path / n) for n in "01"}
+    )
     model = peft.get_peft_model(model, config)
     before = planes(model)
     model(input_ids=IDS, labels=IDS).loss.backward()
@@ -421,14 +453,19 @@ def test_corda_is_refused_by_name(folder):
     from peft.tuners.lora.corda import preprocess_corda
 
     model = by_quantize_(folder, rtn_int4(64))
-    config = lora(init_lora_weights="corda", corda_config=peft.tuners.lora.config.CordaConfig(corda_method="kpm"))
+    config = lora(
+        init_lora_weights="corda", corda_config=peft.tuners.lora.config.CordaConfig(corda_method="kpm")
+    )
     preprocess_corda(model, config, run_model=lambda: [model(IDS[:1]) for _ in range(2)])
-    with pytest.raises(NotImplementedError, match=r"q_proj.weight: .*\.dequantize\(\).* stays float by the rule"):
+    with pytest.raises(
+        NotImplementedError, match=r"q_proj.weight: .*\.dequantize\(\).* stays float by the " r"rule"
+    ):
         peft.get_peft_model(model, config)
 
 
 def test_two_adapters_merge_as_one(folder):
-    """PEFT merges one adapter into a tensor of torchao's kind, and fails over the second (UnboundLocalError); joined first, they merge."""
+    """PEFT merges one adapter into a tensor of torchao's kind, and fails over the second (UnboundLocalError);
+    joined first, they merge."""
     model = adapted(by_transformers(folder, rtn_int8(32)), lora(init_lora_weights=False))
     model.add_adapter("other", lora(init_lora_weights=False))
     model.base_model.set_adapter(["default", "other"])
@@ -446,8 +483,16 @@ def test_prepare_for_kbit_training(dtype, tied, everything):
     """It sets each parameter's `.data` to a float32 copy: the integers stay, and products are of float32."""
     model = tiny_llama(tied=tied, dtype=dtype)
     kinds = (nn.Linear, nn.Embedding) if everything else nn.Linear
-    quantize_(model, rtn_int4(64), lambda module, fqn: isinstance(module, kinds) and (everything or fqn != "lm_head"))
-    old = {name: (p.qdata.clone(), p.scale.float()) for name, p in model.named_parameters() if isinstance(p, RTNQuantizedTensor)}
+    quantize_(
+        model,
+        rtn_int4(64),
+        lambda module, fqn: isinstance(module, kinds) and (everything or fqn != "lm_head"),
+    )
+    old = {
+        name: (p.qdata.clone(), p.scale.float())
+        for name, p in model.named_parameters()
+        if isinstance(p, RTNQuantizedTensor)
+    }
     assert len(old) == 14 + everything * (1 if tied else 2)
     before = logits(model).float()
     model = peft.prepare_model_for_kbit_training(model)
@@ -487,7 +532,9 @@ def test_adapter_of_transformers_there_and_back(folder, tmp_path):
     skip_if_transformers_refuses_it()
     model.add_adapter(lora(init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
-    assert sorted(file.name for file in (tmp_path / "adapter").glob("*.safetensors")) == ["adapter_model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "adapter").glob("*.safetensors")) == [
+        "adapter_model.safetensors"
+    ]
     again = by_transformers(folder, rtn_int4(64))
     again.load_adapter(tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))

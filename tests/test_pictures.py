@@ -9,7 +9,9 @@ import torch
 
 from rtn_tensor.formats import FORMATS, pack
 
-pictures = pytest.importorskip("benchmarks.pictures", reason="matplotlib is not installed", exc_type=ImportError)
+pictures = pytest.importorskip(
+    "benchmarks.pictures", reason="matplotlib is not installed", exc_type=ImportError
+)
 
 DRAWN = pictures.ROOT / "docs/pictures"
 PINNED = re.search(r"^matplotlib==(\S+)", (pictures.ROOT / "requirements.txt").read_text(), re.M)[1]
@@ -27,22 +29,40 @@ def test_a_picture_is_600_pixels_wide_and_current(name, tmp_path):
     assert re.search(rb'width="450pt"', found)  # of 96 pixels per 72 points
     assert len(found) < 300_000
     if version("matplotlib") == PINNED:
-        assert found == (DRAWN / f"{name}.svg").read_bytes(), f"`python -m benchmarks.pictures {name}` draws it anew"
+        assert found == (DRAWN / f"{name}.svg").read_bytes(), (
+            f"`python -m benchmarks.pictures {name}` draws it anew"
+        )
 
 
 def test_no_picture_is_left_over():
-    known = {*pictures.PICTURES, *(path.stem for path in (pictures.ROOT / "benchmarks/results").glob("gpu-*.json"))}
+    known = {
+        *pictures.PICTURES,
+        *(path.stem for path in (pictures.ROOT / "benchmarks/results").glob("gpu-*.json")),
+    }
     assert {path.stem for path in DRAWN.iterdir()} == known
 
 
 def test_the_speed_of_every_kernel_is_drawn(tmp_path):
     rows = [
-        {"dtype": "bfloat16", "N": n, "K": 64, "M": m, "kernel": kernel, "seconds": 1.0, "over_dense": ratio / m}
+        {
+            "dtype": "bfloat16",
+            "N": n,
+            "K": 64,
+            "M": m,
+            "kernel": kernel,
+            "seconds": 1.0,
+            "over_dense": ratio / m,
+        }
         for n in (32, 64, 96)
         for kernel, ratio in (("dense", 1.0), ("rtn int4 g128", 4.0))
         for m in (1, 8)
     ]
-    made = pictures.linear({"machine": {"cpu": "a processor", "threads": 2, "instruction_set": "generic", "torch": "2"}, "rows": rows})
+    made = pictures.linear(
+        {
+            "machine": {"cpu": "a processor", "threads": 2, "instruction_set": "generic", "torch": "2"},
+            "rows": rows,
+        }
+    )
     made.savefig(tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     for part in ("rtn int4 g128", "weight [96, 64]", "a processor, 2 threads, generic, torch 2"):

@@ -28,7 +28,7 @@ def planned(model):
     return plan(model, 6.0)
 
 
-# ------------------------------------------------------------------------------------------- what it spends
+# -------------------------------------------------------------------------- what it spends
 
 
 def test_the_budget_is_kept_and_spent(model, planned):
@@ -83,7 +83,10 @@ def test_experts_transposed_or_not():
         rules = plan(model, 7.0, sequences=4, options=[rtn_int4(32), rtn_int8(32)])
         assert {"gate_up_proj", "down_proj"} <= {name.rpartition(".")[2] for name, _ in rules}
         quantize_(model, rules)
-        assert model.model.layers[0].mlp.experts.down_proj.bits == dict(rules)["model.layers.0.mlp.experts.down_proj"].bits
+        assert (
+            model.model.layers[0].mlp.experts.down_proj.bits
+            == dict(rules)["model.layers.0.mlp.experts.down_proj"].bits
+        )
 
 
 def test_rules_go_where_rules_go(model, planned, tmp_path):
@@ -94,7 +97,7 @@ def test_rules_go_where_rules_go(model, planned, tmp_path):
         assert torch.equal(w, copied.get_parameter(name)), name
 
 
-# ------------------------------------------------------------------------------------------- what it measures
+# ------------------------------------------------------------------------ what it measures
 
 
 def divergence(model, other, ids):
@@ -103,7 +106,8 @@ def divergence(model, other, ids):
 
 
 def test_sensitivity_is_the_divergence_of_one_weight(model):
-    """Of each weight alone, the sum over all of them within what 128 sequences can tell, each within a factor."""
+    """Of each weight alone, the sum over all of them within what 128 sequences can tell, each within a
+    factor."""
     ids = torch.randint(0, 320, (128, 16), generator=torch.Generator().manual_seed(1))
     config = rtn_int4(32)
     planned = plan(model, 20, options=[config], text=ids)
@@ -133,13 +137,17 @@ def test_it_knows_what_a_weight_error_does_not(model):
     assert max(plan(model, 5.5, sequences=8).sensitivity[name].values()) == 0
 
 
-# ------------------------------------------------------------------------------------------- the choice
+# ------------------------------------------------------------------------------ the choice
 
 
 def test_spend():
     four, six, eight = rtn(4), rtn(4, 32), rtn(8)
     sizes = {four: 4, six: 6, eight: 8}
-    costs = [{four: 10.0, six: 9.0, eight: 1.0}, {four: 3.0, six: 1.0, eight: 0.9}, {four: 1.0, six: 2.0, eight: 1.5}]
+    costs = [
+        {four: 10.0, six: 9.0, eight: 1.0},
+        {four: 3.0, six: 1.0, eight: 0.9},
+        {four: 1.0, six: 2.0, eight: 1.5},
+    ]
     bits = [sizes, sizes, sizes]
     assert spend(costs, bits, 12) == [four, four, four]
     assert spend(costs, bits, 15.9) == [four, six, four]
@@ -150,14 +158,15 @@ def test_spend():
         spend(costs, bits, 11)
 
 
-# ------------------------------------------------------------------------------------------- how it looks, mistakes
+# ------------------------------------------------------------------ how it looks, mistakes
 
 
 def test_printed(model):
     planned = plan(model, 5.5, sequences=4, options=[rtn_int4(32, "signed"), rtn_int8()])
     first, *rest = str(planned).splitlines()
     assert first == (
-        f"{planned.bits_per_weight:.3f} bits a weight, an expected divergence of {planned.divergence:.4f} nats a token "
+        f"{planned.bits_per_weight:.3f} bits a weight, an expected divergence of {planned.divergence:.4f} "
+        "nats a token "
         "on 1024 tokens of its own"
     )
     assert_expected_inline(
@@ -202,7 +211,9 @@ def test_a_weight_of_several_places_is_planned_once():
 def test_it_writes_by_no_other_distribution(model, planned):
     """Whatever the model's generation config asks for."""
     model = copy.deepcopy(model)
-    model.generation_config.update(num_beams=3, min_p=0.9, suppress_tokens=[1, 2], return_dict_in_generate=True, num_return_sequences=2)
+    model.generation_config.update(
+        num_beams=3, min_p=0.9, suppress_tokens=[1, 2], return_dict_in_generate=True, num_return_sequences=2
+    )
     before = model.generation_config.to_dict()
     assert plan(model, 6.0).sensitivity == planned.sensitivity
     assert model.generation_config.to_dict() == before
@@ -211,7 +222,13 @@ def test_it_writes_by_no_other_distribution(model, planned):
 def test_a_model_of_several_modalities():
     """Its config has no first token itself."""
     transformers = pytest.importorskip("transformers")
-    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     text |= {"head_dim": 32, "vocab_size": 300, "layer_types": ["full_attention"]}
     vision = {
         "hidden_size": 32,
@@ -224,19 +241,31 @@ def test_a_model_of_several_modalities():
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert not hasattr(model.config, "bos_token_id")
-    assert plan(model, 6.0, sequences=2, length=8, filter_fn=lambda _, name: ".layers." in name and name.endswith("q_proj"))
+    assert plan(
+        model,
+        6.0,
+        sequences=2,
+        length=8,
+        filter_fn=lambda _, name: ".layers." in name and name.endswith("q_proj"),
+    )
 
 
 def test_numbers_that_are_not_finite(model):
     wide = copy.deepcopy(model)
     wide.lm_head.weight.data[0] = torch.inf
-    with pytest.raises(ValueError, match=r"^the model's logits hold NaN or inf in torch.float32; load it in bfloat16 or float32$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^the model's logits hold NaN or inf in torch.float32; load it in " r"bfloat16 or float32$",
+    ):
         plan(wide, 6.0)
     steep = copy.deepcopy(model).half()  # next to the same function; gradients of fp16 overflow
     steep.model.layers[0].input_layernorm.weight.data *= 16384
     for kind in "qkv":
         steep.model.layers[0].self_attn.get_submodule(f"{kind}_proj").weight.data /= 16384
-    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.\w_proj\.weight: its gradients overflow in torch.float16"):
+    with pytest.raises(
+        ValueError,
+        match=r"^model\.layers\.0\.self_attn\.\w_proj\.weight: its gradients " r"overflow in torch.float16",
+    ):
         plan(steep, 6.0, text=torch.arange(64).view(2, 32))
 
 
@@ -250,20 +279,37 @@ def never(sequences):
         (ValueError, "bits_per_weight='6'; give a number, as 4.5", {"bits_per_weight": "6"}),
         (
             ValueError,
-            "bits_per_weight=4 is too few; the smallest of the options take 4.3473; of a model in bfloat16 they take less, as scales have "
+            "bits_per_weight=4 is too few; the smallest of the options take 4.3473; of a model in bfloat16 "
+            "they take less, as scales have "
             "the width of its floats",
             {"bits_per_weight": 4},
         ),
-        (ValueError, "text is torch.int64 [8]; give int64 tokens [sequences, length]", {"text": torch.zeros(8, dtype=torch.int64)}),
-        (ValueError, "text is torch.int64 [0, 8]; give int64 tokens", {"text": torch.zeros(0, 8, dtype=torch.int64)}),
+        (
+            ValueError,
+            "text is torch.int64 [8]; give int64 tokens [sequences, length]",
+            {"text": torch.zeros(8, dtype=torch.int64)},
+        ),
+        (
+            ValueError,
+            "text is torch.int64 [0, 8]; give int64 tokens",
+            {"text": torch.zeros(0, 8, dtype=torch.int64)},
+        ),
         (ValueError, "text is a str; give int64 tokens", {"text": "Once upon a time"}),
         (ValueError, "sequences=0, length=256; give one sequence or more", {"sequences": 0}),
-        (ValueError, "sequences=16, length=1; give one sequence or more, of two tokens or more", {"length": 1}),
+        (
+            ValueError,
+            "sequences=16, length=1; give one sequence or more, of two tokens or more",
+            {"length": 1},
+        ),
         (TypeError, "options is []; give formats to choose among", {"options": []}),
         (TypeError, "give formats to choose among", {"options": [rtn_int8(), None]}),
         (TypeError, "fuse is ['q_proj']; give a dict of lists", {"fuse": ["q_proj"]}),
         (TypeError, "fuse is {'qkv_proj': 'q_proj'}; give a dict of lists", {"fuse": {"qkv_proj": "q_proj"}}),
-        (ValueError, "fuse: the rule 'q_prj' matches no weight; nearest are 'q_proj'", {"fuse": {"qkv_proj": ["q_prj", "k_proj"]}}),
+        (
+            ValueError,
+            "fuse: the rule 'q_prj' matches no weight; nearest are 'q_proj'",
+            {"fuse": {"qkv_proj": ["q_prj", "k_proj"]}},
+        ),
         (ValueError, "no weight is selected, so there is nothing to plan", {"filter_fn": lambda *_: False}),
     ],
 )
@@ -279,7 +325,9 @@ def test_models_that_cannot_be_planned(model):
     with torch.inference_mode(), pytest.raises(RuntimeError, match="call it outside of torch.inference_mode"):
         plan(model, 5)
     with pytest.raises(
-        TypeError, match=r"^Sequential is no causal language model of transformers, which could write; give tokens as text$"
+        TypeError,
+        match=r"^Sequential is no causal language model of transformers, which could write; give "
+        r"tokens as text$",
     ):
         plan(torch.nn.Sequential(torch.nn.Linear(64, 64)).eval(), 5)
     model = copy.deepcopy(model).train()

@@ -10,11 +10,35 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from rtn_tensor import bits_per_weight, fqn_config, load, quantize_, rtn, rtn_int4, rtn_int8, save, select_layers, select_modules
+from rtn_tensor import (
+    bits_per_weight,
+    fqn_config,
+    load,
+    quantize_,
+    rtn,
+    rtn_int4,
+    rtn_int8,
+    save,
+    select_layers,
+    select_modules,
+)
 from rtn_tensor.quantize.selection import find, matches, parse_rule, rules_from_json, rules_to_json
 
-KINDS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-RULES = [("model.layers.0.*", rtn_int8(64)), ("*.down_proj", rtn(8, 32, "signed")), ("*.k_proj", None), ("*", rtn_int4(32))]
+KINDS = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
+RULES = [
+    ("model.layers.0.*", rtn_int8(64)),
+    ("*.down_proj", rtn(8, 32, "signed")),
+    ("*.k_proj", None),
+    ("*", rtn_int4(32)),
+]
 
 
 def expected_formats():
@@ -24,12 +48,20 @@ def expected_formats():
     return found | {"model.layers.1.mlp.down_proj.weight": (8, 32)}
 
 
-# ------------------------------------------------------------------------------------------- rules
+# ----------------------------------------------------------------------------------- rules
 
 
 @pytest.mark.parametrize(
     ("pattern", "expected"),
-    [("a.b", True), ("a.b.weight", True), ("a.*", True), ("?.b", True), ("[ab].b", True), ("re:a.b", True), ("re:a", False)]
+    [
+        ("a.b", True),
+        ("a.b.weight", True),
+        ("a.*", True),
+        ("?.b", True),
+        ("[ab].b", True),
+        ("re:a.b", True),
+        ("re:a", False),
+    ]
     + [("A.b", False), ("b", False), ("a", False), ("*.B", False), ("a.b.", False)],
 )
 def test_a_pattern_is_all_of_a_name(pattern, expected):
@@ -62,7 +94,9 @@ def test_wildcards_reach_what_is_quantized_by_default_and_names_all():
     quantize_(model, [("*", rtn_int4(32))])
     assert set(formats(model)) == {"up.weight", "down.weight", "head.weight"}
     model = Model()
-    quantize_(model, [("embed", rtn_int8(32)), ("*", rtn_int4(32))], filter_fn=lambda module, fqn: fqn == "up")
+    quantize_(
+        model, [("embed", rtn_int8(32)), ("*", rtn_int4(32))], filter_fn=lambda module, fqn: fqn == "up"
+    )
     assert formats(model) == {"embed.weight": (8, 32), "up.weight": (4, 32)}
     assert rejected(Model(), [("emb*", rtn_int8())]) == (
         "the rule 'emb*' matches only weights that stay float unless named in full, as in 'embed'"
@@ -70,8 +104,12 @@ def test_wildcards_reach_what_is_quantized_by_default_and_names_all():
 
 
 def test_norms_and_biases_are_no_weights():
-    assert rejected(Model(), [("norm", rtn_int8())]).startswith("the rule 'norm' matches no weight; nearest are ")
-    assert rejected(Model(), [("up.bias", rtn_int8())]).startswith("the rule 'up.bias' matches no weight; nearest are 'up'")
+    assert rejected(Model(), [("norm", rtn_int8())]).startswith(
+        "the rule 'norm' matches no weight; nearest are "
+    )
+    assert rejected(Model(), [("up.bias", rtn_int8())]).startswith(
+        "the rule 'up.bias' matches no weight; nearest are 'up'"
+    )
 
 
 def test_the_default_choice_is_a_rule_too():
@@ -82,7 +120,9 @@ def test_the_default_choice_is_a_rule_too():
 def test_experts():
     model = tiny_moe("Mixtral")
     quantize_(model, [("*.down_proj", rtn_int8(32)), ("re:.*experts.*", rtn_int4(32)), ("*.k_proj", None)])
-    bits = {name.partition("layers.0.")[2]: bits for name, (bits, _) in formats(model).items() if ".0." in name}
+    bits = {
+        name.partition("layers.0.")[2]: bits for name, (bits, _) in formats(model).items() if ".0." in name
+    }
     assert bits == {"mlp.experts.gate_up_proj": 4, "mlp.experts.down_proj": 8}
 
 
@@ -93,7 +133,9 @@ def test_a_pattern_that_matches_nothing():
 the rule 'model.layers.1.mlp.donw_proj' matches no weight; nearest are 'model.layers.1.mlp.down_proj', \
 'model.layers.0.mlp.down_proj', 'model.layers.1.mlp.up_proj', and * matches any text""",
     )
-    assert rejected(tiny_llama(), [("*.q_prj", None), ("*", rtn_int4())]).startswith("the rule '*.q_prj' matches no weight; nearest are ")
+    assert rejected(tiny_llama(), [("*.q_prj", None), ("*", rtn_int4())]).startswith(
+        "the rule '*.q_prj' matches no weight; nearest are "
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +143,10 @@ the rule 'model.layers.1.mlp.donw_proj' matches no weight; nearest are 'model.la
     [
         ([("*", 4)], "rules[0] gives '*' a int; use rtn_int4(), rtn_int8(), rtn(...), or None for float"),
         (["*"], "rules[0] is '*'; give (pattern, config or None), as in ('*.down_proj', rtn_int8())"),
-        ([("*", rtn_int4()), (3, None)], "rules[1] is (3, None); give (pattern, config or None), as in ('*.down_proj', rtn_int8())"),
+        (
+            [("*", rtn_int4()), (3, None)],
+            "rules[1] is (3, None); give (pattern, config or None), as in ('*.down_proj', rtn_int8())",
+        ),
     ],
 )
 def test_what_is_no_rule(rules, message):
@@ -111,7 +156,9 @@ def test_what_is_no_rule(rules, message):
 
 
 def test_a_wrong_regular_expression():
-    assert rejected(tiny_llama(), [("re:(", rtn_int4())]).startswith("rules[0], 're:(', is no regular expression: ")
+    assert rejected(tiny_llama(), [("re:(", rtn_int4())]).startswith(
+        "rules[0], 're:(', is no regular expression: "
+    )
 
 
 def test_a_shared_weight_has_one_format():
@@ -119,7 +166,7 @@ def test_a_shared_weight_has_one_format():
     assert "shares its weight with" in why
 
 
-# ------------------------------------------------------------------------------------------- load, save, transformers
+# ---------------------------------------------------------------- load, save, transformers
 
 
 @pytest.fixture
@@ -150,9 +197,13 @@ def test_load_and_save(folder, tmp_path):
 
 
 def test_load_says_which_rule_matches_nothing(folder):
-    with pytest.raises(ValueError, match=r"^the rule '\*.up_prj' matches no weight; nearest are 'model.layers"):
+    with pytest.raises(
+        ValueError, match=r"^the rule '\*.up_prj' matches no weight; nearest are " r"'model.layers"
+    ):
         load(folder, [("*.up_prj", rtn_int8()), ("*", rtn_int4())])
-    with pytest.raises(ValueError, match="matches only weights that stay float unless named in full, as in 'lm_head'"):
+    with pytest.raises(
+        ValueError, match="matches only weights that stay float unless named in full, as in 'lm_head'"
+    ):
         load(folder, [("*lm_head", rtn_int8()), ("*", rtn_int4())])
     assert formats(load(folder, [("lm_head", rtn_int8()), ("*", rtn_int4())]))["lm_head.weight"] == (8, 128)
 
@@ -183,7 +234,7 @@ def test_fqn_config_names_every_weight():
     assert formats(again) == formats(model)
 
 
-# ------------------------------------------------------------------------------------------- as text
+# --------------------------------------------------------------------------------- as text
 
 
 def test_json_there_and_back():
@@ -224,7 +275,7 @@ def test_a_rule_as_text():
         parse_rule("*=5")
 
 
-# ------------------------------------------------------------------------------------------- selections
+# ------------------------------------------------------------------------------ selections
 
 
 def test_select_layers(capsys):
@@ -252,7 +303,9 @@ def test_what_a_selection_costs_is_what_the_report_finds():
     predicted = bits_per_weight(model, rules)
     assert predicted - bits_per_weight(model, [("*", rtn_int4())]) == pytest.approx(said, abs=6e-4)
     rows = [row for row in quantize_(model, rules).rows if row.bits]
-    assert predicted == 8 * sum(row.bytes_after for row in rows) / sum(torch.Size(row.shape).numel() for row in rows)
+    assert predicted == 8 * sum(row.bytes_after for row in rows) / sum(
+        torch.Size(row.shape).numel() for row in rows
+    )
 
 
 def test_select_modules():
@@ -274,7 +327,9 @@ def test_bits_of_a_weight_of_several_places():
     rules = [("lm_head", rtn_int8(32)), ("model.embed_tokens", rtn_int8(32))]
     expected = bits_per_weight(model, rules, ends)
     rows = [row for row in quantize_(model, rules, ends).rows if row.bits and row.bytes_before]
-    assert expected == 8 * sum(row.bytes_after for row in rows) / sum(torch.Size(row.shape).numel() for row in rows)
+    assert expected == 8 * sum(row.bytes_after for row in rows) / sum(
+        torch.Size(row.shape).numel() for row in rows
+    )
 
 
 def test_bits_of_a_weight_that_is_computed():
@@ -285,17 +340,25 @@ def test_bits_of_a_weight_that_is_computed():
 
 def test_hybrid():
     model = tiny_llama(layers=3)
-    quantize_(model, select_layers(model, first=1) + select_modules(model, ["down_proj"]) + [("*", rtn_int4())])
+    quantize_(
+        model, select_layers(model, first=1) + select_modules(model, ["down_proj"]) + [("*", rtn_int4())]
+    )
     eight = {name for name, (bits, _) in formats(model).items() if bits == 8}
-    assert eight == {f"model.layers.0.{kind}.weight" for kind in KINDS} | {f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2)}
+    assert eight == {f"model.layers.0.{kind}.weight" for kind in KINDS} | {
+        f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2)
+    }
 
 
 def test_selections_that_select_nothing():
-    with pytest.raises(ValueError, match=r"^first=3, last=0, indices=\[\] of 2 layers; select 1 to 2 of them$"):
+    with pytest.raises(
+        ValueError, match=r"^first=3, last=0, indices=\[\] of 2 layers; select 1 to 2 of " r"them$"
+    ):
         select_layers(tiny_llama(), first=3)
     with pytest.raises(ValueError, match="of 2 layers; select 1 to 2 of them"):
         select_layers(tiny_llama())
     with pytest.raises(ValueError, match="Linear has no nn.ModuleList of layers"):
         select_layers(nn.Linear(32, 32), first=1)
-    with pytest.raises(ValueError, match=r"^the rule 'dwn_proj' matches no weight; nearest are 'down_proj', "):
+    with pytest.raises(
+        ValueError, match=r"^the rule 'dwn_proj' matches no weight; nearest are 'down_proj', "
+    ):
         select_modules(tiny_llama(), ["dwn_proj"])

@@ -20,7 +20,9 @@ OF_INSTANCES = {"_local_tensor", "_get_fsdp_state", "_is_root", "_stable_hash_fo
 def is_private(name):
     parts = name.split(".")
     return (
-        parts[0] == "torch" and any(part.startswith("_") and not part.startswith("__") for part in parts) and not name.startswith(ALLOWED)
+        parts[0] == "torch"
+        and any(part.startswith("_") and not part.startswith("__") for part in parts)
+        and not name.startswith(ALLOWED)
     )
 
 
@@ -30,7 +32,9 @@ def names_of(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             aliases |= {alias.asname: alias.name for alias in node.names if alias.asname} | {
-                alias.name.partition(".")[0]: alias.name.partition(".")[0] for alias in node.names if not alias.asname
+                alias.name.partition(".")[0]: alias.name.partition(".")[0]
+                for alias in node.names
+                if not alias.asname
             }
         elif isinstance(node, ast.ImportFrom) and node.module:
             aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
@@ -65,6 +69,7 @@ def test_is_there(name):
 
 def test_the_checks_can_fail():
     tree = ast.parse(
-        "import torch\nfrom torch import Tensor\nfrom torch._C import a\ntorch.x._y.z\nTensor._w\ntorch.ops.aten._p\ntorch.nn.q"
+        "import torch\nfrom torch import Tensor\nfrom torch._C import "
+        "a\ntorch.x._y.z\nTensor._w\ntorch.ops.aten._p\ntorch.nn.q"
     )
     assert names_of(tree) == {"torch._C.a", "torch.x._y.z", "torch.Tensor._w"}

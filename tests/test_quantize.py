@@ -31,7 +31,7 @@ def select(*names):
     return lambda module, fqn: fqn in names
 
 
-# ------------------------------------------------------------------------------------------- which weights
+# --------------------------------------------------------------------------- which weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,11 +61,18 @@ def test_scale_method_reaches_the_weight():
     quantize_(model, rtn_int4(32, "signed"))
     assert model.up.weight.scale_method == "signed"
     extreme = w[:, :32].abs().argmax(-1, keepdim=True)
-    torch.testing.assert_close(model.up.weight.dequantize().gather(1, extreme), w.gather(1, extreme), rtol=2**-22, atol=0)
+    torch.testing.assert_close(
+        model.up.weight.dequantize().gather(1, extreme), w.gather(1, extreme), rtol=2**-22, atol=0
+    )
 
 
 def test_short_names():
-    for config, expected in [(rtn_int4(), (4, 128)), (rtn_int4(group_size=32), (4, 32)), (rtn_int8(64), (8, 64)), (rtn(8), (8, 128))]:
+    for config, expected in [
+        (rtn_int4(), (4, 128)),
+        (rtn_int4(group_size=32), (4, 32)),
+        (rtn_int8(64), (8, 64)),
+        (rtn(8), (8, 128)),
+    ]:
         model = Model()
         quantize_(model, config)
         assert formats(model)["up.weight"] == expected
@@ -114,7 +121,9 @@ def test_expert_parameters_by_name():
     quantize_(model, FqnToConfig({"mlp.gate_up_proj": rtn_int4(32)}))
     assert formats(model) == {"mlp.gate_up_proj": (4, 32)}
     assert model["mlp"].gate_up_proj.shape == (3, 40, 64)
-    torch.testing.assert_close(model["mlp"].gate_up_proj.dequantize(), fake_quantized(w, 4, 32), rtol=0, atol=0)
+    torch.testing.assert_close(
+        model["mlp"].gate_up_proj.dequantize(), fake_quantized(w, 4, 32), rtol=0, atol=0
+    )
 
 
 def test_nothing_selected_warns():
@@ -128,7 +137,7 @@ def test_nothing_selected_warns():
     )
 
 
-# ------------------------------------------------------------------------------------------- check all, then change
+# ------------------------------------------------------------------ check all, then change
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -181,7 +190,11 @@ def test_torchao_weights_are_refused():
 
 def test_other_modules_are_refused():
     assert_expected_inline(
-        rejected(nn.Sequential(nn.Linear(32, 32), nn.Conv1d(32, 32, 3), nn.LayerNorm(32)), rtn_int4(), lambda module, fqn: True),
+        rejected(
+            nn.Sequential(nn.Linear(32, 32), nn.Conv1d(32, 32, 3), nn.LayerNorm(32)),
+            rtn_int4(),
+            lambda module, fqn: True,
+        ),
         """\
 cannot quantize, and nothing was changed:
   1.weight belongs to an nn.Conv1d, which no kernel here computes with a quantized weight; leave it out
@@ -201,7 +214,9 @@ cannot quantize, and nothing was changed:
 
 def test_lazy_linears_are_refused():
     model = nn.Sequential(nn.Linear(32, 32), nn.LazyLinear(32))
-    with pytest.raises(ValueError, match=r"1\.weight is uninitialized until its module has run; call the model once"):
+    with pytest.raises(
+        ValueError, match=r"1\.weight is uninitialized until its module has run; call the " r"model once"
+    ):
         quantize_(model, rtn_int4())
     assert formats(model) == {}
 
@@ -251,22 +266,30 @@ cannot quantize, and nothing was changed:
 def test_other_configs_are_refused(config):
     model = Model()
     with pytest.raises(
-        TypeError, match=r"^config is a \w+; use rtn_int4\(\), rtn_int8\(\), rtn\(\.\.\.\), a list of rules, or FqnToConfig"
+        TypeError,
+        match=r"^config is a \w+; use rtn_int4\(\), rtn_int8\(\), rtn\(\.\.\.\), a list of rules, "
+        r"or FqnToConfig",
     ):
         quantize_(model, config)
     assert formats(model) == {}
 
 
-# ------------------------------------------------------------------------------------------- devices and progress
+# -------------------------------------------------------------------- devices and progress
 
 
 def test_meta_model():
     with torch.device("meta"):
         model = Model(tied=True)
     quantize_(model, rtn_int4(32), all_weights)
-    assert formats(model) == dict.fromkeys(["embed.weight", "up.weight", "down.weight", "head.weight"], (4, 32))
+    assert formats(model) == dict.fromkeys(
+        ["embed.weight", "up.weight", "down.weight", "head.weight"], (4, 32)
+    )
     assert model.head.weight is model.embed.weight
-    assert (model.up.weight.qdata.device.type, model.up.weight.qdata.shape, model.up.weight.scale.shape) == ("meta", (96, 32), (96, 2))
+    assert (model.up.weight.qdata.device.type, model.up.weight.qdata.shape, model.up.weight.scale.shape) == (
+        "meta",
+        (96, 32),
+        (96, 2),
+    )
     assert model(IDS.to("meta")).shape == (2, 4, 20)
 
 
@@ -327,13 +350,15 @@ def test_float_weights_are_freed_on_the_way():
     def progress(items):
         for item in items:
             yield item
-            alive.append([name for name in ("embed.weight", "up.weight", "down.weight") if floats[name]() is not None])
+            alive.append(
+                [name for name in ("embed.weight", "up.weight", "down.weight") if floats[name]() is not None]
+            )
 
     quantize_(model, rtn_int4(), lambda module, fqn: fqn in ("up", "down"), progress=progress)
     assert alive == [["embed.weight", "down.weight"], ["embed.weight"]]
 
 
-# ------------------------------------------------------------------------------------------- shared weights
+# -------------------------------------------------------------------------- shared weights
 
 
 def test_tied_weights_stay_tied():
@@ -407,13 +432,16 @@ def test_attributes_of_the_parameter_are_kept():
     assert model.head.weight.tag == "tied"
 
 
-# ------------------------------------------------------------------------------------------- dequantize_
+# ----------------------------------------------------------------------------- dequantize_
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantize_undoes(dtype):
     model = Model(tied=True).to(dtype)
-    expected = {name: fake_quantized(w, 8, 32) if w.dim() > 1 else w.detach().clone() for name, w in model.named_parameters()}
+    expected = {
+        name: fake_quantized(w, 8, 32) if w.dim() > 1 else w.detach().clone()
+        for name, w in model.named_parameters()
+    }
     quantize_(model, rtn_int8(32), all_weights)
     y = model(IDS)
     result = dequantize_(model)
@@ -444,7 +472,7 @@ def test_dequantize_leaves_a_float_model():
     assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
 
 
-# ------------------------------------------------------------------------------------------- names in later errors
+# ------------------------------------------------------------------- names in later errors
 
 
 def test_later_errors_name_the_layer():
@@ -455,7 +483,7 @@ def test_later_errors_name_the_layer():
         w[:, 16:64]
     assert_expected_inline(
         str(caught.value),
-        """layers.0.down.weight: cannot slice columns 16:64; with bits=4 and group_size=32 cuts must be multiples of 32, or at the end, 96""",  # noqa: E501
+        """layers.0.down.weight: cannot slice columns 16:64; with bits=4 and group_size=32 cuts must be multiples of 32, or at the end, 96""",
     )
     with pytest.raises(ValueError, match=re.escape("layers.0.down.weight: x of shape (3, 64) does not fit")):
         F.linear(torch.randn(3, 64), w)

@@ -1,4 +1,5 @@
-"""docs/ says what a user sees: each message that heads a section of questions.md, or stands in a table, is provoked."""
+"""docs/ says what a user sees: each message that heads a section of questions.md, or stands in a table, is
+provoked."""
 
 import json
 import os
@@ -23,10 +24,18 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADINGS = re.findall(r"^### `(.+)`$", (ROOT / "docs/questions.md").read_text(encoding="utf-8"), re.M)
 TABLES = re.findall(
     r"^\|[^|\n]*\|(.*`[^|\n]*`[^|\n]*)\|$",
-    "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("load-and-save.md", "support-tables.md")),
+    "".join(
+        (ROOT / "docs" / name).read_text(encoding="utf-8")
+        for name in ("load-and-save.md", "support-tables.md")
+    ),
     re.M,
 )
-QUOTED = [message for cell in TABLES for message in re.findall(r"`([^`]+)`", cell) if ";" in message or "..." in message]
+QUOTED = [
+    message
+    for cell in TABLES
+    for message in re.findall(r"`([^`]+)`", cell)
+    if ";" in message or "..." in message
+]
 PROVOKED: dict[str, Callable] = {}
 
 
@@ -73,7 +82,9 @@ def folder(name: str = "float", **config) -> str:
 
 
 def fresh_process(program: str) -> str:
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True).stderr
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True
+    ).stderr
 
 
 @provokes("Failed to find class")

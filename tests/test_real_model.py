@@ -80,8 +80,9 @@ def test_int8_perplexity(folder, tokens):
 
 @pytest.mark.parametrize("group_size", [128, 32])
 def test_int4_perplexity_is_that_of_fake_quantization(folder, tokens, group_size, monkeypatch):
-    """With the kernel that rounds the weight, as fake quantization does, nothing differs. One that does not is compared with fake
-    quantization in fp32 arithmetic: in bf16 that is off by up to 0.2 % itself over so few tokens."""
+    """With the kernel that rounds the weight, as fake quantization does, nothing differs. One that does not
+    is compared with fake quantization in fp32 arithmetic: in bf16 that is off by up to 0.2 % itself over so
+    few tokens."""
     tokens = tokens[:2048]
     fake, model = float_model(folder), float_model(folder)
     float_value = perplexity(model, tokens, 1024, 1024)
@@ -92,7 +93,8 @@ def test_int4_perplexity_is_that_of_fake_quantization(folder, tokens, group_size
     monkeypatch.setenv("RTN_KERNEL", "dense")
     dense = perplexity(model, tokens, 1024, 1024)
     print(
-        f"int4 g{group_size} {value:.4f}, dense {dense:.4f}, fake-quantized {rounded:.4f}, in fp32 {expected:.4f}, bf16 {float_value:.4f}"
+        f"int4 g{group_size} {value:.4f}, dense {dense:.4f}, fake-quantized {rounded:.4f}, in fp32 "
+        f"{expected:.4f}, bf16 {float_value:.4f}"
     )
     assert dense == rounded
     assert value == pytest.approx(expected, rel=1e-3)
@@ -107,13 +109,15 @@ def test_fp32_perplexity_is_that_of_fake_quantization(folder, tokens):
     assert perplexity(model, tokens) == pytest.approx(perplexity(fake, tokens), rel=1e-5)
 
 
-PROMPT = "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, Monday,"  # greedy tokens have no close seconds here
+# Greedy tokens have no close seconds here.
+PROMPT = "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, Monday,"
 
 
 @torch.inference_mode()
 def decode(forward, prompt, n=8):
-    """`prompt [1, T]` with `n` greedy tokens, and the logits `[n, vocabulary]` that chose them. Every step is a forward pass without a
-    cache over a text of the final length, as what stands to the right of a token cannot change its logits: one shape, one graph."""
+    """`prompt [1, T]` with `n` greedy tokens, and the logits `[n, vocabulary]` that chose them. Every step is
+    a forward pass without a cache over a text of the final length, as what stands to the right of a token
+    cannot change its logits: one shape, one graph."""
     ids = F.pad(prompt, (0, n))
     logits = []
     for at in range(prompt.shape[1], ids.shape[1]):
@@ -143,8 +147,9 @@ def rms(x):
 
 
 def test_compiled_bf16_model_generates_the_same(folder, prompt):
-    """Compiled code rounds fused results once, eager code after every op, so their logits differ by some of bf16's rounding (with
-    `torch._inductor.config.emulate_precision_casts` they are equal bit for bit): tokens are the same until two logits are that close."""
+    """Compiled code rounds fused results once, eager code after every op, so their logits differ by some of
+    bf16's rounding (with `torch._inductor.config.emulate_precision_casts` they are equal bit for bit): tokens
+    are the same until two logits are that close."""
     model = float_model(folder)
     quantize_(model, rtn_int4(group_size=32), is_layer)
     eager_ids, eager = decode(model.forward, prompt)
@@ -154,7 +159,10 @@ def test_compiled_bf16_model_generates_the_same(folder, prompt):
     rounding, other_rounding = rms(eager - exact), rms(compiled - exact)
     same = (eager_ids == compiled_ids)[0, prompt.shape[1] :].tolist()
     until = same.index(False) if False in same else len(same)
-    print(f"{until} of {len(same)} tokens are the same; logits are off by {other_rounding[:until]} compiled, {rounding[:until]} eager")
+    print(
+        f"{until} of {len(same)} tokens are the same; logits are off by {other_rounding[:until]} compiled, "
+        f"{rounding[:until]} eager"
+    )
     assert until >= 4
     # Compiled code is no further from fp32 than eager code is, up to the logits that decide otherwise.
     assert other_rounding[: until + 1].mean() <= 1.5 * rounding[: until + 1].mean()
@@ -170,7 +178,9 @@ def test_command_line(folder, tokenizer, tmp_path, capsys):
     layers = [row for row in report["weights"] if row["bits"]]
     assert len(layers) == 30 * 7
     # 4 bits and a 16-bit scale for 32 of them.
-    assert sum(row["bytes_after"] for row in layers) * 8 == 4.5 * sum(row["shape"][0] * row["shape"][1] for row in layers)
+    assert sum(row["bytes_after"] for row in layers) * 8 == 4.5 * sum(
+        row["shape"][0] * row["shape"][1] for row in layers
+    )
 
     assert main(["inspect", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == report
@@ -202,7 +212,8 @@ def test_load_gguf(folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_load_and_generate_in_less_memory_than_the_float_model(folder, prompt):
-    """269 MB in bf16; 200 MB beyond what the process has before are allowed, and 116 of them are the model."""
+    """269 MB in bf16; 200 MB beyond what the process has before are allowed, and 116 of them are the
+    model."""
     program = f"""
 import resource
 from pathlib import Path
@@ -216,13 +227,20 @@ model = rtn_tensor.load({str(folder)!r}, rtn_tensor.rtn_int4(group_size=32))
 ids = torch.tensor({prompt.tolist()})
 print(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=2).tolist())
 """
-    # The limit is on addresses: what building the empty model frees, never written to, the heap would keep (160 MB, of which 2 are memory).
+    # The limit is on addresses: what building the empty model frees, never written to, the heap would keep
+    # (160 MB, of which 2 are memory).
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     model = float_model(folder)
-    quantize_(model, rtn_int4(group_size=32), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head")
-    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=2)
+    quantize_(
+        model, rtn_int4(group_size=32), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head"
+    )
+    expected = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=2
+    )
     assert json.loads(done.stdout) == expected.tolist()
 
 

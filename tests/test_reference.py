@@ -16,8 +16,9 @@ METHODS = ["absmax", "signed"]  # those of one formula; "search" chooses among s
 
 
 def fake_quantize(w, bits, group_size, method, scale_dtype):
-    """(q, S of every element), group by group from the formulas. A quotient of two fp32 numbers taken in fp64 and then rounded to fp32
-    is the fp32 quotient (53 >= 2 * 24 + 2 digits), so this is exact and shares nothing with the implementation."""
+    """(q, S of every element), group by group from the formulas. A quotient of two fp32 numbers taken in fp64
+    and then rounded to fp32 is the fp32 quotient (53 >= 2 * 24 + 2 digits), so this is exact and shares
+    nothing with the implementation."""
     qs, scales = [], []
     for group in w.double().split(w.shape[-1] if group_size == -1 else group_size, dim=-1):
         high = group.abs().amax(-1, keepdim=True)
@@ -34,7 +35,11 @@ def fake_quantize(w, bits, group_size, method, scale_dtype):
 
 
 def per_element(scale, group_size, k):
-    return scale.expand(*scale.shape[:-1], k) if group_size == -1 else scale.repeat_interleave(group_size, -1)[..., :k]
+    return (
+        scale.expand(*scale.shape[:-1], k)
+        if group_size == -1
+        else scale.repeat_interleave(group_size, -1)[..., :k]
+    )
 
 
 @pytest.mark.parametrize("bits", FORMATS)
@@ -78,7 +83,9 @@ def test_quantize_divides_by_the_rounded_scale(bits):
 
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize(("scale_dtype", "u"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-22)])
+@pytest.mark.parametrize(
+    ("scale_dtype", "u"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-22)]
+)
 def test_closed_form_bound(bits, group_size, scale_dtype, u):
     w = torch.randn(64, 1000)
     for method in METHODS:
@@ -86,7 +93,9 @@ def test_closed_form_bound(bits, group_size, scale_dtype, u):
         error = (w.double() - Planes(qdata, scale, bits, group_size, 1000).exact()).abs()
         size = per_element(scale.double().abs(), group_size, 1000)
         # signed has no level at +2^(b-1): what lies next to it comes down a whole step.
-        half = torch.where(w.double() / per_element(scale.double(), group_size, 1000) > FORMATS[bits].qmax, 1.0, 0.5)
+        half = torch.where(
+            w.double() / per_element(scale.double(), group_size, 1000) > FORMATS[bits].qmax, 1.0, 0.5
+        )
         assert (error <= ((half if method == "signed" else 0.5) + 2 ** (bits - 1) * u) * size).all()
 
 
@@ -98,7 +107,9 @@ def test_signed_keeps_the_extreme(bits, dtype):
     w.scatter_(-1, at, w.gather(-1, at) * 1.5)  # in bf16 it might be tied
     qdata, scale = reference.quantize(w, bits, -1, "signed", dtype)
     assert (unpack(qdata, bits, 96).gather(-1, at) == FORMATS[bits].qmin).all()
-    assert torch.equal(reference.dequantize(qdata, scale, bits, -1, 96, dtype).gather(-1, at), w.gather(-1, at))
+    assert torch.equal(
+        reference.dequantize(qdata, scale, bits, -1, 96, dtype).gather(-1, at), w.gather(-1, at)
+    )
     assert torch.equal(scale < 0, w.gather(-1, at) > 0)
     assert (scale < 0).any()
     assert (scale > 0).any()
@@ -113,7 +124,11 @@ def test_signed_tie_takes_the_negative_one(bits):
     qdata, scale = reference.quantize(w, bits, 32, "signed", torch.float32)
     step, qmin = 2.0 / 2 ** (bits - 1), FORMATS[bits].qmin
     assert scale.flatten().tolist() == [step, step, -step]
-    assert unpack(qdata, bits, 32)[:, [3, 9]].tolist() == [[-qmin - 1, qmin], [qmin, -qmin - 1], [qmin, qmin // 2]]
+    assert unpack(qdata, bits, 32)[:, [3, 9]].tolist() == [
+        [-qmin - 1, qmin],
+        [qmin, -qmin - 1],
+        [qmin, qmin // 2],
+    ]
 
 
 @pytest.mark.parametrize("bits", FORMATS)
@@ -121,7 +136,8 @@ def test_signed_tie_takes_the_negative_one(bits):
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_search_takes_the_least_loss(bits, group_size, scale_dtype, dtype):
-    """Group by group and in fp64: S is one of the six, none of which has less loss, and q is what rounding by it gives."""
+    """Group by group and in fp64: S is one of the six, none of which has less loss, and q is what rounding by
+    it gives."""
     chosen = set()
     for n, k in [(1, 1), (5, 31), (7, 576), (3, 1000)]:
         w = (torch.randn(n, k) ** 3 * torch.rand(n, 1)).to(dtype)
@@ -150,7 +166,9 @@ def test_search_is_better_than_signed():
 
     def loss(method):
         qdata, scale = reference.quantize(w, 4, 64, method, torch.bfloat16)
-        return float((w.abs() * (w - reference.dequantize(qdata, scale, 4, 64, 1024, torch.float32)) ** 2).sum())
+        return float(
+            (w.abs() * (w - reference.dequantize(qdata, scale, 4, 64, 1024, torch.float32)) ** 2).sum()
+        )
 
     assert loss("search") < 0.95 * loss("signed") < 0.95 * loss("absmax")
 
@@ -177,7 +195,8 @@ def test_zero_groups(bits, method, dtype):
 @pytest.mark.parametrize("method", SCALE_METHODS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_subnormal_weights_keep_their_group(bits, method, dtype):
-    """Groups whose extreme is 1 ... 400 of the smallest subnormal, of either sign: S is never 0 and nothing is NaN or inf."""
+    """Groups whose extreme is 1 ... 400 of the smallest subnormal, of either sign: S is never 0 and nothing
+    is NaN or inf."""
     ulp = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     steps = torch.arange(1, 401, dtype=torch.float64)[:, None] * torch.tensor([[1.0, 0.5, -0.25, 0.0] * 8])
     for sign in (1, -1):
@@ -188,7 +207,8 @@ def test_subnormal_weights_keep_their_group(bits, method, dtype):
         assert (unpack(qdata, bits, 32)[:, 0] != 0).all()
         w2 = reference.dequantize(qdata, scale, bits, 32, 32, dtype)
         assert w2.isfinite().all()
-        if dtype != torch.float32:  # there S is itself a rounded fp32 quotient, and may lie below the exact one
+        # There S is itself a rounded fp32 quotient, and may lie below the exact one.
+        if dtype != torch.float32:
             assert ((w2.double() - w.double()).abs() <= scale.double().abs()).all()
 
 
@@ -263,14 +283,20 @@ def test_leading_dims_and_strides(bits, group_size):
     qdata, scale = reference.quantize(w, bits, group_size, "absmax", torch.bfloat16)
     assert qdata.shape == (2, 3, 5, FORMATS[bits].row_bytes(100))
     assert scale.shape == (2, 3, 5, 4 if group_size == 32 else 1)
-    for got in (reference.quantize(w[1, 2], bits, group_size, "absmax", torch.bfloat16),
-                reference.quantize(w[1, 2].t().contiguous().t(), bits, group_size, "absmax", torch.bfloat16)):  # fmt: skip
+    for got in (
+        reference.quantize(w[1, 2], bits, group_size, "absmax", torch.bfloat16),
+        # fmt: skip.
+        reference.quantize(w[1, 2].t().contiguous().t(), bits, group_size, "absmax", torch.bfloat16),
+    ):
         assert torch.equal(got[0], qdata[1, 2])
         assert torch.equal(got[1], scale[1, 2])
         assert got[0].is_contiguous()
         assert got[1].is_contiguous()
     w2 = reference.dequantize(qdata, scale, bits, group_size, 100, torch.float32)
-    assert torch.equal(w2[1, 2, 3:4], reference.dequantize(qdata[1, 2, 3:4], scale[1, 2, 3:4], bits, group_size, 100, torch.float32))
+    assert torch.equal(
+        w2[1, 2, 3:4],
+        reference.dequantize(qdata[1, 2, 3:4], scale[1, 2, 3:4], bits, group_size, 100, torch.float32),
+    )
 
 
 @pytest.mark.parametrize("group_size", [32, -1])
@@ -294,7 +320,14 @@ def test_dequantize_rounds_once(bits, group_size, dtype):
         assert not torch.equal(w2, q.to(dtype) * per_element(scale, group_size, 1000).to(dtype))
 
 
-SHAPES = [(0, 5, 100, 32), (1, 1, 32, 32), (3, 5, 100, 64), (17, 100, 576, 96), (3, 100, 1000, 128), (17, 5, 1000, -1)]
+SHAPES = [
+    (0, 5, 100, 32),
+    (1, 1, 32, 32),
+    (3, 5, 100, 64),
+    (17, 100, 576, 96),
+    (3, 100, 1000, 128),
+    (17, 5, 1000, -1),
+]
 
 
 @pytest.mark.parametrize("bits", FORMATS)
@@ -311,7 +344,9 @@ def test_linear_and_linear_dx(bits, dtype, m, n, k, group_size):
 
 def test_linear_adds_the_bias_before_rounding():
     """256 + 1 + 1 is 258 in bf16, but 256 where the product is rounded first."""
-    w = Planes(pack(torch.tensor([[1, 1]], dtype=torch.int8), 4), torch.ones(1, 1, dtype=torch.bfloat16), 4, 32, 2)
+    w = Planes(
+        pack(torch.tensor([[1, 1]], dtype=torch.int8), 4), torch.ones(1, 1, dtype=torch.bfloat16), 4, 32, 2
+    )
     x, bias = torch.tensor([[256.0, 1.0]]).bfloat16(), torch.ones(1).bfloat16()
     assert reference.linear(x, w.qdata, w.scale, bias, 4, 32).item() == 258
 

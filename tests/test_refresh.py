@@ -1,4 +1,5 @@
-"""Fresh float weights into a live model, as after each step of reinforcement learning: in place, and nothing compiled again.
+"""Fresh float weights into a live model, as after each step of reinforcement learning: in place, and nothing
+compiled again.
 
 Among ranks it is tested in sharded_training.py."""
 
@@ -49,7 +50,8 @@ def by_load_state_dict(model, state):
 def test_a_live_compiled_model_answers_as_one_quantized_anew(make, bits):
     torch._dynamo.reset()
     model = quantized(make(0), bits)
-    live = torch.compile(model, fullgraph=True, backend="aot_eager")  # inductor's turn is below; here it would take half a minute
+    # inductor's turn is below; here it would take half a minute.
+    live = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         before = live(IDS, use_cache=False).logits
         where = memory(model)
@@ -65,7 +67,9 @@ def test_a_live_compiled_model_answers_as_one_quantized_anew(make, bits):
             # The same graph over the same bits: not only close.
             model.load_state_dict(anew.state_dict())
             assert torch.equal(live(IDS, use_cache=False).logits, after)
-            torch.testing.assert_close(after, anew(IDS, use_cache=False).logits, rtol=0.05, atol=0.05 * after.abs().max().item())
+            torch.testing.assert_close(
+                after, anew(IDS, use_cache=False).logits, rtol=0.05, atol=0.05 * after.abs().max().item()
+            )
             assert not torch.allclose(before, after, rtol=0.2)
             before = after
 

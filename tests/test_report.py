@@ -9,8 +9,12 @@ from rtn_tensor import quantize_, report, rtn_int4, rtn_int8
 
 
 def test_report_table():
-    model = nn.ModuleDict({"layer": Model(tied=True), "conv": nn.Conv1d(4, 4, 3), "experts": Experts()}).bfloat16()
-    config = FqnToConfig({"layer.head": rtn_int8(32), "layer.up": rtn_int4(), "experts.gate_up_proj": rtn_int4(-1)})
+    model = nn.ModuleDict(
+        {"layer": Model(tied=True), "conv": nn.Conv1d(4, 4, 3), "experts": Experts()}
+    ).bfloat16()
+    config = FqnToConfig(
+        {"layer.head": rtn_int8(32), "layer.up": rtn_int4(), "experts.gate_up_proj": rtn_int4(-1)}
+    )
     result = quantize_(model, config)
     assert_expected_inline(
         str(result),

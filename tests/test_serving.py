@@ -76,7 +76,9 @@ def test_wildcards_reach_what_is_quantized_by_default():
     options = Options.read({"bits": 8, "rules": [["model.embed_tokens", {}], ["*", {"bits": 4}]]})
     assert options.of("model.layers.4.mlp.gate", by_default=False) is None
     assert options.of("model.embed_tokens", by_default=False) == rtn_int8()
-    with pytest.raises(ValueError, match=r"no layer matches '\*', or only such as stay float unless named in full"):
+    with pytest.raises(
+        ValueError, match=r"no layer matches '\*', or only such as stay float unless named in " r"full"
+    ):
         options.check()
     assert options.of("model.layers.4.mlp.up_proj") == rtn_int4()
     options.check()
@@ -89,8 +91,14 @@ def test_by_default():
 
 
 def test_a_plan_names_weights():
-    names = {part: rtn_int8() if i < 2 else rtn_int4(32) for i, part in enumerate([*PARTS[:2], "model.layers.0.mlp.down_proj"])}
-    plan = [[f"{part}.weight", {"bits": config.bits, "group_size": config.group_size}] for part, config in names.items()]
+    names = {
+        part: rtn_int8() if i < 2 else rtn_int4(32)
+        for i, part in enumerate([*PARTS[:2], "model.layers.0.mlp.down_proj"])
+    }
+    plan = [
+        [f"{part}.weight", {"bits": config.bits, "group_size": config.group_size}]
+        for part, config in names.items()
+    ]
     options = Options.read({"bits": 4, "rules": plan})
     assert options.of("qk", PARTS[:2]) == rtn_int8()
     assert options.of("model.layers.0.mlp.down_proj") == rtn_int4(32)
@@ -100,9 +108,14 @@ def test_a_plan_names_weights():
 def test_parts_of_a_fused_layer():
     assert Options.read({"ignore": ["*.[qkv]_proj"]}).of(NAME, PARTS) is None
     assert Options.read({"rules": [[NAME, {"bits": 4}]]}).of(NAME, PARTS) == rtn_int4()
-    options = Options.read({"rules": [["*.v_proj", {"bits": 4, "scale_method": "signed"}], ["*.k_proj", None]]})
+    options = Options.read(
+        {"rules": [["*.v_proj", {"bits": 4, "scale_method": "signed"}], ["*.k_proj", None]]}
+    )
     expected = "(q_proj int8 g128, k_proj float, v_proj int4 g128 signed); give all of them one"
-    with pytest.raises(ValueError, match=re.escape(f"{NAME} is one layer here, and its parts would be of different formats {expected}")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"{NAME} is one layer here, and its parts would be of different formats {expected}"),
+    ):
         options.of(NAME, PARTS)
 
 
@@ -115,7 +128,12 @@ def test_rules_that_match_nothing_are_refused():
 
 
 def test_experts():
-    options = Options.read({"bits": 4, "rules": [["a.experts.down_proj", {"bits": 8}], ["b.experts", None], ["c.*.down_proj", None]]})
+    options = Options.read(
+        {
+            "bits": 4,
+            "rules": [["a.experts.down_proj", {"bits": 8}], ["b.experts", None], ["c.*.down_proj", None]],
+        }
+    )
     assert options.of_experts("a.experts") == (rtn_int4(), rtn_int8())
     assert options.of_experts("b.experts") is None
     with pytest.raises(ValueError, match="c.experts: down_proj would stay float, and the other not"):
@@ -137,7 +155,8 @@ def test_summary():
         options.note(f"model.layers.{layer}.mlp.gate", None, 4 * 512, 4, 2)
     options.note("lm_head", rtn_int8(-1, "signed"), 1000 * 512, 1000, 2)
     assert options.summary() == (
-        "rtn: 2 int4 g128, 1 int8 g-1 signed; 1.2 MB of weights are 0.6 MB; float, as routers and layers of fewer than 32 rows or columns "
+        "rtn: 2 int4 g128, 1 int8 g-1 signed; 1.2 MB of weights are 0.6 MB; float, as routers and layers of "
+        "fewer than 32 rows or columns "
         "are by default: model.layers.*.mlp.gate (2)"
     )
 
@@ -156,15 +175,22 @@ def test_cuts(config):
 
 def test_formats_of_a_folder(tmp_path):
     model = tiny_llama()
-    quantize_(model, FqnToConfig({r"re:.*down_proj": rtn_int8(32), "model.embed_tokens": rtn_int4(-1, "signed")}))
+    quantize_(
+        model, FqnToConfig({r"re:.*down_proj": rtn_int8(32), "model.embed_tokens": rtn_int4(-1, "signed")})
+    )
     save(model, tmp_path / "saved")
     assert saved_formats(tmp_path / "saved") == {
         "model.layers.0.mlp.down_proj.weight": rtn_int8(32),
         "model.layers.1.mlp.down_proj.weight": rtn_int8(32),
         "model.embed_tokens.weight": rtn_int4(-1, "signed"),
     }
-    assert is_saved(model.config.to_dict() | {"quant_method": "torchao", "quant_type": {"default": {"_type": "RTNInt4WeightConfig"}}})
-    assert not is_saved({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}})
+    assert is_saved(
+        model.config.to_dict()
+        | {"quant_method": "torchao", "quant_type": {"default": {"_type": "RTNInt4WeightConfig"}}}
+    )
+    assert not is_saved(
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}
+    )
     with pytest.raises(FileNotFoundError, match="is no folder on this machine"):
         saved_formats(tmp_path / "nothing")
 
@@ -183,7 +209,9 @@ def test_experts_whose_dims_are_swapped_are_refused(tmp_path):
     model = tiny_moe("GptOss")
     quantize_(model, rtn_int4(32))
     save(model, tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"is saved as \[in_features, out_features\]; serve the float folder instead"):
+    with pytest.raises(
+        ValueError, match=r"is saved as \[in_features, out_features\]; serve the float folder " r"instead"
+    ):
         saved_formats(tmp_path / "saved")
 
 
@@ -195,7 +223,9 @@ def only_the_embedding(module, fqn):
     return isinstance(module, nn.Embedding)
 
 
-@pytest.mark.parametrize("filter_fn", [None, but_the_ends, only_the_embedding], ids=["output", "neither", "embedding"])
+@pytest.mark.parametrize(
+    "filter_fn", [None, but_the_ends, only_the_embedding], ids=["output", "neither", "embedding"]
+)
 def test_a_folder_says_whether_its_output_layer_is_the_embedding(tmp_path, filter_fn):
     """config.json says tied, of a model of which one of the two was quantized, too."""
     model = tiny_llama(tied=True)
@@ -205,7 +235,7 @@ def test_a_folder_says_whether_its_output_layer_is_the_embedding(tmp_path, filte
     assert has_own_output(tmp_path / "saved") == (filter_fn is not but_the_ends)
 
 
-# ------------------------------------------------------------------------------------------- experts
+# --------------------------------------------------------------------------------- experts
 
 
 @pytest.mark.parametrize(
@@ -240,19 +270,27 @@ def test_what_the_experts_of_an_engine_compute(kind, settings, expected):
     ],
 )
 def test_experts_of_another_kind_are_refused_by_name(kind, settings):
-    with pytest.raises(ValueError, match=f"^layers.0.experts: experts with the activation '{kind}' .*name 'layers.0.experts' in ignore"):
+    with pytest.raises(
+        ValueError,
+        match=f"^layers.0.experts: experts with the activation '{kind}' .*name 'layers.0.experts' in ignore",
+    ):
         activation_of("layers.0.experts", kind, *settings)
 
 
 def test_the_message_has_the_settings():
-    with pytest.raises(ValueError, match=re.escape("the activation 'silu' and swiglu_limit=10.0, swiglu_beta=1.0 are not supported")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("the activation 'silu' and swiglu_limit=10.0, swiglu_beta=1.0 are not supported"),
+    ):
         activation_of("experts", "silu", 10.0, None, 1.0)
 
 
 def test_router_weights_on_inputs():
     check_router("experts", True, 1)
     check_router("experts", False, 2)
-    with pytest.raises(ValueError, match="experts: apply_router_weight_on_input with 2 experts per token is not supported"):
+    with pytest.raises(
+        ValueError, match="experts: apply_router_weight_on_input with 2 experts per token is not supported"
+    ):
         check_router("experts", True, 2)
 
 
@@ -260,7 +298,10 @@ def test_router_weights_on_inputs():
 def test_a_clamped_gate_between_two_launches(dtype):
     """As the reference has it, in fp32 between the products' roundings."""
     torch.manual_seed(0)
-    up, down = (RTNQuantizedTensor.from_float(torch.randn(*shape, dtype=dtype), 8, 32) for shape in ((4, 192, 64), (4, 64, 96)))
+    up, down = (
+        RTNQuantizedTensor.from_float(torch.randn(*shape, dtype=dtype), 8, 32)
+        for shape in ((4, 192, 64), (4, 64, 96))
+    )
     x, experts, router = torch.randn(5, 64, dtype=dtype) * 3, torch.randint(0, 4, (10,)), torch.rand(10)
     gate = SwiGLU(1.702, 1.0, 10.0)
     got = run(x, up, down, None, None, experts, router, 2, gate)
@@ -270,5 +311,8 @@ def test_a_clamped_gate_between_two_launches(dtype):
         h = gate_h.clamp(max=10) * torch.sigmoid(1.702 * gate_h.clamp(max=10)) * (up_h.clamp(-10, 10) + 1)
         expected = down.dequantize(torch.float32)[e] @ h * router[p]
         torch.testing.assert_close(
-            got[p].float(), expected, rtol=0, atol=float(expected.abs().max()) * (1e-5 if dtype == torch.float32 else 0.03)
+            got[p].float(),
+            expected,
+            rtol=0,
+            atol=float(expected.abs().max()) * (1e-5 if dtype == torch.float32 else 0.03),
         )

@@ -1,4 +1,5 @@
-"""Scores of zero-shot tasks, against forward passes of one option at a time and against numbers worked out by hand."""
+"""Scores of zero-shot tasks, against forward passes of one option at a time and against numbers worked out by
+hand."""
 
 import json
 import math
@@ -11,18 +12,27 @@ from tiny_llama import TEXT, tiny_llama, tiny_tokenizer
 
 from rtn_tensor import ops, quantize_, rtn_int4
 from rtn_tensor.evaluation.perplexity import token_losses
-from rtn_tensor.evaluation.tasks import Score, average_recovery, main_scores, rows, run_tasks, show, text_score
+from rtn_tensor.evaluation.tasks import (
+    Score,
+    average_recovery,
+    main_scores,
+    rows,
+    run_tasks,
+    show,
+    text_score,
+)
 
 WORDS = TEXT.replace(".", "").replace(",", "").split()
 
 
-# ------------------------------------------------------------------------------------------- scores, by hand
+# ------------------------------------------------------------------------- scores, by hand
 
 
 def test_an_accuracy():
     score = Score("t", "acc", (1.0, 0.0, 1.0, 1.0))
     assert score.value == 0.75
-    assert score.stderr == pytest.approx(math.sqrt(0.75 * 0.25 * 4 / 3) / 2)  # the sample's standard deviation, over sqrt(n)
+    # The sample's standard deviation, over sqrt(n).
+    assert score.stderr == pytest.approx(math.sqrt(0.75 * 0.25 * 4 / 3) / 2)
 
 
 def test_a_perplexity():
@@ -40,7 +50,12 @@ def test_losses_that_are_not_finite():
     for items in ([1.0, math.nan], [1.0, math.inf], [900.0, 901.0]):
         score = text_score("perplexity", torch.tensor(items))
         assert not math.isfinite(score.value)
-        assert show([score, Score("t", "acc", (1.0, 0.0))], [score, Score("t", "acc", (1.0, 0.0))]).count("100.00") == 2
+        assert (
+            show([score, Score("t", "acc", (1.0, 0.0))], [score, Score("t", "acc", (1.0, 0.0))]).count(
+                "100.00"
+            )
+            == 2
+        )
 
 
 def test_a_task_in_which_the_reference_has_nothing():
@@ -72,7 +87,10 @@ def test_recovery_error_is_what_resampling_gives():
 
 
 def test_recovery_of_a_perplexity():
-    mine, reference = Score("t", "perplexity", (-2.0, -2.5, -3.0)), Score("t", "perplexity", (-1.0, -2.0, -3.0))
+    mine, reference = (
+        Score("t", "perplexity", (-2.0, -2.5, -3.0)),
+        Score("t", "perplexity", (-1.0, -2.0, -3.0)),
+    )
     ratio, error = mine.recovery(reference)
     assert ratio == pytest.approx(reference.value / mine.value) == pytest.approx(math.exp(-0.5))
     assert error == pytest.approx(ratio * 0.5 / math.sqrt(3))  # of the differences -1, -0.5, 0
@@ -99,7 +117,9 @@ def test_the_average_takes_one_accuracy_a_task():
         Score("b", "perplexity", (-1.0, -2.0)),
     ]
     assert [(s.task, s.metric) for s in main_scores(scores)] == [("a", "acc_norm"), ("b", "acc")]
-    references = [Score(s.task, s.metric, (1.0, 1.0) if s.metric != "perplexity" else s.items) for s in scores]
+    references = [
+        Score(s.task, s.metric, (1.0, 1.0) if s.metric != "perplexity" else s.items) for s in scores
+    ]
     ratio, error = average_recovery(scores, references)
     assert ratio == 0.5
     assert error == pytest.approx(math.hypot(0.5, 0.5) / 2)
@@ -126,7 +146,7 @@ a     acc_norm    2  50.00 +- 50.00""",
     )
 
 
-# ------------------------------------------------------------------------------------------- the harness, by brute force
+# ------------------------------------------------------------- the harness, by brute force
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +163,10 @@ def data(tmp_path_factory):
         return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
     items = {
-        "piqa": [{"goal": words(2, 9), "sol1": words(1, 6), "sol2": words(1, 6), "label": rng.randrange(2)} for _ in range(12)],
+        "piqa": [
+            {"goal": words(2, 9), "sol1": words(1, 6), "sol2": words(1, 6), "label": rng.randrange(2)}
+            for _ in range(12)
+        ],
         "arc_easy": [
             {
                 "question": words(2, 9),
@@ -153,7 +176,12 @@ def data(tmp_path_factory):
             for _ in range(12)
         ],
         "winogrande": [
-            {"sentence": f"{words(2, 5)} _ {words(2, 5)}", "option1": words(1, 1), "option2": words(2, 2), "answer": rng.choice("12")}
+            {
+                "sentence": f"{words(2, 5)} _ {words(2, 5)}",
+                "option1": words(1, 1),
+                "option2": words(2, 2),
+                "answer": rng.choice("12"),
+            }
             for _ in range(12)
         ],
         "lambada": [{"text": words(5, 12)} for _ in range(12)],
@@ -165,15 +193,22 @@ def data(tmp_path_factory):
 
 
 def options(task, row):
-    """(context, continuation) of each option and the index of the right one, as the harness's own task files have them."""
+    """(context, continuation) of each option and the index of the right one, as the harness's own task files
+    have them."""
     if task == "piqa":
-        return [(f"Question: {row['goal']}\nAnswer:", f" {row[key]}") for key in ("sol1", "sol2")], row["label"]
+        return [(f"Question: {row['goal']}\nAnswer:", f" {row[key]}") for key in ("sol1", "sol2")], row[
+            "label"
+        ]
     if task == "arc_easy":
         texts = row["choices"]["text"]
-        return [(f"Question: {row['question']}\nAnswer:", f" {text}") for text in texts], "ABCD".index(row["answerKey"])
+        return [(f"Question: {row['question']}\nAnswer:", f" {text}") for text in texts], "ABCD".index(
+            row["answerKey"]
+        )
     if task == "winogrande":  # the options are in the context, and what follows is scored
         before, after = row["sentence"].split("_")
-        return [(before + row[key], f" {after.strip()}") for key in ("option1", "option2")], int(row["answer"]) - 1
+        return [(before + row[key], f" {after.strip()}") for key in ("option1", "option2")], int(
+            row["answer"]
+        ) - 1
     before, _, last = row["text"].rpartition(" ")
     return [(before, f" {last}")], 0
 
@@ -193,7 +228,9 @@ def likelihood(model, tokenizer, context, continuation):
 
 @pytest.fixture
 def harness():
-    return pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install 'rtn-tensor[evaluate]'")
+    return pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is not installed; pip install 'rtn-tensor[evaluate]'"
+    )
 
 
 @pytest.fixture
@@ -216,7 +253,10 @@ def test_scores_by_brute_force(harness, data, tokenizer, quantized, products):
     if quantized:
         quantize_(model, rtn_int4(group_size=32))
     tasks = ["lambada", "piqa", "arc_easy", "winogrande"]
-    scores = {(score.task, score.metric): score.items for score in run_tasks(model, tokenizer, tasks, data=data, batch_size=5)}
+    scores = {
+        (score.task, score.metric): score.items
+        for score in run_tasks(model, tokenizer, tasks, data=data, batch_size=5)
+    }
     assert bool(products) == quantized
     expected = {}
     for task in tasks:
@@ -228,14 +268,20 @@ def test_scores_by_brute_force(harness, data, tokenizer, quantized, products):
             if task == "lambada":
                 one = {"acc": float(found[0][1]), "perplexity": found[0][0]}
             else:
-                one = {"acc": float(likelihoods.argmax() == right), "acc_norm": float((likelihoods / lengths).argmax() == right)}
+                one = {
+                    "acc": float(likelihoods.argmax() == right),
+                    "acc_norm": float((likelihoods / lengths).argmax() == right),
+                }
             for metric, value in one.items():
                 expected.setdefault((task, metric), []).append(value)
     del expected["winogrande", "acc_norm"]  # the same text is scored under both options
     assert scores.keys() == expected.keys()
     for key, items in scores.items():
         assert items == pytest.approx(expected[key], rel=1e-4), key
-    assert scores["piqa", "acc"] != scores["piqa", "acc_norm"] or scores["arc_easy", "acc"] != scores["arc_easy", "acc_norm"]
+    assert (
+        scores["piqa", "acc"] != scores["piqa", "acc_norm"]
+        or scores["arc_easy", "acc"] != scores["arc_easy", "acc_norm"]
+    )
 
 
 @pytest.mark.filterwarnings("default")
@@ -259,7 +305,12 @@ def test_what_is_refused(harness, data, tokenizer, tmp_path):
     model = tiny_llama()
     (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "1 + 1", "answer": "#### 2"}) + "\n")
     messages = []
-    for tasks, options in ((["hellaswog"], {}), (["piqa"], {"limit": 0}), (["hellaswag"], {"data": data}), (["gsm8k"], {"data": tmp_path})):
+    for tasks, options in (
+        (["hellaswog"], {}),
+        (["piqa"], {"limit": 0}),
+        (["hellaswag"], {"data": data}),
+        (["gsm8k"], {"data": tmp_path}),
+    ):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             run_tasks(model, tokenizer, tasks, **options)
         messages.append(str(caught.value).replace(str(data), "FOLDER"))

@@ -1,4 +1,5 @@
-"""The contract of `RTNQuantizedTensor`: products, gradients, views, copies, conversions, files, and its errors."""
+"""The contract of `RTNQuantizedTensor`: products, gradients, views, copies, conversions, files, and its
+errors."""
 
 import copy
 import io
@@ -39,8 +40,8 @@ every_width = pytest.mark.parametrize("bits", [4, 8])
 
 
 def exact(*shape, bits=4, group_size=32, dtype=torch.float32):
-    """A weight of small integers and power-of-two scales: its products with `sparse` inputs are exact in every dtype and every order
-    of summation, so tests ask for equality."""
+    """A weight of small integers and power-of-two scales: its products with `sparse` inputs are exact in
+    every dtype and every order of summation, so tests ask for equality."""
     *rows, k = shape
     q = torch.randint(-8, 8, shape, dtype=torch.int8)
     scale = 0.5 ** torch.randint(1, 3, (*rows, groups(k, group_size)))
@@ -92,7 +93,9 @@ def calls(monkeypatch):
     monkeypatch.delenv("RTN_KERNEL", raising=False)
     before = list(registry.KERNELS)
     ops_of = {op: counted(op) for op in OPS}
-    registry.KERNELS[:] = [Kernel(name="counting", why_not=lambda problem: None, rounds_weight=lambda problem: False, **ops_of)]
+    registry.KERNELS[:] = [
+        Kernel(name="counting", why_not=lambda problem: None, rounds_weight=lambda problem: False, **ops_of)
+    ]
     yield made
     registry.KERNELS[:] = before
 
@@ -101,7 +104,7 @@ def names(calls):
     return [op for op, _ in calls]
 
 
-# ------------------------------------------------------------------------------------------- products
+# -------------------------------------------------------------------------------- products
 
 # x [3, K], w [N, K], b [N], y [3, N]; and the op that has to run.
 PRODUCTS = {
@@ -154,7 +157,18 @@ def test_product(calls, product, bits, group_size, dtype):
     assert_same(out, fn(x, w.dequantize(), b, y))
 
 
-BELOW_FUNCTION = ["linear", "linear-bias", "linear-4d", "linear-1d", "mm-t", "mm", "matmul-nd", "matmul-1d-t", "addmm", "addmm-keywords"]
+BELOW_FUNCTION = [
+    "linear",
+    "linear-bias",
+    "linear-4d",
+    "linear-1d",
+    "mm-t",
+    "mm",
+    "matmul-nd",
+    "matmul-1d-t",
+    "addmm",
+    "addmm-keywords",
+]
 
 
 @pytest.mark.parametrize("mode", ["grad", "no_grad", "inference"])
@@ -181,12 +195,17 @@ def test_product_below_torch_function(calls, product, mode):
 
 
 @every_format
-@pytest.mark.parametrize("product", [p for p in PRODUCTS if p not in ("linear-4d", "matmul-nd", "matmul-weight-first-nd")])
+@pytest.mark.parametrize(
+    "product", [p for p in PRODUCTS if p not in ("linear-4d", "matmul-nd", "matmul-weight-first-nd")]
+)
 def test_gradients(calls, product, bits, group_size, dtype):
     """Of x, of y and of the bias, against a dense weight; the backward runs on the packed planes."""
     op, fn = PRODUCTS[product]
     w = exact(N, K, bits=bits, group_size=group_size, dtype=dtype)
-    leaves = [t.requires_grad_() for t in (sparse(3, K, dtype=dtype), torch.arange(N, dtype=dtype), sparse(3, N, dtype=dtype))]
+    leaves = [
+        t.requires_grad_()
+        for t in (sparse(3, K, dtype=dtype), torch.arange(N, dtype=dtype), sparse(3, N, dtype=dtype))
+    ]
     x, b, y = leaves
     out = fn(x, w, b, y)
     dy = sparse(*out.shape, dtype=dtype)
@@ -243,7 +262,9 @@ def test_gradients_flow_through_layers(calls):
 
     got = torch.autograd.grad(model(first, second), (a, b))
     assert names(calls) == ["linear", "linear", "linear_dx"]
-    for grad, expected in zip(got, torch.autograd.grad(model(first.dequantize(), second.dequantize()), (a, b)), strict=True):
+    for grad, expected in zip(
+        got, torch.autograd.grad(model(first.dequantize(), second.dequantize()), (a, b)), strict=True
+    ):
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -258,7 +279,7 @@ def test_empty_batch(calls, bits):
     assert names(calls) == ["linear", "linear_dx", "linear"]
 
 
-# ------------------------------------------------------------------------------------------- experts
+# --------------------------------------------------------------------------------- experts
 
 BMM = {
     "bmm-mT": ("grouped", lambda x, w, y: torch.bmm(x, w.mT)),
@@ -324,7 +345,7 @@ def test_one_expert_is_a_linear_weight(calls):
     assert names(calls)[0] == "linear"
 
 
-# ------------------------------------------------------------------------------------------- embedding
+# ------------------------------------------------------------------------------- embedding
 
 
 @every_format
@@ -349,7 +370,7 @@ def test_embedding_module(calls):
     assert names(calls)[:2] == ["embedding", "embedding"]
 
 
-# ------------------------------------------------------------------------------------------- autocast
+# -------------------------------------------------------------------------------- autocast
 
 
 AUTOCAST = {
@@ -358,7 +379,10 @@ AUTOCAST = {
     "matmul": ("linear_dx", lambda x, w, b, y: y @ w),
     "addmm": ("linear", lambda x, w, b, y: torch.addmm(b, x, w.t(), alpha=2)),
     "bmm": ("grouped", lambda x, w, b, y: torch.bmm(x[None], w[None].mT)),
-    "grouped_mm": ("grouped", lambda x, w, b, y: torch._grouped_mm(x, w[None].mT, offs=torch.tensor([3], dtype=torch.int32))),
+    "grouped_mm": (
+        "grouped",
+        lambda x, w, b, y: torch._grouped_mm(x, w[None].mT, offs=torch.tensor([3], dtype=torch.int32)),
+    ),
 }
 
 
@@ -369,7 +393,11 @@ def test_autocast(calls, product, to, weight_dtype):
     """x is cast, the result has autocast's dtype, and the kernel gets the scale as it is stored."""
     op, fn = AUTOCAST[product]
     w = exact(N, K, dtype=weight_dtype)
-    x, b, y = sparse(3, K).requires_grad_(), torch.arange(N).float().requires_grad_(), sparse(3, N).requires_grad_()
+    x, b, y = (
+        sparse(3, K).requires_grad_(),
+        torch.arange(N).float().requires_grad_(),
+        sparse(3, N).requires_grad_(),
+    )
     with torch.autocast("cpu", dtype=to):
         out = fn(x, w, b, y)
     dy = sparse(*out.shape, dtype=to)
@@ -377,14 +405,20 @@ def test_autocast(calls, product, to, weight_dtype):
     assert names(calls)[0] == op
     assert len(calls) == 2
     for _, (activation, qdata, scale, *_) in calls:
-        assert (activation.dtype, qdata.data_ptr(), scale.data_ptr()) == (to, w.qdata.data_ptr(), w.scale.data_ptr())
+        assert (activation.dtype, qdata.data_ptr(), scale.data_ptr()) == (
+            to,
+            w.qdata.data_ptr(),
+            w.scale.data_ptr(),
+        )
     dense = w.dequantize(torch.float32)
     if product == "grouped_mm":
         expected = x @ dense.t()
     else:
         expected = fn(x, dense, b, y)
     assert_same(out.detach(), expected.detach().to(to))
-    for grad, grad_expected in zip(grads, torch.autograd.grad(expected, (x, b, y), dy.float(), materialize_grads=True), strict=True):
+    for grad, grad_expected in zip(
+        grads, torch.autograd.grad(expected, (x, b, y), dy.float(), materialize_grads=True), strict=True
+    ):
         assert_same(grad, grad_expected)
 
 
@@ -394,7 +428,7 @@ def test_disabled_autocast_casts_nothing():
         assert_same(F.linear(x, w), x @ w.dequantize().t())
 
 
-# ------------------------------------------------------------------------------------------- wrong operands
+# -------------------------------------------------------------------------- wrong operands
 
 
 def test_wrong_operands():
@@ -416,10 +450,14 @@ def test_wrong_operands():
         "quantized x": message(TypeError, lambda: F.linear(w, w)),
         "quantized input": message(TypeError, lambda: F.linear(w, x)),
         "bmm of 2-D x": message(ValueError, lambda: x @ experts.mT),
-        "grouped of 3-D x": message(ValueError, lambda: F.grouped_mm(x[None], experts.mT, offs=torch.tensor([3], dtype=torch.int32))),
+        "grouped of 3-D x": message(
+            ValueError, lambda: F.grouped_mm(x[None], experts.mT, offs=torch.tensor([3], dtype=torch.int32))
+        ),
         "grouped without offs": message(ValueError, lambda: torch._grouped_mm(x, experts.mT)),
         "embedding of transposed": message(ValueError, lambda: F.embedding(torch.tensor([0]), w.t())),
-        "embedding with max_norm": message(ValueError, lambda: F.embedding(torch.tensor([0]), w, max_norm=1.0)),
+        "embedding with max_norm": message(
+            ValueError, lambda: F.embedding(torch.tensor([0]), w, max_norm=1.0)
+        ),
         "half x in grouped": message(TypeError, lambda: torch.bmm(x.half().expand(2, 3, 96), experts.mT)),
     }
     assert_expected_inline(
@@ -442,7 +480,7 @@ grouped of 3-D x: grouped_mm needs x [M, K], a quantized weight [E, K, N] and of
 grouped without offs: grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes (3, 96), (2, 96, 6)
 embedding of transposed: embedding needs a 2-D weight that is not transposed, got RTNQuantizedTensor(shape=(96, 6), bits=4, group_size=32, transposed=True, dtype=torch.float32, device='cpu')
 embedding with max_norm: embedding with max_norm rewrites the weight, which a quantized one cannot; drop max_norm
-half x in grouped: x is torch.float16 but the weight is torch.float32; use x.to(torch.float32) or weight.to(torch.float16)""",  # noqa: E501
+half x in grouped: x is torch.float16 but the weight is torch.float32; use x.to(torch.float32) or weight.to(torch.float16)""",
     )
 
 
@@ -463,7 +501,7 @@ def test_unknown_op_names_itself_and_the_way_out():
             fn(w)
 
 
-# ------------------------------------------------------------------------------------------- the eager door
+# -------------------------------------------------------------------------- the eager door
 
 
 def test_eager_linear_enters_neither_dispatch_nor_dispatcher(monkeypatch):
@@ -480,14 +518,16 @@ def test_eager_linear_enters_neither_dispatch_nor_dispatcher(monkeypatch):
         F.linear(x.requires_grad_(), w, b)  # a gradient is asked for: autograd must see it
     monkeypatch.undo()
     for grad in (False, True):
-        with torch.profiler.profile() as profile, torch.set_grad_enabled(grad):  # which is to see every product
+        # Which is to see every product.
+        with torch.profiler.profile() as profile, torch.set_grad_enabled(grad):
             F.linear(x, w, b)
         assert "rtn::linear" in {event.name for event in profile.events()}
 
 
-# ------------------------------------------------------------------------------------------- views
+# ----------------------------------------------------------------------------------- views
 
-# The same function of the quantized tensor and of its dequantized one. [6, 300] with groups of 32; 300 = 9 * 32 + 12.
+# The same function of the quantized tensor and of its dequantized one. [6, 300] with groups of 32; 300 = 9 *
+# 32 + 12.
 VIEWS = {
     "rows": lambda w: w[1:4],
     "rows-negative": lambda w: w[-2:],
@@ -595,7 +635,8 @@ def check_view(w, fn):
         assert_same(part.dequantize(), expected)
         part.qdata.zero_()
         expected.zero_()
-    assert_same(w.dequantize(), dense)  # written through the parts, so they alias, and nothing else was touched
+    # Written through the parts, so they alias, and nothing else was touched.
+    assert_same(w.dequantize(), dense)
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -611,7 +652,11 @@ def test_view(view, bits, inference):
 @pytest.mark.parametrize("view", [view for view in VIEWS if "column" not in view and "slice" not in view])
 @pytest.mark.parametrize("group_size", [64, -1])
 def test_view_of_larger_groups(view, bits, group_size):
-    cuts = {"block": lambda w: w[1:3, 64:128], "t-rows": lambda w: w.t()[64:128], "t-split": lambda w: w.t().split(128)}
+    cuts = {
+        "block": lambda w: w[1:3, 64:128],
+        "t-rows": lambda w: w.t()[64:128],
+        "t-split": lambda w: w.t().split(128),
+    }
     check_view(gaussian(6, 300, bits=bits, group_size=group_size), cuts.get(view, VIEWS[view]))
 
 
@@ -654,7 +699,9 @@ def test_a_view_writes_and_reads_through(view):
     assert_same(v.dequantize(), VIEWS[view](w.dequantize()))
 
 
-@pytest.mark.parametrize("flatten", [lambda w: w.view(-1), lambda w: w.reshape(-1), torch.flatten, torch.ravel], ids="vrfr")
+@pytest.mark.parametrize(
+    "flatten", [lambda w: w.view(-1), lambda w: w.reshape(-1), torch.flatten, torch.ravel], ids="vrfr"
+)
 @pytest.mark.parametrize("shape", [(6, 300), (2, 6, 64)])
 def test_a_weight_cannot_be_flattened(shape, flatten):
     with pytest.raises(ValueError, match="a view keeps the packed last dim"):
@@ -698,7 +745,7 @@ split sizes: split sizes [64, 64] do not add up to 300, the size of dim 1
 chunk: cannot slice columns 0:150; with bits=4 and group_size=64 cuts must be multiples of 64, or at the end, 300
 one group: cannot slice columns 8:300; with bits=4 and group_size=-1 cuts must be multiples of 32, or at the end, 300
 select: cannot select along dim 1: one column of a packed weight is no tensor; slice whole groups, or dequantize()
-unbind: cannot select along dim 1: one column of a packed weight is no tensor; slice whole groups, or dequantize()""",  # noqa: E501
+unbind: cannot select along dim 1: one column of a packed weight is no tensor; slice whole groups, or dequantize()""",
         )
     else:
         assert_expected_inline(
@@ -715,7 +762,7 @@ split sizes: split sizes [64, 64] do not add up to 300, the size of dim 1
 chunk: cannot slice columns 0:150; with bits=8 and group_size=64 cuts must be multiples of 64, or at the end, 300
 one group: cannot slice columns 8:300; with bits=8 and group_size=-1 cuts must be multiples of 16, or at the end, 300
 select: cannot select along dim 1: one column of a packed weight is no tensor; slice whole groups, or dequantize()
-unbind: cannot select along dim 1: one column of a packed weight is no tensor; slice whole groups, or dequantize()""",  # noqa: E501
+unbind: cannot select along dim 1: one column of a packed weight is no tensor; slice whole groups, or dequantize()""",
         )
 
 
@@ -751,7 +798,7 @@ dim: Dimension out of range (expected to be in range of [-2, 1], but got 2)""",
     )
 
 
-# ------------------------------------------------------------------------------------------- copies of parts
+# ------------------------------------------------------------------------- copies of parts
 
 GATHERS = {
     "index": lambda w: w[torch.tensor([4, 0, 4])],
@@ -860,11 +907,11 @@ cat of widths: cannot cat weights of in_features [300, 268] along dim 0; they mu
 cat after a part group: cannot cat parts of 300 columns; all but the last must be multiples of group_size=32
 cat of single groups: cannot cat along in_features with group_size=-1: every part has a scale of its own; dequantize() first
 stack of widths: cannot stack weights of in_features [300, 268] along dim 0; they must be the same
-stack behind: cannot stack along dim 2: the packed dims of (6, 300) must stay last""",  # noqa: E501
+stack behind: cannot stack along dim 2: the packed dims of (6, 300) must stay last""",
     )
 
 
-# ------------------------------------------------------------------------------------------- copy_
+# ----------------------------------------------------------------------------------- copy_
 
 # Where copy_ writes: the view of a [6, 300] or [3, 4, 100] tensor.
 TARGETS = {
@@ -891,7 +938,9 @@ TARGETS = {
 
 def like(view, w):
     """What from_float makes of `w`, in the format of `view`."""
-    fresh = RTNQuantizedTensor.from_float(w.mT if view.transposed else w, view.bits, view.group_size, view.scale_method, view.dtype)
+    fresh = RTNQuantizedTensor.from_float(
+        w.mT if view.transposed else w, view.bits, view.group_size, view.scale_method, view.dtype
+    )
     return fresh.mT if view.transposed else fresh
 
 
@@ -990,7 +1039,9 @@ def test_copy_mismatches_raise():
         "transposed": message(TypeError, lambda: gaussian(6, 6).copy_(gaussian(6, 6).t())),
         "double": message(TypeError, lambda: w.copy_(torch.randn(6, 96).double())),
         "integers": message(TypeError, lambda: w.copy_(torch.ones(6, 96, dtype=torch.int8))),
-        "scale": message(ValueError, lambda: w.half().copy_(RTNQuantizedTensor.from_float(torch.full((6, 96), 1e9), 4, 32))),
+        "scale": message(
+            ValueError, lambda: w.half().copy_(RTNQuantizedTensor.from_float(torch.full((6, 96), 1e9), 4, 32))
+        ),
     }
     assert_same(w.dequantize(), before)
     assert_expected_inline(
@@ -1005,11 +1056,11 @@ groups: cannot copy_ RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=96, dt
 transposed: cannot copy_ RTNQuantizedTensor(shape=(6, 6), bits=4, group_size=32, transposed=True, dtype=torch.float32, device='cpu') into RTNQuantizedTensor(shape=(6, 6), bits=4, group_size=32, dtype=torch.float32, device='cpu'): the formats differ; copy_ from src.dequantize() to requantize
 double: dtype torch.float64 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
 integers: dtype torch.int8 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
-scale: a scale of 1.33e+08 overflows torch.float16; keep torch.float32, or use torch.bfloat16""",  # noqa: E501
+scale: a scale of 1.33e+08 overflows torch.float16; keep torch.float32, or use torch.bfloat16""",
     )
 
 
-# ------------------------------------------------------------------------------------------- conversions
+# ----------------------------------------------------------------------------- conversions
 
 
 @every_width
@@ -1021,18 +1072,34 @@ def test_to_dtype_changes_scale_and_output_alone(bits, dtype, to):
         assert_same(out.qdata, w.qdata)
         assert_same(out.scale, w.scale.to(to))
         assert out.dtype == out.dequantize().dtype == to
-        assert (out.bits, out.group_size, out.transposed, out.shape) == (w.bits, w.group_size, w.transposed, w.shape)
+        assert (out.bits, out.group_size, out.transposed, out.shape) == (
+            w.bits,
+            w.group_size,
+            w.transposed,
+            w.shape,
+        )
     assert w.to(dtype) is w
     assert w.to(dtype, copy=True).qdata.data_ptr() != w.qdata.data_ptr()
-    assert_same(w.t().to(to).dequantize(), w.dequantize(torch.float32).t() if to is torch.float32 else w.to(to).dequantize().t())
+    assert_same(
+        w.t().to(to).dequantize(),
+        w.dequantize(torch.float32).t() if to is torch.float32 else w.to(to).dequantize().t(),
+    )
 
 
 def test_to_dtype_by_method():
     w = gaussian(6, 300)
-    assert [w.half().dtype, w.bfloat16().dtype, w.half().float().dtype] == [torch.float16, torch.bfloat16, torch.float32]
+    assert [w.half().dtype, w.bfloat16().dtype, w.half().float().dtype] == [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
     module = nn.Linear(300, 6)
     module.weight = parameter = nn.Parameter(gaussian(6, 300))
-    for cast, dtype in ((module.half, torch.float16), (module.bfloat16, torch.bfloat16), (module.float, torch.float32)):
+    for cast, dtype in (
+        (module.half, torch.float16),
+        (module.bfloat16, torch.bfloat16),
+        (module.float, torch.float32),
+    ):
         cast()
         assert module.weight.dtype == module.bias.dtype == dtype
         assert isinstance(module.weight, nn.Parameter)
@@ -1051,7 +1118,11 @@ def test_dtypes_that_cannot_be_raise_and_change_nothing():
     module = nn.Linear(32, 1)
     module.weight = nn.Parameter(RTNQuantizedTensor.from_float(torch.full((1, 32), 1e9), 4, 32))
     module.weight.fqn = "up_proj.weight"
-    errors = [message(ValueError, module.half), message(TypeError, module.double), message(TypeError, lambda: module.weight.to(torch.int8))]
+    errors = [
+        message(ValueError, module.half),
+        message(TypeError, module.double),
+        message(TypeError, lambda: module.weight.to(torch.int8)),
+    ]
     assert module.weight.dtype == module.bias.dtype == torch.float32
     assert_same(module.weight.dequantize(), torch.full((1, 32), module.weight.scale.item() * 7))
     assert_expected_inline(
@@ -1152,7 +1223,7 @@ def test_module_share_memory():
     assert_same(module.weight.dequantize(), before)
 
 
-# ------------------------------------------------------------------------------------------- making one
+# ------------------------------------------------------------------------------ making one
 
 
 @every_format
@@ -1165,7 +1236,10 @@ def test_from_float(bits, group_size, dtype, shape):
     assert_same(q.qdata, qdata)
     assert_same(q.scale, scale)
     assert_same(q.dequantize(), reference.dequantize(qdata, scale, bits, group_size, shape[-1], dtype))
-    assert_same(q.dequantize(torch.float32), reference.dequantize(qdata, scale, bits, group_size, shape[-1], torch.float32))
+    assert_same(
+        q.dequantize(torch.float32),
+        reference.dequantize(qdata, scale, bits, group_size, shape[-1], torch.float32),
+    )
 
 
 def test_from_float_of_a_parameter_needs_no_gradient():
@@ -1227,7 +1301,7 @@ RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, dtype=torch.float32, de
     )
 
 
-# ------------------------------------------------------------------------------------------- requires_grad
+# --------------------------------------------------------------------------- requires_grad
 
 
 def test_requires_grad_is_always_false():
@@ -1250,10 +1324,12 @@ def test_requires_grad_is_always_false():
     trained.load_state_dict(module.state_dict(), assign=True)
     assert isinstance(trained.weight, RTNQuantizedTensor)
     assert not trained.weight.requires_grad
-    assert torch.optim.SGD([p for p in trained.parameters() if p.requires_grad]).param_groups[0]["params"] == [trained.bias]
+    assert torch.optim.SGD([p for p in trained.parameters() if p.requires_grad]).param_groups[0][
+        "params"
+    ] == [trained.bias]
 
 
-# ------------------------------------------------------------------------------------------- copies and files
+# ------------------------------------------------------------------------ copies and files
 
 
 def saved_and_loaded(t, **kwargs):
@@ -1346,7 +1422,10 @@ def test_load_state_dict(case, assign, swap):
     before = target.weight
     try:
         torch.__future__.set_swap_module_params_on_conversion(swap)
-        assert str(target.load_state_dict(source.state_dict(), assign=assign)) == "<All keys matched successfully>"
+        assert (
+            str(target.load_state_dict(source.state_dict(), assign=assign))
+            == "<All keys matched successfully>"
+        )
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert isinstance(target.weight, nn.Parameter)
@@ -1354,9 +1433,11 @@ def test_load_state_dict(case, assign, swap):
         assert isinstance(target.weight, RTNQuantizedTensor) == case.startswith("quantized")
         kept = source.weight
     else:
-        # The target stays what it is: a float checkpoint is quantized as it is loaded, and a quantized one dequantized.
+        # The target stays what it is: a float checkpoint is quantized as it is loaded, and a quantized one
+        # dequantized.
         assert target.weight is before
-        if not swap or case.endswith("to-quantized"):  # a swapped dense parameter loses its attributes in torch too
+        # A swapped dense parameter loses its attributes in torch too.
+        if not swap or case.endswith("to-quantized"):
             assert target.weight.weight_loader == "kept"
         assert isinstance(target.weight, RTNQuantizedTensor) == case.endswith("to-quantized")
         kept = quantize(copy.deepcopy(source)).weight if case == "float-to-quantized" else source.weight
@@ -1394,7 +1475,20 @@ def test_state_dict_shares_the_planes():
         lambda m: (m.load_state_dict(saved_and_loaded(m.state_dict()), assign=True), m)[1],
         lambda m: (m.load_state_dict(nn.Linear(96, 6).state_dict()), m)[1],
     ],
-    ids=["to", "half", "cpu", "meta", "to_empty", "share", "apply", "deepcopy", "pickle", "load", "assign", "load-float"],
+    ids=[
+        "to",
+        "half",
+        "cpu",
+        "meta",
+        "to_empty",
+        "share",
+        "apply",
+        "deepcopy",
+        "pickle",
+        "load",
+        "assign",
+        "load-float",
+    ],
 )
 def test_attributes_on_the_parameter_stay(change):
     module = quantize(nn.Linear(96, 6))
@@ -1403,7 +1497,11 @@ def test_attributes_on_the_parameter_stay(change):
     module = change(module)
     assert isinstance(module.weight, nn.Parameter)
     assert isinstance(module.weight, RTNQuantizedTensor)
-    assert (module.weight.input_dim, module.weight.output_dim, module.weight.tags) == (1, 0, {"shard": [1, 2]})
+    assert (module.weight.input_dim, module.weight.output_dim, module.weight.tags) == (
+        1,
+        0,
+        {"shard": [1, 2]},
+    )
 
 
 def test_functions_on_the_parameter_stay():
@@ -1427,7 +1525,7 @@ def test_equal():
     assert not torch.equal(w.dequantize(), w)
 
 
-# ------------------------------------------------------------------------------------------- .data
+# ----------------------------------------------------------------------------------- .data
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -1437,14 +1535,20 @@ def test_data_takes_a_float_tensor(turned):
     p.data = torch.ones(p.shape, dtype=torch.bfloat16)
     assert (p.dtype, p.scale.dtype, p.transposed) == (torch.bfloat16, torch.bfloat16, turned)
     fresh = torch.ones(kept.shape, dtype=torch.bfloat16)
-    assert_same(p.dequantize(), RTNQuantizedTensor.from_float(fresh, kept.bits, kept.group_size, kept.scale_method).dequantize())
+    assert_same(
+        p.dequantize(),
+        RTNQuantizedTensor.from_float(fresh, kept.bits, kept.group_size, kept.scale_method).dequantize(),
+    )
     assert_same(kept.dequantize(), before)
     p.data = kept
     assert_same(p.dequantize(), before)
 
 
 def test_data_takes_a_quantized_tensor_of_another_format():
-    p, new = nn.Parameter(gaussian(6, 96), requires_grad=False), gaussian(4, 64, bits=8, dtype=torch.float16).t()
+    p, new = (
+        nn.Parameter(gaussian(6, 96), requires_grad=False),
+        gaussian(4, 64, bits=8, dtype=torch.float16).t(),
+    )
     p.__tensor_flatten__()
     p.data = new
     assert isinstance(p, nn.Parameter)
@@ -1462,11 +1566,16 @@ def test_data_takes_a_cast_of_itself_and_a_vector():
     torch.testing.assert_close(layer(x), x @ layer.weight.dequantize().t(), rtol=1e-4, atol=1e-4)
     vector = torch.randn(6 * 96)
     nn.utils.vector_to_parameters(vector, layer.parameters())
-    assert torch.equal(layer.weight, RTNQuantizedTensor.from_float(vector.view(6, 96), layer.weight.bits, layer.weight.group_size))
+    assert torch.equal(
+        layer.weight,
+        RTNQuantizedTensor.from_float(vector.view(6, 96), layer.weight.bits, layer.weight.group_size),
+    )
 
 
 @pytest.mark.parametrize(
-    ("new", "error"), [(torch.ones(0), ValueError), (torch.ones(6, 96, dtype=torch.int8), TypeError)], ids=["shape", "dtype"]
+    ("new", "error"),
+    [(torch.ones(0), ValueError), (torch.ones(6, 96, dtype=torch.int8), TypeError)],
+    ids=["shape", "dtype"],
 )
 def test_data_refuses(new, error):
     w = gaussian(6, 96)
@@ -1477,7 +1586,9 @@ def test_data_refuses(new, error):
 
 
 @pytest.mark.parametrize(
-    "options", [{"device": "cpu"}, {"dtype": torch.bfloat16}, {"device": "meta"}, {"device": "cpu", "copy": True}], ids=str
+    "options",
+    [{"device": "cpu"}, {"dtype": torch.bfloat16}, {"device": "meta"}, {"device": "cpu", "copy": True}],
+    ids=str,
 )
 def test_to_in_inference_mode(options):
     w = gaussian(6, 96)

@@ -53,7 +53,7 @@ class TestCompileInt8(_OnCpu, TorchAOCompileTestCase):
     test_device1_to_device2_device1_cpu_device2_cpu = None
 
 
-# ------------------------------------------------------------------------------------------- TorchAOIntegrationTestCase, off CUDA
+# ---------------------------------------------------- TorchAOIntegrationTestCase, off CUDA
 
 
 @every_config
@@ -117,7 +117,9 @@ def test_moe_weight_reshape_ops(config):
             setattr(moe, name, nn.Parameter(getattr(moe, name).detach().transpose(1, 2).contiguous()))
             _QUANTIZE_CONFIG_HANDLER[type(config)](moe, config, parameter_name=name)
             assert isinstance(getattr(moe, name), RTNQuantizedTensor)
-            setattr(moe, name, nn.Parameter(getattr(moe, name).transpose(1, 2).contiguous(), requires_grad=False))
+            setattr(
+                moe, name, nn.Parameter(getattr(moe, name).transpose(1, 2).contiguous(), requires_grad=False)
+            )
         after = moe(x)
         assert (after - before).norm() < (0.3 if config.bits == 4 else 0.03) * before.norm()
         for name in ("w1", "w2", "w3"):
@@ -138,7 +140,7 @@ def test_moe_weight_reshape_ops(config):
     torch.testing.assert_close(joined(x), models[0](x) + models[1](x), rtol=1e-4, atol=1e-2)
 
 
-# ------------------------------------------------------------------------------------------- quantize_ and the flatten contract
+# ------------------------------------------------------ quantize_ and the flatten contract
 
 
 @every_config
@@ -147,7 +149,9 @@ def test_quantize_is_torchaos_too(config):
     dense = [p.detach().clone() for p in (model[0].weight, model[2].weight)]
     quantize_(model, config, filter_fn=lambda module, fqn: fqn == "0")
     assert isinstance(model[0].weight, TorchAOBaseTensor)
-    assert torch.equal(model[0].weight, RTNQuantizedTensor.from_float(dense[0], config.bits, config.group_size))
+    assert torch.equal(
+        model[0].weight, RTNQuantizedTensor.from_float(dense[0], config.bits, config.group_size)
+    )
     assert type(model[2].weight) is nn.Parameter
     assert torch.equal(model[2].weight, dense[1])
 
@@ -157,7 +161,9 @@ def test_flatten_names_every_plane_and_attribute():
     planes, attributes = w.__tensor_flatten__()
     assert planes == ["qdata", "scale"]
     assert attributes == (8, 64, "signed", 100, True, 1)
-    back = RTNQuantizedTensor.__tensor_unflatten__({p: getattr(w, p) for p in planes}, attributes, w.shape, w.stride())
+    back = RTNQuantizedTensor.__tensor_unflatten__(
+        {p: getattr(w, p) for p in planes}, attributes, w.shape, w.stride()
+    )
     assert (back.shape, back.stride(), back.dtype) == (w.shape, w.stride(), w.dtype)
     assert torch.equal(back, w)
 
@@ -168,7 +174,15 @@ def test_what_flatten_gives_is_kept_on_its_tensor_alone():
     assert w.__tensor_flatten__() is kept
     assert b"_flat" not in pickle.dumps(w)
     w.__tensor_flatten__()
-    for other in (w[:, :64], w.mT, w.bfloat16(), nn.Parameter(w), copy.deepcopy(w.mT), copy.copy(w), pickle.loads(pickle.dumps(w))):
+    for other in (
+        w[:, :64],
+        w.mT,
+        w.bfloat16(),
+        nn.Parameter(w),
+        copy.deepcopy(w.mT),
+        copy.copy(w),
+        pickle.loads(pickle.dumps(w)),
+    ):
         attributes = other.__tensor_flatten__()[1]
         assert attributes is not kept[1]
         assert attributes == tuple(getattr(other, name) for name in other.tensor_attribute_names)

@@ -1,4 +1,5 @@
-"""Training around frozen quantized weights: what autograd keeps of them, and LoRA beside LoRA on the dequantized model."""
+"""Training around frozen quantized weights: what autograd keeps of them, and LoRA beside LoRA on the
+dequantized model."""
 
 import collections
 import copy
@@ -31,8 +32,10 @@ from benchmarks.real_model import ModelUnavailable, smollm2, state_of_the_union
 from rtn_tensor import RTNQuantizedTensor, dequantize_, quantize_, rtn
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT still asks for it
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),  # the new name is too new
+    # PEFT still asks for it.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # The new name is too new.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
 ]
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
@@ -44,7 +47,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------------------- memory
 
 
 def saved(function, *inputs):
@@ -76,14 +79,17 @@ def test_a_linear_keeps_its_planes_and_nothing_else(bits, compiled):
     x = torch.randn(64, 512, dtype=torch.bfloat16, requires_grad=True)
     layer = linear(rtn(bits))
     found = saved(lambda x: torch.compile(layer, disable=not compiled)(x).mul(1.0), x)
-    assert found == {plane.untyped_storage().data_ptr(): plane.nbytes for plane in (layer.weight.qdata, layer.weight.scale)}
+    assert found == {
+        plane.untyped_storage().data_ptr(): plane.nbytes for plane in (layer.weight.qdata, layer.weight.scale)
+    }
     assert sum(found.values()) == (135_168 if bits == 4 else 266_240)  # bf16 takes 524,288
     assert x.grad.abs().max() > 0
 
 
 @COMPILED
 def test_torchao_int8_keeps_the_float_weight(compiled):
-    """So the measure sees a weight that is kept dequantized, and the comparison is fair: were this to fail, so would our claim."""
+    """So the measure sees a weight that is kept dequantized, and the comparison is fair: were this to fail,
+    so would our claim."""
     x, layer = torch.randn(64, 512, dtype=torch.bfloat16, requires_grad=True), linear()
     torchao_quantize_(layer, Int8WeightOnlyConfig())
     found = saved(lambda x: torch.compile(layer, disable=not compiled)(x).mul(1.0), x)
@@ -100,15 +106,17 @@ def test_a_model_keeps_its_planes_in_the_place_of_its_weights(bits, compiled):
     names = [name for name, w in model.named_parameters() if isinstance(w, RTNQuantizedTensor)]
     rest = []
     for m, weights in ((model, packed), (plain, [plain.get_parameter(name) for name in names])):
-        run = torch.compile(m, backend="aot_eager_decomp_partition", disable=not compiled)  # inductor's choice of what to keep, only faster
-        embedded = m.get_input_embeddings()(IDS).detach().requires_grad_()  # else the first layers are in no backward
+        # inductor's choice of what to keep, only faster.
+        run = torch.compile(m, backend="aot_eager_decomp_partition", disable=not compiled)
+        # Else the first layers are in no backward.
+        embedded = m.get_input_embeddings()(IDS).detach().requires_grad_()
         found = saved(lambda x, run=run: run(inputs_embeds=x, use_cache=False).logits, embedded)
         assert all(w.untyped_storage().data_ptr() in found for w in weights)
         rest.append(sum(found.values()) - sum(w.nbytes for w in weights))
     assert rest[0] == rest[1]
 
 
-# ------------------------------------------------------------------------------------------- LoRA, beside LoRA on the dequantized model
+# ---------------------------------------------- LoRA, beside LoRA on the dequantized model
 
 
 class Calls(TorchDispatchMode):
@@ -134,7 +142,8 @@ def dequantized(model):
 
 
 def compare(model, batches, tolerance):
-    """Trains QLoRA, and LoRA on the dequantized model, from the same adapters: the same loss at every step, within `tolerance` of it."""
+    """Trains QLoRA, and LoRA on the dequantized model, from the same adapters: the same loss at every step,
+    within `tolerance` of it."""
     plain = dequantized(model)
     before = planes(model)
     losses, expected = train(model, batches), train(plain, batches)
@@ -151,7 +160,8 @@ def test_qlora_learns_as_lora_on_the_dequantized_model(bits, checkpointing):
     with Calls() as calls:
         model(IDS, labels=IDS).loss.backward()
     model.zero_grad()
-    # What enters the first block needs no gradient, and so three of its layers have no backward; checkpointing makes it need one.
+    # What enters the first block needs no gradient, and so three of its layers have no backward;
+    # checkpointing makes it need one.
     assert calls.names["rtn.linear.default"] == (14 if checkpointing is None else 28)
     assert calls.names["rtn.linear_dx.default"] == (11 if checkpointing is None else 14)
     losses = compare(model, [IDS] * 8, 1e-5)
@@ -189,14 +199,17 @@ def test_compiled_qlora_learns_the_same():
     losses = []
     for compiled in (False, True):
         model = tiny_qlora(4)
-        losses.append(train(torch.compile(model, fullgraph=True, disable=not compiled), [IDS] * 4, adapters_of(model)))
+        losses.append(
+            train(torch.compile(model, fullgraph=True, disable=not compiled), [IDS] * 4, adapters_of(model))
+        )
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_qlora_of_a_real_model(dtype, tolerance):
-    """SmolLM2 on the State of the Union. In bf16 the two round differently: our kernel does not round q * S, a dequantized weight is."""
+    """SmolLM2 on the State of the Union. In bf16 the two round differently: our kernel does not round q * S,
+    a dequantized weight is."""
     try:
         model, batches = smollm2_qlora(dtype)
     except ModelUnavailable as reason:
@@ -205,7 +218,7 @@ def test_qlora_of_a_real_model(dtype, tolerance):
     assert all(again < 0.9 * first for first, again in zip(losses[:4], losses[4:], strict=True)), losses
 
 
-# ------------------------------------------------------------------------------------------- among ranks
+# ----------------------------------------------------------------------------- among ranks
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""transformers' own doors: `from_pretrained` with our config in its `TorchAoConfig`, `save_pretrained`, and what users do next."""
+"""transformers' own doors: `from_pretrained` with our config in its `TorchAoConfig`, `save_pretrained`, and
+what users do next."""
 
 import json
 import subprocess
@@ -57,7 +58,9 @@ def logits(model):
 
 
 def generate(model, **kwargs):
-    return model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, pad_token_id=0, **kwargs).tolist()
+    return model.generate(
+        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, pad_token_id=0, **kwargs
+    ).tolist()
 
 
 def greedy(model):
@@ -92,7 +95,7 @@ def assert_same(model, expected):
     assert greedy(model) == greedy(expected)
 
 
-# ------------------------------------------------------------------------------------------- there and back
+# -------------------------------------------------------------------------- there and back
 
 
 @BITS
@@ -185,23 +188,35 @@ def test_another_dtype_on_the_fly(folder, tmp_path, saved, dtype):
 
 
 def test_without_our_import_it_is_an_error(folder, tmp_path):
-    """transformers must not go on to random weights. (With the import, test_checkpoint has a fresh process.)"""
+    """transformers must not go on to random weights. (With the import, test_checkpoint has a fresh
+    process.)"""
     read(folder(), rtn_int4(64)).save_pretrained(tmp_path / "quantized")
-    program = "import sys, transformers; print(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "quantized")], capture_output=True, text=True)
+    program = (
+        "import sys, transformers; print(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "quantized")], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1].startswith("ValueError: Failed to find class RTNInt4WeightConfig in any of the allowed modules: ")
+    assert done.stderr.splitlines()[-1].startswith(
+        "ValueError: Failed to find class RTNInt4WeightConfig in any of the allowed modules: "
+    )
 
 
-# ------------------------------------------------------------------------------------------- which weights
+# --------------------------------------------------------------------------- which weights
 
 
 @TIED
 def test_skipped_modules(folder, tmp_path, tied):
-    """Names from the model's root, or patterns; a list takes the place of transformers' own, which is the ends."""
+    """Names from the model's root, or patterns; a list takes the place of transformers' own, which is the
+    ends."""
     skipped = ["lm_head", "model.layers.0", ".*k_proj"]
     model = read(folder(tied), rtn_int4(64), modules_to_not_convert=skipped)
-    expected = quantized(rtn_int4(64), lambda m, fqn: but_the_ends(m, fqn) and "layers.0" not in fqn and "k_proj" not in fqn, tied)
+    expected = quantized(
+        rtn_int4(64),
+        lambda m, fqn: but_the_ends(m, fqn) and "layers.0" not in fqn and "k_proj" not in fqn,
+        tied,
+    )
     assert_same(model, expected)
     model.save_pretrained(tmp_path / "quantized")
     assert_same(read(tmp_path / "quantized"), expected)
@@ -221,7 +236,8 @@ TABLES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Config Deprecation. _default:UserWarning")  # torchao's, at every FqnToConfig that has one
+# torchao's, at every FqnToConfig that has one.
+@pytest.mark.filterwarnings("ignore:Config Deprecation. _default:UserWarning")
 @TIED
 @pytest.mark.parametrize("name", TABLES)
 def test_fqn_to_config(folder, tmp_path, name, tied):
@@ -236,14 +252,17 @@ def test_fqn_to_config(folder, tmp_path, name, tied):
 @TIED
 @pytest.mark.parametrize("ends", ["plain config", "table"])
 def test_input_and_output_embeddings(folder, tmp_path, ends, tied):
-    """transformers hands the embedding to torchao as it does any module, and only a table makes torchao look at an embedding. So of a plain
-    config an untied lm_head alone is quantized, and of a tied model neither."""
+    """transformers hands the embedding to torchao as it does any module, and only a table makes torchao look
+    at an embedding. So of a plain config an untied lm_head alone is quantized, and of a tied model
+    neither."""
     table = FqnToConfig({"re:.*_proj": rtn_int4(64), "model.embed_tokens": rtn_int8(), "lm_head": rtn_int8()})
     if ends == "table":
         config, expected = table, quantized(table, tied=tied)
     else:
         config = rtn_int4(64)
-        expected = quantized(config, but_the_ends if tied else lambda module, fqn: isinstance(module, nn.Linear), tied)
+        expected = quantized(
+            config, but_the_ends if tied else lambda module, fqn: isinstance(module, nn.Linear), tied
+        )
     model = read(folder(tied), config, include_input_output_embeddings=True)
     assert_same(model, expected)
     model.save_pretrained(tmp_path / "quantized")
@@ -251,7 +270,7 @@ def test_input_and_output_embeddings(folder, tmp_path, ends, tied):
     assert_same(load(tmp_path / "quantized"), expected)
 
 
-# ------------------------------------------------------------------------------------------- memory and devices
+# ---------------------------------------------------------------------- memory and devices
 
 
 def sizes(config):
@@ -272,7 +291,11 @@ def test_transformers_knows_the_size(bits):
     measured, _, quantizer = sizes(rtn(bits, 64))
     assert measured[""] == floats + weights * bits / 8
     # It leaves out the scales, and a tenth of the memory for them.
-    assert measured[""] < report.bytes_after + buffers < measured[""] / quantizer.adjust_max_memory({"cpu": 1})["cpu"]
+    assert (
+        measured[""]
+        < report.bytes_after + buffers
+        < measured[""] / quantizer.adjust_max_memory({"cpu": 1})["cpu"]
+    )
 
 
 @BITS
@@ -280,7 +303,9 @@ def test_device_map_is_inferred_from_the_size(bits):
     """Memory for the int4 model, and not for the int8 one."""
     _, model, quantizer = sizes(rtn(bits, 64))
     memory = {"cpu": 1.1 * sizes(rtn_int4(64))[0][""] / 0.9, "disk": 10**9}
-    found = infer_auto_device_map(model, quantizer.adjust_max_memory(memory), model._no_split_modules, hf_quantizer=quantizer)
+    found = infer_auto_device_map(
+        model, quantizer.adjust_max_memory(memory), model._no_split_modules, hf_quantizer=quantizer
+    )
     assert (found == {"": "cpu"}) == (bits == 4)
     assert set(found.values()) == ({"cpu"} if bits == 4 else {"cpu", "disk"})
 
@@ -295,7 +320,7 @@ def test_device_map(folder, tmp_path, bits, device_map):
     assert_same(read(tmp_path / "quantized", device_map=device_map), expected)
 
 
-# ------------------------------------------------------------------------------------------- what users do next
+# ---------------------------------------------------------------------- what users do next
 
 
 @pytest.fixture
@@ -306,13 +331,20 @@ def model(folder):
 def test_caches(model):
     expected = greedy(quantized(rtn_int4(64)))
     assert len(expected[0]) > IDS.shape[1] + 4
-    for options in ({"cache_implementation": "static"}, {"cache_implementation": "dynamic"}, {"use_cache": False}):
+    for options in (
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+    ):
         assert generate(model, do_sample=False, **options) == expected
 
 
 def test_sampling_and_beams(model):
     expected = quantized(rtn_int4(64))
-    for options in ({"do_sample": True, "temperature": 0.7, "top_k": 20}, {"do_sample": False, "num_beams": 3}):
+    for options in (
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"do_sample": False, "num_beams": 3},
+    ):
         torch.manual_seed(0)
         found = generate(model, **options)
         torch.manual_seed(0)
@@ -325,7 +357,9 @@ def test_pipeline(model):
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
     (written,) = write("We the people", max_new_tokens=6, do_sample=False, return_full_text=False)
     ids = tokenizer("We the people", return_tensors="pt")
-    out = model.generate(**ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
+    out = model.generate(**ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[
+        0, ids["input_ids"].shape[1] :
+    ]
     assert written["generated_text"] == tokenizer.decode(out, skip_special_tokens=True)
 
 
@@ -343,10 +377,14 @@ def test_to_another_dtype(model, tmp_path, dtype):
 
 
 def test_another_dtype_of_a_quantized_folder(model, tmp_path):
-    """transformers converts what is not quantized and leaves our scales as they are: an error at the first layer, and `to` mends it."""
+    """transformers converts what is not quantized and leaves our scales as they are: an error at the first
+    layer, and `to` mends it."""
     model.save_pretrained(tmp_path / "quantized")
     again = read(tmp_path / "quantized", dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match=r"x is torch.bfloat16 but the weight is torch.float32; use .* weight.to\(torch.bfloat16\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"x is torch.bfloat16 but the weight is torch.float32; use .* " r"weight.to\(torch.bfloat16\)",
+    ):
         again(IDS)
     assert_same_weights(again.to(torch.bfloat16), model.to(torch.bfloat16))
     assert torch.equal(again(IDS).logits, model(IDS).logits)

@@ -1,5 +1,6 @@
-"""What transformers' models do with their weights besides multiplying by them: they tie them, compute them from a checkpoint's, give them
-names with no dot, scale by a flag of the config. Each comes back from both writers through both readers as it was."""
+"""What transformers' models do with their weights besides multiplying by them: they tie them, compute them
+from a checkpoint's, give them names with no dot, scale by a flag of the config. Each comes back from both
+writers through both readers as it was."""
 
 import io
 import pickle
@@ -17,45 +18,105 @@ IDS = torch.randint(4, 128, (2, 9), generator=torch.Generator().manual_seed(0))
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 DECODER = {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-TEXT = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+TEXT = {
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+}
 T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 128} | TOKENS
 BART = {
-    **{"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
-    **{"encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "vocab_size": 128, "max_position_embeddings": 64, "forced_eos_token_id": 2},
+    **{
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+    },
+    **{
+        "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 96,
+        "vocab_size": 128,
+        "max_position_embeddings": 64,
+        "forced_eos_token_id": 2,
+    },
     **TOKENS,
 }
-VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-MOE = {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+MOE = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
 
 MODELS = {
     # tied by the flag, by which these scale their output, too
     "UMT5ForConditionalGeneration": ("UMT5Config", T5, DECODER),
-    "SwitchTransformersForConditionalGeneration": ("SwitchTransformersConfig", T5 | {"num_decoder_layers": 2, "num_experts": 4}, DECODER),
+    "SwitchTransformersForConditionalGeneration": (
+        "SwitchTransformersConfig",
+        T5 | {"num_decoder_layers": 2, "num_experts": 4},
+        DECODER,
+    ),
     # tied whatever config.json says of it
     "T5ForConditionalGeneration": ("T5Config", T5, DECODER),
     # tied biases beside tied weights
     "BertForMaskedLM": ("BertConfig", TEXT, {"input_ids": IDS}),
-    "RobertaForMaskedLM": ("RobertaConfig", TEXT | {"pad_token_id": 1, "max_position_embeddings": 64}, {"input_ids": IDS}),
+    "RobertaForMaskedLM": (
+        "RobertaConfig",
+        TEXT | {"pad_token_id": 1, "max_position_embeddings": 64},
+        {"input_ids": IDS},
+    ),
     "DebertaForMaskedLM": ("DebertaConfig", TEXT, {"input_ids": IDS}),
     # a name with no dot: final_logits_bias, logit_scale
     "BartForConditionalGeneration": ("BartConfig", BART, DECODER),
-    "CLIPModel": ("CLIPConfig", {"text_config": TEXT, "vision_config": VISION}, {"input_ids": IDS, "pixel_values": PIXELS}),
+    "CLIPModel": (
+        "CLIPConfig",
+        {"text_config": TEXT, "vision_config": VISION},
+        {"input_ids": IDS, "pixel_values": PIXELS},
+    ),
     # computed: one tensor of a file is three of the model, and experts are transposed
     "NomicBertForMaskedLM": ("NomicBertConfig", TEXT, {"input_ids": IDS}),
     "Qwen3VLMoeForConditionalGeneration": (
         "Qwen3VLMoeConfig",
         {
-            "text_config": TEXT | MOE | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
-            "vision_config": {"hidden_size": 64, "intermediate_size": 96, "depth": 2, "num_heads": 4, "out_hidden_size": 64}
+            "text_config": TEXT
+            | MOE
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "depth": 2,
+                "num_heads": 4,
+                "out_hidden_size": 64,
+            }
             | {"deepstack_visual_indexes": [0]},
-            **{"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123},
+            **{
+                "image_token_id": 120,
+                "video_token_id": 121,
+                "vision_start_token_id": 122,
+                "vision_end_token_id": 123,
+            },
         },
         {"input_ids": IDS % 100},
     ),
     # a model of its own around another, whose names transformers tells apart by the prefix of the base model
     "ShieldGemma2ForImageClassification": (
         "ShieldGemma2Config",
-        {"text_config": TEXT | {"num_key_value_heads": 2, "head_dim": 16}, "vision_config": VISION, "mm_tokens_per_image": 4}
+        {
+            "text_config": TEXT | {"num_key_value_heads": 2, "head_dim": 16},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+        }
         | {"image_token_index": 100, "yes_token_index": 7, "no_token_index": 8},
         {"input_ids": IDS % 90 + 4},
     ),
@@ -66,7 +127,8 @@ ALL = pytest.mark.parametrize("name", MODELS)
 
 
 def make(name):
-    """A float model of which no parameter is as its constructor leaves it, but for what it computes itself."""
+    """A float model of which no parameter is as its constructor leaves it, but for what it computes
+    itself."""
     torch.manual_seed(0)
     config, sizes, _ = MODELS[name]
     model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
@@ -91,8 +153,11 @@ def assert_same(name, got, expected):
         assert (type(a), a.dtype) == (type(b), b.dtype), fqn
         assert torch.equal(a, b), fqn
     assert ties(got) == ties(expected)
-    assert getattr(got.config, "tie_word_embeddings", None) == getattr(expected.config, "tie_word_embeddings", None)
-    torch.testing.assert_close(output(name, got), output(name, expected), rtol=1e-5, atol=1e-5)  # strides may be others
+    assert getattr(got.config, "tie_word_embeddings", None) == getattr(
+        expected.config, "tie_word_embeddings", None
+    )
+    # Strides may be others.
+    torch.testing.assert_close(output(name, got), output(name, expected), rtol=1e-5, atol=1e-5)
 
 
 def ties(model):
@@ -107,7 +172,7 @@ def but_one_layer(module, fqn):
     return isinstance(module, nn.Linear) and not fqn.endswith("k_proj")
 
 
-# ------------------------------------------------------------------------------------------- there and back
+# -------------------------------------------------------------------------- there and back
 
 
 @ALL
@@ -134,7 +199,11 @@ def test_float_folder(name, tmp_path):
     expected = type(make(name)).from_pretrained(tmp_path / "float").eval()
     assert_same(name, load(tmp_path / "float"), expected)
     loaded = load(tmp_path / "float", rtn_int8(32))
-    by_load = {fqn.removesuffix(".weight") for fqn, w in loaded.named_parameters() if isinstance(w, RTNQuantizedTensor)}
+    by_load = {
+        fqn.removesuffix(".weight")
+        for fqn, w in loaded.named_parameters()
+        if isinstance(w, RTNQuantizedTensor)
+    }
     quantize_(expected, rtn_int8(32), lambda module, fqn: fqn in by_load or f"{fqn}.down_proj" in by_load)
     assert_same(name, loaded, expected)
 
@@ -177,7 +246,7 @@ def test_pickled(name, tmp_path):
     assert_same(name, again, model)
 
 
-# ------------------------------------------------------------------------------------------- ties
+# ------------------------------------------------------------------------------------ ties
 
 
 def test_three_of_one_tensor(tmp_path):
@@ -204,15 +273,21 @@ def test_a_file_with_both_of_a_tied_pair(tied, tmp_path):
     model = make(name)
     model.save_pretrained(tmp_path / "float")
     state = load_file(tmp_path / "float" / "model.safetensors")
-    state["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"] + (tied == "different")
+    state["cls.predictions.decoder.weight"] = state["bert.embeddings.word_embeddings.weight"] + (
+        tied == "different"
+    )
     save_file(state, tmp_path / "float" / "model.safetensors", {"format": "pt"})
     expected = type(model).from_pretrained(tmp_path / "float").eval()
     assert_same(name, load(tmp_path / "float"), expected)
     quantize_(expected, rtn_int8(32))
-    assert_same(name, load(tmp_path / "float", rtn_int8(32), filter_fn=lambda module, fqn: isinstance(module, nn.Linear)), expected)
+    assert_same(
+        name,
+        load(tmp_path / "float", rtn_int8(32), filter_fn=lambda module, fqn: isinstance(module, nn.Linear)),
+        expected,
+    )
 
 
-# ------------------------------------------------------------------------------------------- a part of another model
+# ----------------------------------------------------------------- a part of another model
 
 
 class Wrapper(nn.Module):
@@ -254,13 +329,20 @@ def test_whisper_compiled_whole():
     config = transformers.WhisperConfig(
         **{f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")},
         **{"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 64, "num_mel_bins": 8},
-        **{"max_source_positions": 8, "max_target_positions": 16, "pad_token_id": 0, "decoder_start_token_id": 1},
+        **{
+            "max_source_positions": 8,
+            "max_target_positions": 16,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 1,
+        },
     )
     model = transformers.WhisperForConditionalGeneration(config).eval()
     quantize_(model, rtn_int4(32))
     inputs = {"input_features": torch.randn(1, 8, 16), "decoder_input_ids": torch.tensor([[1, 3, 4]])}
     with torch.no_grad():
-        assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits, model(**inputs).logits)
+        assert torch.equal(
+            torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits, model(**inputs).logits
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -280,7 +362,8 @@ def test_resized_embeddings(tied, tokens):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tokens", [300, 340])
 def test_resized_embeddings_that_are_quantized(tied, tokens, mean, tmp_path):
-    """They stay quantized, rows that stay keep their bits, and new ones are what transformers makes of the others, by default the mean."""
+    """They stay quantized, rows that stay keep their bits, and new ones are what transformers makes of the
+    others, by default the mean."""
     model = tiny_llama(tied)
     quantize_(model, [("*", rtn_int4(32))], lambda module, fqn: isinstance(module, nn.Linear | nn.Embedding))
     before, logits = model.model.embed_tokens.weight, model(IDS).logits
@@ -301,7 +384,7 @@ def test_resized_embeddings_that_are_quantized(tied, tokens, mean, tmp_path):
     assert torch.equal(load(tmp_path / "model")(IDS).logits, model(IDS).logits)
 
 
-# ------------------------------------------------------------------------------------------- not only products
+# ----------------------------------------------------------------------- not only products
 
 
 OTHERWISE = {
@@ -322,9 +405,12 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("name", OTHERWISE)
 def test_a_weight_that_is_used_otherwise(name):
-    """By default it stays float; where it is selected, the error says which stays float, and how; and with that it runs."""
+    """By default it stays float; where it is selected, the error says which stays float, and how; and with
+    that it runs."""
     config, sizes, weight = OTHERWISE[name]
-    inputs = {"input_ids": IDS} | ({"bbox": torch.zeros(2, 9, 4, dtype=torch.int64)} if "Layout" in name else {})
+    inputs = {"input_ids": IDS} | (
+        {"bbox": torch.zeros(2, 9, 4, dtype=torch.int64)} if "Layout" in name else {}
+    )
     model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
     with torch.no_grad():
         rows = {row.name: row for row in quantize_(model, rtn_int8(32)).rows}
@@ -333,7 +419,9 @@ def test_a_weight_that_is_used_otherwise(name):
     assert rows[weight].note.startswith(("used otherwise than in a product", "shared with"))
     kept = []
     while message := refusal(name, config, sizes, kept, inputs):
-        pattern = r"(?s)(\S+): cannot .*; a weight that its model uses so stays float by the rule \('(\S+)', None\)"
+        pattern = (
+            r"(?s)(\S+): cannot .*; a weight that its model uses so stays float by the rule \('(\S+)', None\)"
+        )
         named = re.fullmatch(pattern, message)
         assert named, message
         assert named[1] == named[2] not in kept
@@ -344,7 +432,11 @@ def test_a_weight_that_is_used_otherwise(name):
 def refusal(name, config, sizes, kept, inputs):
     torch.manual_seed(0)
     model = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
-    quantize_(model, [*((fqn, None) for fqn in kept), ("*", rtn_int8(32))], lambda module, fqn: isinstance(module, nn.Linear))
+    quantize_(
+        model,
+        [*((fqn, None) for fqn in kept), ("*", rtn_int8(32))],
+        lambda module, fqn: isinstance(module, nn.Linear),
+    )
     try:
         model(**inputs)
     except (TypeError, ValueError) as error:

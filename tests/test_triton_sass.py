@@ -1,7 +1,9 @@
-"""The machine code of every kernel configuration that ships is what words.py promises: compiled with no GPU, by the Triton that is there.
+"""The machine code of every kernel configuration that ships is what words.py promises: compiled with no GPU,
+by the Triton that is there.
 
-`sass.features` says what a specialisation of a kernel depends on. In the fast tests every two features that occur together in a call do so
-on Hopper, for 16-bit activations, and each feature occurs once for the rest; the slow ones have every three, and every two.
+`sass.features` says what a specialisation of a kernel depends on. In the fast tests every two features that
+occur together in a call do so on Hopper, for 16-bit activations, and each feature occurs once for the rest;
+the slow ones have every three, and every two.
 """
 
 import importlib.util
@@ -16,7 +18,9 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("TRITON_INTERPRET is set, and kernels that are interpreted are not compiled", allow_module_level=True)
+    pytest.skip(
+        "TRITON_INTERPRET is set, and kernels that are interpreted are not compiled", allow_module_level=True
+    )
 pytest.importorskip("triton")
 
 import sass
@@ -47,16 +51,19 @@ def results(request, tmp_path_factory):
         if "results" in getattr(item, "fixturenames", ()):
             wanted[item.callspec.params["case"]] = item.originalname == "test_product"
     cache = str(tmp_path_factory.mktemp("triton"))
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), sass.use_cache, (cache,)) as pool:
+    with ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)), get_context("spawn"), sass.use_cache, (cache,)
+    ) as pool:
         yield {case: pool.submit(sass.compiled_case, case, listing) for case, listing in wanted.items()}
         pool.shutdown(cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------------- what is promised
+# ------------------------------------------------------------------------ what is promised
 
 
 def faults(arch, constants, options, code):
-    """What of the promises the code of a product with 16-bit activations breaks: {"what": the number found}."""
+    """What of the promises the code of a product with 16-bit activations breaks: {"what": the number
+    found}."""
     found = {"stack": code.stack, "loops": len(code.loops), "shared memory": code.shared}
     allowed = {"stack": [0], "loops": [1], "shared memory": range(sass.GPUS[arch].shared_memory + 1)}
     loop, warps = code.loops[0] if code.loops else [], options["num_warps"]
@@ -66,7 +73,8 @@ def faults(arch, constants, options, code):
     def expect(what, pattern, numbers):
         found[what], allowed[what] = sass.count(loop, pattern), numbers
 
-    # Weights and activations come 16 bytes a thread, straight to shared memory; with one stage, which has nothing in flight, by registers.
+    # Weights and activations come 16 bytes a thread, straight to shared memory; with one stage, which has
+    # nothing in flight, by registers.
     pieces = sum(math.ceil(size / (16 * 32 * warps)) for size in (w_bytes, x_bytes))
     by_registers = pieces if options["num_stages"] == 1 else 0
     expect("asynchronous loads", "LDGSTS", [pieces - by_registers])
@@ -78,12 +86,17 @@ def faults(arch, constants, options, code):
         # Beside them come only the scales of a thread's rows, of four groups at most.
         scales = 4 * 2 * math.ceil(constants["BN"] / (16 * warps)) if constants["G"] else 0
         expect("loads", r"LDG\.", range(by_registers, by_registers + scales + 1))
-        # Weights leave shared memory as wgmma wants them, four matrices of 8 x 16 bytes a warp, and stay in registers.
+        # Weights leave shared memory as wgmma wants them, four matrices of 8 x 16 bytes a warp, and stay in
+        # registers.
         expect("ldmatrix", r"LDSM\S*\.4", [w_bytes // (512 * warps)])
         expect("other loads from shared memory", r"LDS[. ]", [0])
         expect("stores to shared memory", "STS", [by_registers])
         expect("matrix products", "HGMMA", range(1, 1000))
-        expect("matrix products with weights in registers", r"HGMMA\S* R\d+, R\d+, gdesc", [found["matrix products"]])
+        expect(
+            "matrix products with weights in registers",
+            r"HGMMA\S* R\d+, R\d+, gdesc",
+            [found["matrix products"]],
+        )
         expect("mma.sync", "HMMA", [0])
         expect("waits for every product", r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", [0, 1])
         # Integers become floats by the bits of words.py; ptxas moves a scale or two with PRMT.
@@ -99,7 +112,7 @@ def basic_faults(arch, code):
     return {what: number for what, number in found.items() if number}
 
 
-# ------------------------------------------------------------------------------------------- what does not hold yet
+# ------------------------------------------------------------------ what does not hold yet
 
 
 def rounded_by_fp32_scales(case):
@@ -116,7 +129,8 @@ EXCEPTIONS = [
     # Weights are unpacked to fp32, multiplied and packed again: the loop is twice as long.
     ("permutations", 56, rounded_by_fp32_scales),
     ("permutations", 6, lambda case: case.N == 1),
-    # They are stored element by element, and there are not enough registers for the addresses. That is after the loop.
+    # They are stored element by element, and there are not enough registers for the addresses. That is after
+    # the loop.
     ("stack", 300, backward_of_ragged_rows),
     # Eight bytes here and there, sixteen for fp32.
     ("stack", 8, lambda case: case.arch < 90),
@@ -129,7 +143,7 @@ def without_exceptions(case, found):
     return {what: number for what, number in found.items() if what not in excused}
 
 
-# ------------------------------------------------------------------------------------------- tests
+# ----------------------------------------------------------------------------------- tests
 
 
 @covers(
@@ -159,7 +173,10 @@ def test_it_compiles_without_spills(case, results):
     assert without_exceptions(case, basic_faults(case.arch, results[case].result()[-1])) == {}
 
 
-@pytest.mark.parametrize("how", ["linear", "linear_bias", "linear_dx", "grouped", "gate_up_silu", "quantize", "dequantize", "embedding"])
+@pytest.mark.parametrize(
+    "how",
+    ["linear", "linear_bias", "linear_dx", "grouped", "gate_up_silu", "quantize", "dequantize", "embedding"],
+)
 def test_it_compiles_for_amd(how, monkeypatch, tmp_path):
     """Without their PTX. The compiler comes with Triton and needs nothing of ROCm."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -171,12 +188,14 @@ def test_it_compiles_for_amd(how, monkeypatch, tmp_path):
     assert set(re.findall(r"ScratchSize: (\d+)", kernel.asm["amdgcn"])) == {"0"}
 
 
-# ------------------------------------------------------------------------------------------- the checks can fail
+# --------------------------------------------------------------------- the checks can fail
 
 
 def mutated(folder, pattern, replacement):
     """The kernels of linear_kernel.py with a change in its source, or in that of words.py."""
-    source = inspect.getsource(words) + re.sub(r"from rtn_tensor\S+ import .*", "", inspect.getsource(linear_kernel))
+    source = inspect.getsource(words) + re.sub(
+        r"from rtn_tensor\S+ import .*", "", inspect.getsource(linear_kernel)
+    )
     changed, count = re.subn(pattern, replacement, source)
     assert count, f"{pattern} is nowhere in the kernels"
     file = folder / "mutated.py"
@@ -188,11 +207,16 @@ def mutated(folder, pattern, replacement):
 
 
 def of(case, pattern=None, replacement="", asm=True, attributes=None, **options):
-    """What makes the faults of `case`, given a folder, with the source, the attributes of arguments or the options changed."""
+    """What makes the faults of `case`, given a folder, with the source, the attributes of arguments or the
+    options changed."""
 
     def found(folder):
-        made = sass.launched(case, kernels=mutated(folder, pattern, replacement) if pattern else sass.KERNELS, asm=asm)
-        made = made._replace(options=made.options | options, attributes=made.attributes if attributes is None else attributes)
+        made = sass.launched(
+            case, kernels=mutated(folder, pattern, replacement) if pattern else sass.KERNELS, asm=asm
+        )
+        made = made._replace(
+            options=made.options | options, attributes=made.attributes if attributes is None else attributes
+        )
         return faults(case.arch, made.constexprs, made.options, sass.code(made, case.arch))
 
     return found
@@ -210,9 +234,17 @@ STORED = "stores to shared memory"
         pytest.param(of(ROUNDED), [], id="rounded"),
         pytest.param(of(EXACT), [], id="exact"),
         pytest.param(of(ROUNDED, num_stages=1), [], id="one stage"),
-        pytest.param(of(EXACT, *ON_THE_RIGHT), [STORED, "matrix products with weights in registers"], id="weights on the right"),
-        pytest.param(of(ROUNDED, r"\(sx\S* \* 8\)", "sx"), [STORED, "asynchronous loads of 16 bytes"], id="any stride"),
-        pytest.param(of(ROUNDED, attributes={}), ["asynchronous loads", "loads", "ldmatrix"], id="any address"),
+        pytest.param(
+            of(EXACT, *ON_THE_RIGHT),
+            [STORED, "matrix products with weights in registers"],
+            id="weights on the right",
+        ),
+        pytest.param(
+            of(ROUNDED, r"\(sx\S* \* 8\)", "sx"), [STORED, "asynchronous loads of 16 bytes"], id="any stride"
+        ),
+        pytest.param(
+            of(ROUNDED, attributes={}), ["asynchronous loads", "loads", "ldmatrix"], id="any address"
+        ),
         pytest.param(of(ROUNDED, r"tl\.assume\(end.*"), ["waits for every product"], id="no step"),
         pytest.param(of(ROUNDED, asm=False), ["conversions", "permutations"], id="no PTX"),
         pytest.param(of(ROUNDED, num_warps=4), [STORED, "other loads from shared memory"], id="few warps"),

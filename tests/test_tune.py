@@ -1,4 +1,5 @@
-"""`rtn-tensor tune` and the table it writes. The time of a launch is made up, so that the choice is known; on a GPU, benchmarks/gpu.py."""
+"""`rtn-tensor tune` and the table it writes. The time of a launch is made up, so that the choice is known; on
+a GPU, benchmarks/gpu.py."""
 
 import json
 from functools import partial
@@ -45,10 +46,16 @@ def wide_is_fast(run):
 
 
 def row(shape, config, **more):
-    return {"shape": shape._asdict(), "config": config and config._asdict(), "microseconds": 1.0, "rule_microseconds": 2.0, **more}
+    return {
+        "shape": shape._asdict(),
+        "config": config and config._asdict(),
+        "microseconds": 1.0,
+        "rule_microseconds": 2.0,
+        **more,
+    }
 
 
-# ------------------------------------------------------------------------------------------- the rule
+# -------------------------------------------------------------------------------- the rule
 
 
 SHAPES = [
@@ -60,7 +67,11 @@ SHAPES = [
     for m in (0, 1, 2, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
     for n, k in ((1, 32), (5, 100), (4096, 4096), (28672, 8192), (576, 1536))
 ]
-GPUS = [H100, Gpu("NVIDIA A100-SXM4-80GB", 108, 166912, "3.6"), Gpu("NVIDIA GeForce RTX 4090", 128, 101376, "3.6")]
+GPUS = [
+    H100,
+    Gpu("NVIDIA A100-SXM4-80GB", 108, 166912, "3.6"),
+    Gpu("NVIDIA GeForce RTX 4090", 128, 101376, "3.6"),
+]
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
@@ -104,7 +115,7 @@ def test_what_the_kernels_take():
     assert configs.takes(256, 64, False)
 
 
-# ------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------- the table
 
 
 def test_table_comes_before_the_rule_and_the_users_before_ours(tmp_path):
@@ -119,7 +130,9 @@ def test_table_comes_before_the_rule_and_the_users_before_ours(tmp_path):
     assert configs.configure(SHAPE, H100._replace(triton="3.7")) == configs.by_rule(SHAPE, H100)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": [{}]}', '{"rows": [{"shape": {"op": "linear"}, "config": null}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"rows": [{}]}', '{"rows": [{"shape": {"op": "linear"}, "config": null}]}']
+)
 def test_table_that_is_not_one_is_refused_by_name(tmp_path, text):
     (tmp_path / "tuned").mkdir()
     file = tmp_path / "tuned" / H100.file_name
@@ -138,7 +151,7 @@ def test_shipped_tables_are_read():
             assert config is None or configs.takes(config["block_k"], shape.group_size, config["scale_after"])
 
 
-# ------------------------------------------------------------------------------------------- tuning
+# ---------------------------------------------------------------------------------- tuning
 
 
 def test_candidates():
@@ -158,7 +171,10 @@ def test_fastest_is_remembered_and_used(tmp_path):
     gpu = Gpu("interpreter", 132, 232448, "")
     for r in rows:
         shape, config = Shape(**r["shape"]), Config(**r["config"])
-        measured = {c: wide_is_fast(partial(print, c)) for c in [*tuning.candidates(shape, gpu), configs.by_rule(shape, gpu)]}
+        measured = {
+            c: wide_is_fast(partial(print, c))
+            for c in [*tuning.candidates(shape, gpu), configs.by_rule(shape, gpu)]
+        }
         assert measured[config] == min(measured.values())
         assert r["microseconds"] <= r["rule_microseconds"]
         assert configs.configure(shape, gpu) == config
@@ -168,7 +184,9 @@ def test_fastest_is_remembered_and_used(tmp_path):
     table = configs.tuned_table(gpu.file_name)
     assert {(s.M, s.N) for s in table} == {(4, 512), (512, 512), (4, 64)}
     assert len(json.loads((tmp_path / "tuned" / gpu.file_name).read_text())["rows"]) == 3
-    assert json.loads(first)["rows"][1] in json.loads((tmp_path / "tuned" / gpu.file_name).read_text())["rows"]
+    assert (
+        json.loads(first)["rows"][1] in json.loads((tmp_path / "tuned" / gpu.file_name).read_text())["rows"]
+    )
 
 
 def test_dense_is_remembered_and_leaves_the_problem_to_the_dense_kernel(monkeypatch):
@@ -180,7 +198,8 @@ def test_dense_is_remembered_and_leaves_the_problem_to_the_dense_kernel(monkeypa
     monkeypatch.setenv("RTN_KERNEL", "")
     problem = Problem("linear", "cpu", None, torch.bfloat16, torch.bfloat16, 4, 128, 512, 512, 1024)
     assert_expected_inline(
-        str(kernels.triton.why_not(problem)), """From M = 512 on it is faster to dequantize the weight and multiply it densely."""
+        str(kernels.triton.why_not(problem)),
+        """From M = 512 on it is faster to dequantize the weight and multiply it densely.""",
     )
     assert kernels.triton.why_not(problem._replace(M=256)) is None
     assert kernels.triton.rounds_weight(problem)
@@ -218,7 +237,8 @@ def test_tuning_without_a_gpu_is_refused(capsys):
         pytest.skip("there is one")
     assert main(["tune", "--size", "4096x4096"]) == 1
     assert_expected_inline(
-        capsys.readouterr().err, """rtn-tensor: error: device='cuda': tuning measures kernels on a CUDA GPU, and there is none\n"""
+        capsys.readouterr().err,
+        """rtn-tensor: error: device='cuda': tuning measures kernels on a CUDA GPU, and there is none\n""",
     )
     assert main(["tune"]) == 1
     assert_expected_inline(
@@ -253,10 +273,14 @@ def test_a_place_that_cannot_be_written_is_seen_before_anything_is_measured(monk
     (tmp_path / "file").write_text("text")
     monkeypatch.setenv("RTN_TUNED", str(tmp_path / name))
     with pytest.raises(OSError, match="file is no folder; set RTN_TUNED to a folder that can be written"):
-        tuning.tune([(512, 1024)], tokens=[16], device="cpu", measure=lambda run: pytest.fail("it was measured"))
+        tuning.tune(
+            [(512, 1024)], tokens=[16], device="cpu", measure=lambda run: pytest.fail("it was measured")
+        )
 
 
-@pytest.mark.parametrize(("sizes", "tokens"), [([(0, 64)], [1]), ([(64, -64)], [1]), ([(64, 64)], [0]), ([(64, 64.0)], [1])])
+@pytest.mark.parametrize(
+    ("sizes", "tokens"), [([(0, 64)], [1]), ([(64, -64)], [1]), ([(64, 64)], [0]), ([(64, 64.0)], [1])]
+)
 def test_sizes_that_are_none(sizes, tokens):
     with pytest.raises(ValueError, match="whole numbers of 1 or more"):
         tuning.tune(sizes, tokens=tokens, device="cpu", measure=lambda run: pytest.fail("it was measured"))

@@ -1,4 +1,5 @@
-"""Weights that their module does not multiply by: refused before anything changes, however they are named. And those that work."""
+"""Weights that their module does not multiply by: refused before anything changes, however they are named.
+And those that work."""
 
 import copy
 import warnings
@@ -11,7 +12,16 @@ from torch.nn.utils import parametrizations
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TorchAoConfig
 
-from rtn_tensor import RTNQuantizedTensor, bits_per_weight, dequantize_, load, quantize_, rtn_int4, rtn_int8, save
+from rtn_tensor import (
+    RTNQuantizedTensor,
+    bits_per_weight,
+    dequantize_,
+    load,
+    quantize_,
+    rtn_int4,
+    rtn_int8,
+    save,
+)
 
 
 class Own(nn.Conv1d):
@@ -25,7 +35,11 @@ def old_norm(norm):
 
 
 UNFIT = {
-    "nn.Embedding with max_norm": (lambda: nn.Embedding(8, 64, max_norm=1.0), "weight", "set max_norm to None"),
+    "nn.Embedding with max_norm": (
+        lambda: nn.Embedding(8, 64, max_norm=1.0),
+        "weight",
+        "set max_norm to None",
+    ),
     "nn.LSTM": (lambda: nn.LSTM(64, 64), "weight_ih_l0", "nn.LSTM"),
     "nn.GRU": (lambda: nn.GRU(64, 64), "weight_hh_l0", "nn.GRU"),
     "nn.RNN": (lambda: nn.RNN(64, 64), "weight_ih_l0", "nn.RNN"),
@@ -38,14 +52,22 @@ UNFIT = {
     "nn.Bilinear": (lambda: nn.Bilinear(64, 64, 8), "weight", "nn.Bilinear"),
     "nn.LayerNorm": (lambda: nn.LayerNorm([5, 64]), "weight", "nn.LayerNorm"),
     "nn.RMSNorm": (lambda: nn.RMSNorm([5, 64]), "weight", "nn.RMSNorm"),
-    "nn.MultiheadAttention's extra key": (lambda: nn.MultiheadAttention(64, 4, add_bias_kv=True), "bias_k", "nn.MultiheadAttention"),
+    "nn.MultiheadAttention's extra key": (
+        lambda: nn.MultiheadAttention(64, 4, add_bias_kv=True),
+        "bias_k",
+        "nn.MultiheadAttention",
+    ),
     "a lazy linear": (lambda: nn.LazyLinear(64), "weight", "is uninitialized until its module has run"),
     "weight_norm": (
         lambda: parametrizations.weight_norm(nn.Linear(64, 64)),
         "parametrizations.weight.original1",
         "computes another weight from it; remove that first",
     ),
-    "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(64, 64)), "parametrizations.weight.original", "computes another weight"),
+    "orthogonal": (
+        lambda: parametrizations.orthogonal(nn.Linear(64, 64)),
+        "parametrizations.weight.original",
+        "computes another weight",
+    ),
     "old weight_norm": (lambda: old_norm(nn.utils.weight_norm), "weight_v", "computes another weight"),
     "old spectral_norm": (lambda: old_norm(nn.utils.spectral_norm), "weight_orig", "computes another weight"),
 }
@@ -55,7 +77,10 @@ UNFIT = {
 def test_refused_at_once(case):
     make, name, why = UNFIT[case]
     model = nn.ModuleDict({"first": nn.Linear(64, 64), "odd": make()})
-    for config in ([("first", rtn_int8()), (f"odd.{name}", rtn_int8())], FqnToConfig({"first": rtn_int8(), f"odd.{name}": rtn_int8()})):
+    for config in (
+        [("first", rtn_int8()), (f"odd.{name}", rtn_int8())],
+        FqnToConfig({"first": rtn_int8(), f"odd.{name}": rtn_int8()}),
+    ):
         with pytest.raises(ValueError, match="cannot quantize, and nothing was changed") as caught:
             quantize_(model, config)
         assert f"odd.{name} " in str(caught.value)
@@ -95,8 +120,16 @@ X, Y = torch.randn(3, 5, 64), torch.randn(3, 7, 64)
 ATTENTION = ["in_proj_weight", "out_proj.weight"]
 FIT = {
     "attention": (lambda: nn.MultiheadAttention(64, 4, batch_first=True), ATTENTION, lambda m: m(X, X, X)[0]),
-    "cross attention": (lambda: nn.MultiheadAttention(64, 4, batch_first=True), ATTENTION, lambda m: m(X, Y, Y)[0]),
-    "attention of three inputs": (lambda: nn.MultiheadAttention(64, 4, batch_first=True), ATTENTION, lambda m: m(X, Y, Y + 1)[0]),
+    "cross attention": (
+        lambda: nn.MultiheadAttention(64, 4, batch_first=True),
+        ATTENTION,
+        lambda m: m(X, Y, Y)[0],
+    ),
+    "attention of three inputs": (
+        lambda: nn.MultiheadAttention(64, 4, batch_first=True),
+        ATTENTION,
+        lambda m: m(X, Y, Y + 1)[0],
+    ),
     "attention of other keys": (
         lambda: nn.MultiheadAttention(64, 4, kdim=32, vdim=32, batch_first=True),
         ["q_proj_weight", "k_proj_weight", "v_proj_weight"],
@@ -108,9 +141,17 @@ FIT = {
         lambda m: m(X),
     ),
     "a cell": (lambda: nn.GRUCell(64, 64), ["weight_ih", "weight_hh"], lambda m: m(X[0])),
-    "an embedding": (lambda: nn.Embedding(8, 64, padding_idx=0, sparse=True), ["weight"], lambda m: m(torch.tensor([[1, 0, 2]]))),
+    "an embedding": (
+        lambda: nn.Embedding(8, 64, padding_idx=0, sparse=True),
+        ["weight"],
+        lambda m: m(torch.tensor([[1, 0, 2]])),
+    ),
     "a bare parameter": (Bare, ["proj"], lambda m: m(X)),
-    "an adaptive softmax": (lambda: nn.AdaptiveLogSoftmaxWithLoss(64, 1000, [100, 500]), ["head", "tail.0.0"], lambda m: m.log_prob(X[0])),
+    "an adaptive softmax": (
+        lambda: nn.AdaptiveLogSoftmaxWithLoss(64, 1000, [100, 500]),
+        ["head", "tail.0.0"],
+        lambda m: m.log_prob(X[0]),
+    ),
 }
 
 
@@ -126,13 +167,17 @@ def test_these_work(case, grad):
         torch.testing.assert_close(run(model), run(expected), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- GPT-2's linears, [in_features, out_features]
+# -------------------------------------------- GPT-2's linears, [in_features, out_features]
 
 
 @pytest.fixture
 def gpt2():
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=32, bos_token_id=1, eos_token_id=2))
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=32, bos_token_id=1, eos_token_id=2
+        )
+    )
     for parameter in model.parameters():
         parameter.data.normal_(std=0.1)
     return model.eval()
@@ -147,7 +192,9 @@ def test_transposed_linears_by_name(gpt2, tmp_path):
     gpt2.save_pretrained(tmp_path / "float")
     expected = RTNQuantizedTensor.from_float(gpt2.transformer.h[0].attn.c_attn.weight.detach().mT, 4, 32)
     rules = [
-        (f"transformer.h.{i}.{name}", rtn_int4(32)) for i in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        (f"transformer.h.{i}.{name}", rtn_int4(32))
+        for i in (0, 1)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
     assert bits_per_weight(gpt2, rules) == 5
     by_torchao, by_rules = copy.deepcopy(gpt2), copy.deepcopy(gpt2)

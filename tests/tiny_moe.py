@@ -1,4 +1,5 @@
-"""Every class of mixture-of-experts language model that transformers has of a kind, small and with random weights."""
+"""Every class of mixture-of-experts language model that transformers has of a kind, small and with random
+weights."""
 
 import torch
 import transformers
@@ -31,7 +32,13 @@ DEEPSEEK = {
     "n_group": 1,
     "topk_group": 1,
 }
-JAMBA = {"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8}
+JAMBA = {
+    "expert_layer_period": 1,
+    "expert_layer_offset": 0,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "mamba_d_state": 8,
+}
 
 CONFIGS = {
     "Mixtral": LOCAL,
@@ -41,7 +48,8 @@ CONFIGS = {
     "DeepseekV2": DEEPSEEK,
     "DeepseekV3": DEEPSEEK,
     "GptOss": LOCAL | {"head_dim": 16},
-    "Llama4": LOCAL | {"head_dim": 16, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1},
+    "Llama4": LOCAL
+    | {"head_dim": 16, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1},
     "Jamba": ROUTED | JAMBA | {"use_mamba_kernels": False},
     "GraniteMoe": LOCAL,
     "Phimoe": LOCAL,
@@ -50,7 +58,9 @@ CONFIGS = {
 
 def tiny_moe(name, dtype=torch.float32):
     """A model of `CONFIGS`, in eval mode, whose every weight is large enough to matter."""
-    config = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")(**COMMON | CONFIGS[name])
+    config = getattr(transformers, f"{name}TextConfig" if name == "Llama4" else f"{name}Config")(
+        **COMMON | CONFIGS[name]
+    )
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,7 +14,9 @@ from rtn_tensor import RTNQuantizedTensor, dequantize_, explain, quantize_, rtn_
 
 def make_model() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(1000, 256), nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256), nn.LayerNorm(256)).bfloat16()
+    return nn.Sequential(
+        nn.Embedding(1000, 256), nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256), nn.LayerNorm(256)
+    ).bfloat16()
 
 
 model = make_model()
@@ -28,7 +30,13 @@ print(report)
 
 # 2. The modules are what they were; only `weight` is another kind of tensor.
 weight = model[1].weight
-print(model[1], weight, f"qdata {list(weight.qdata.shape)} {weight.qdata.dtype}", f"scale {list(weight.scale.shape)}", sep="\n")
+print(
+    model[1],
+    weight,
+    f"qdata {list(weight.qdata.shape)} {weight.qdata.dtype}",
+    f"scale {list(weight.scale.shape)}",
+    sep="\n",
+)
 with torch.no_grad():
     error = (model(tokens) - exact).float().norm() / exact.float().norm()
 print(f"relative error of the output: {error:.3f}")
@@ -49,7 +57,8 @@ with tempfile.TemporaryDirectory() as folder:
 with torch.no_grad():
     assert torch.equal(again(tokens), model(tokens))
 
-# 5. Fresh float weights (after a training step elsewhere, say) quantize as they are copied in, whole or in part.
+# 5. Fresh float weights (after a training step elsewhere, say) quantize as they are copied in, whole or in
+# part.
 weight.copy_(torch.randn(1024, 256))
 weight[:512].copy_(torch.randn(512, 256))
 
@@ -62,7 +71,13 @@ assert weight.grad is None
 # 7. Other weights, other formats: a filter picks modules by type or by name.
 mixed = make_model()
 quantize_(mixed, rtn_int8(group_size=-1), filter_fn=lambda module, name: isinstance(module, nn.Embedding))
-print(quantize_(mixed, rtn_int4(group_size=32, scale_method="signed"), filter_fn=lambda module, name: name in ("1", "3")))
+print(
+    quantize_(
+        mixed,
+        rtn_int4(group_size=32, scale_method="signed"),
+        filter_fn=lambda module, name: name in ("1", "3"),
+    )
+)
 
 # 8. And back.
 dequantize_(mixed)

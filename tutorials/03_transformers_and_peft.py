@@ -1,4 +1,5 @@
-"""Load a transformers model in 4 bits, generate, save it, train a LoRA adapter over it with PEFT, and save that.
+"""Load a transformers model in 4 bits, generate, save it, train a LoRA adapter over it with PEFT, and save
+that.
 
 python tutorials/03_transformers_and_peft.py
 """
@@ -17,8 +18,16 @@ folder = Path(temporary.name)
 
 # 1. A float model on disk. This one is tiny and knows nothing; yours comes from the Hub.
 torch.manual_seed(0)
-sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.1, eos_token_id=None)).save_pretrained(folder / "float")
+sizes = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.1, eos_token_id=None)).save_pretrained(
+    folder / "float"
+)
 
 # 2. transformers reads it and quantizes each weight as it comes. lm_head and the embedding stay float.
 config = TorchAoConfig(rtn_int4(group_size=64))
@@ -29,20 +38,23 @@ prompt = torch.tensor([[10, 11, 12, 13]])
 
 
 def write(model) -> list[int]:
-    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    tokens = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0
+    )
     return tokens[0].tolist()
 
 
 before = write(model)
 print("before:", before)
 
-# 3. Saved quantized, it is read without a config: config.json names ours. That needs `import rtn_tensor` first, as above; where it is
-# missing transformers raises an error.
+# 3. Saved quantized, it is read without a config: config.json names ours. That needs `import rtn_tensor`
+# first, as above; where it is missing transformers raises an error.
 model.save_pretrained(folder / "int4")
 again = AutoModelForCausalLM.from_pretrained(folder / "int4")
 assert write(again) == before
 
-# 4. An adapter. transformers' own `add_adapter` serves, and so does peft.get_peft_model. The weights under it stay frozen and packed.
+# 4. An adapter. transformers' own `add_adapter` serves, and so does peft.get_peft_model. The weights under it
+# stay frozen and packed.
 model.add_adapter(LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 assert all("lora_" in name for name in trained)

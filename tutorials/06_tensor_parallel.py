@@ -30,8 +30,8 @@ dist.broadcast_object_list(shared)
 folder = Path(shared[0])
 
 
-# 2. A module of your own. Its plan cuts `up` by rows and `down` by columns, so one sum among the ranks ends both. A cut by columns must
-# fall between groups: 512 / 2 is a multiple of 128.
+# 2. A module of your own. Its plan cuts `up` by rows and `down` by columns, so one sum among the ranks ends
+# both. A cut by columns must fall between groups: 512 / 2 is a multiple of 128.
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()
@@ -50,11 +50,13 @@ if rank == 0:
 quantize_(whole, rtn_int4(group_size=128))
 dist.barrier()
 
-# 3. Made on meta, cut, then filled from the float checkpoint: a rank reads and quantizes its rows and columns only. Quantizing before or
-# after `parallelize_module` gives the same numbers.
+# 3. Made on meta, cut, then filled from the float checkpoint: a rank reads and quantizes its rows and columns
+# only. Quantizing before or after `parallelize_module` gives the same numbers.
 with torch.device("meta"):
     empty = MLP()
-model = load(folder / "mlp", rtn_int4(group_size=128), model=parallelize_module(empty, mesh, plan), device=device)
+model = load(
+    folder / "mlp", rtn_int4(group_size=128), model=parallelize_module(empty, mesh, plan), device=device
+)
 x = torch.randn(4, 256).to(device)
 torch.testing.assert_close(model(x), whole(x), rtol=1e-4, atol=1e-5)
 if rank == 0:
@@ -62,18 +64,33 @@ if rank == 0:
 compiled = torch.compile(model, fullgraph=True)
 torch.testing.assert_close(compiled(x), whole(x), rtol=1e-4, atol=1e-5)
 
-# 4. A transformers model, by the plan that it brings along; quantized as it is read, or from a folder that is quantized already.
-sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+# 4. A transformers model, by the plan that it brings along; quantized as it is read, or from a folder that is
+# quantized already.
+sizes = {
+    "vocab_size": 64,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 if rank == 0:
-    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.1, eos_token_id=None)).save_pretrained(folder / "llama")
+    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.1, eos_token_id=None)).save_pretrained(
+        folder / "llama"
+    )
 dist.barrier()
 parallel = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks), "dtype": torch.float32}
-llama = AutoModelForCausalLM.from_pretrained(folder / "llama", quantization_config=TorchAoConfig(rtn_int4(group_size=64)), **parallel)
+llama = AutoModelForCausalLM.from_pretrained(
+    folder / "llama", quantization_config=TorchAoConfig(rtn_int4(group_size=64)), **parallel
+)
 prompt = torch.tensor([[10, 11, 12, 13]]).to(device)
-print(f"rank {rank}:", llama.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 4:].tolist())
+print(
+    f"rank {rank}:", llama.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 4:].tolist()
+)
 dist.barrier()
 if rank == 0:
     alone = load(folder / "llama", rtn_int4(group_size=64), dtype=torch.float32).to(device)
-    print("alone :", alone.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 4:].tolist())
+    print(
+        "alone :", alone.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 4:].tolist()
+    )
     shutil.rmtree(folder)
 dist.destroy_process_group()

@@ -22,7 +22,11 @@ if find_spec("vllm") is None:
     print("vLLM is not installed: pip install 'rtn-tensor[vllm]'")
     raise SystemExit
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -32,7 +36,14 @@ sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 def serve(folder: Path, **options) -> list[int]:
     """The tokens that vLLM gives after the prompt."""
-    llm = LLM(str(folder), dtype="float32", max_model_len=64, enforce_eager=True, skip_tokenizer_init=True, **options)
+    llm = LLM(
+        str(folder),
+        dtype="float32",
+        max_model_len=64,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        **options,
+    )
     tokens = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0].outputs[0].token_ids
     llm.llm_engine.engine_core.shutdown()
     del llm
@@ -50,16 +61,32 @@ def by_transformers(model) -> list[int]:
 
 with tempfile.TemporaryDirectory() as work:
     folder = Path(work) / "model"
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000}
-    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64, initializer_range=0.2)).save_pretrained(folder)
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 1000,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64, initializer_range=0.2)).save_pretrained(
+        folder
+    )
 
-    # 1. Any float folder, quantized layer by layer while vLLM loads it. What the options leave out is RTN_NUM_BITS and RTN_GROUP_SIZE.
-    rules = [["*.down_proj", {"bits": 8}], ["model.layers.0.self_attn.*", None]]  # the first that matches a layer counts
-    tokens = serve(folder, hf_overrides={"quantization_config": {"quant_method": "rtn", "bits": 4, "group_size": 64, "rules": rules}})
+    # 1. Any float folder, quantized layer by layer while vLLM loads it. What the options leave out is
+    # RTN_NUM_BITS and RTN_GROUP_SIZE. The first that matches a layer counts.
+    rules = [["*.down_proj", {"bits": 8}], ["model.layers.0.self_attn.*", None]]
+    tokens = serve(
+        folder,
+        hf_overrides={
+            "quantization_config": {"quant_method": "rtn", "bits": 4, "group_size": 64, "rules": rules}
+        },
+    )
     print("8 bits in down_proj, 4 elsewhere, layer 0's attention float:", tokens)
 
     # 2. All of it in 4 bits: the same tokens as transformers gives with the same weights.
-    tokens = serve(folder, hf_overrides={"quantization_config": {"quant_method": "rtn", "bits": 4, "group_size": 64}})
+    tokens = serve(
+        folder, hf_overrides={"quantization_config": {"quant_method": "rtn", "bits": 4, "group_size": 64}}
+    )
     print("4 bits:", tokens)
     assert tokens == by_transformers(load(folder, rtn_int4(group_size=64)))
 

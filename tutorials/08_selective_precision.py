@@ -1,4 +1,5 @@
-"""Spend bits where they help most: rules over names, whole layers or kinds of modules kept at 8 bits, and a plan under a budget.
+"""Spend bits where they help most: rules over names, whole layers or kinds of modules kept at 8 bits, and a
+plan under a budget.
 
 python tutorials/08_selective_precision.py
 """
@@ -9,10 +10,27 @@ import tempfile
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rtn_tensor import bits_per_weight, load, plan, quantize_, rtn_int4, rtn_int8, save, select_layers, select_modules
+from rtn_tensor import (
+    bits_per_weight,
+    load,
+    plan,
+    quantize_,
+    rtn_int4,
+    rtn_int8,
+    save,
+    select_layers,
+    select_modules,
+)
 
 torch.manual_seed(0)
-config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, vocab_size=512, head_dim=32)
+config = LlamaConfig(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    vocab_size=512,
+    head_dim=32,
+)
 model = LlamaForCausalLM(config).bfloat16().eval()
 with torch.no_grad():  # a fresh model says nothing about any token; a trained one does
     for p in model.parameters():
@@ -29,7 +47,8 @@ def divergence(rules) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-# Rules are pairs of a pattern and a format; the first that matches a weight's name, or its module's, counts. None is float.
+# Rules are pairs of a pattern and a format; the first that matches a weight's name, or its module's, counts.
+# None is float.
 rest = [("lm_head", None), ("*", rtn_int4(group_size=64, scale_method="search"))]
 choices = {
     "all at 4 bits": rest,
@@ -40,12 +59,15 @@ choices = {
 }
 print(select_layers(model, first=1), end="\n\n")
 for name, rules in choices.items():
-    print(f"{name:>28}: {bits_per_weight(model, rules):.3f} bits per weight, divergence {divergence(rules):.4f}")
+    print(
+        f"{name:>28}: {bits_per_weight(model, rules):.3f} bits per weight, divergence {divergence(rules):.4f}"
+    )
 
 # A plan is a list of rules, too. Printed, it is a map of what was chosen; `draw` writes it as a picture.
 print(f"\n{choices['a plan']}\n")
 
-# Rules work in `load`, in `rtn-tensor quantize --rule '*.down_proj=8'`, and, as `fqn_config(path, rules)`, in TorchAoConfig.
+# Rules work in `load`, in `rtn-tensor quantize --rule '*.down_proj=8'`, and, as `fqn_config(path, rules)`, in
+# TorchAoConfig.
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(f"{folder}/float")
     loaded = load(f"{folder}/float", choices["a plan"])

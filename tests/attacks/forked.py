@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MEMORY = 4 << 30  # bytes that an attack may take beside what the process has: a file must not be able to ask for more
+# Bytes that an attack may take beside what the process has: a file must not be able to ask for more.
+MEMORY = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,23 @@ class Outcome:
     message: str = ""
 
 
-def survives(fn: Callable[..., Any], *args: Any, allowed: tuple[type[BaseException], ...] = (ValueError,), seconds: float = 60) -> Outcome:
+def survives(
+    fn: Callable[..., Any],
+    *args: Any,
+    allowed: tuple[type[BaseException], ...] = (ValueError,),
+    seconds: float = 60,
+) -> Outcome:
     """What `fn(*args)` gives in a forked process; its value must pickle.
 
     Raises:
-        AssertionError: the process died (a signal, an exit), did not end within `seconds`, or raised an error whose class is not, exactly,
-            one of `allowed`: a JSONDecodeError is a ValueError, and yet names no file.
+        AssertionError: the process died (a signal, an exit), did not end within `seconds`, or raised an error
+            whose class is not, exactly, one of `allowed`: a JSONDecodeError is a ValueError, and yet names no
+            file.
     """
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # that there may be threads; the tests run with one
+        # That there may be threads; the tests run with one.
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if not child:
         os.close(reading)
@@ -48,9 +56,13 @@ def survives(fn: Callable[..., Any], *args: Any, allowed: tuple[type[BaseExcepti
         _, status = os.waitpid(child, 0)
     assert done is not None, f"{what} did not end within {seconds} s"
     assert not os.WIFSIGNALED(status), f"{what} died of {signal.Signals(os.WTERMSIG(status)).name}"
-    assert (os.WEXITSTATUS(status), bool(done)) == (0, True), f"{what} ended the process with status {os.WEXITSTATUS(status)}"
+    assert (os.WEXITSTATUS(status), bool(done)) == (0, True), (
+        f"{what} ended the process with status {os.WEXITSTATUS(status)}"
+    )
     outcome, unexpected = pickle.loads(done)
-    assert not unexpected, f"{what} raised an error of another kind than {[kind.__name__ for kind in allowed]}:\n{unexpected}"
+    assert not unexpected, (
+        f"{what} raised an error of another kind than {[kind.__name__ for kind in allowed]}:\n{unexpected}"
+    )
     return outcome
 
 
@@ -75,7 +87,8 @@ def _run(fn: Callable[..., Any], args: tuple, allowed: tuple[type[BaseException]
 
 
 def _all_of(reading: int, seconds: float) -> bytes | None:
-    """What is written until the other end closes, or None where that takes longer than `seconds` at one point."""
+    """What is written until the other end closes, or None where that takes longer than `seconds` at one
+    point."""
     parts = []
     while select.select([reading], [], [], seconds)[0]:
         part = os.read(reading, 1 << 16)

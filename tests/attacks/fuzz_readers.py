@@ -37,7 +37,8 @@ def fuzz(data: bytes) -> str:
                     source.private()
                     source.view()
         except (ValueError, FileNotFoundError) as error:
-            if type(error) not in (ValueError, FileNotFoundError) or folder not in str(error):  # as a JSONDecodeError, which names no file
+            # As a JSONDecodeError, which names no file.
+            if type(error) not in (ValueError, FileNotFoundError) or folder not in str(error):
                 raise
             return type(error).__name__
     return "read"

@@ -5,8 +5,48 @@ import random
 
 from folders import parts, put
 
-INTEGERS = [-(1 << 70), -128, -1, 0, 1, 2, 3, 4, 8, 16, 31, 32, 33, 64, 96, 128, 1 << 16, 1 << 26, 1 << 31, 1 << 40, 1 << 63, 1 << 70]
-VALUES = [*INTEGERS, 0.5, 32.0, float("nan"), float("inf"), "4", "", "../x", "a\0b", None, True, False, [], {}, [4], {"a": 4}]
+INTEGERS = [
+    -(1 << 70),
+    -128,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    4,
+    8,
+    16,
+    31,
+    32,
+    33,
+    64,
+    96,
+    128,
+    1 << 16,
+    1 << 26,
+    1 << 31,
+    1 << 40,
+    1 << 63,
+    1 << 70,
+]
+VALUES = [
+    *INTEGERS,
+    0.5,
+    32.0,
+    float("nan"),
+    float("inf"),
+    "4",
+    "",
+    "../x",
+    "a\0b",
+    None,
+    True,
+    False,
+    [],
+    {},
+    [4],
+    {"a": 4},
+]
 
 
 def places(node, path=()):
@@ -70,7 +110,9 @@ def bytes_of(rng, file):
 def size_of(rng, file):
     content = file.read_bytes()
     at = rng.randrange(len(content) + 1)
-    file.write_bytes(rng.choice([content[:at], content[at:], content + content[:at], content[:at] + content[at + 1 :]]))
+    file.write_bytes(
+        rng.choice([content[:at], content[at:], content + content[:at], content[:at] + content[at + 1 :]])
+    )
 
 
 def damage(folder, seed):
@@ -79,7 +121,9 @@ def damage(folder, seed):
     touched = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         files = sorted(file for file in folder.iterdir() if file.is_file())
-        file = rng.choice([*files, *(file for file in files if file.suffix == ".safetensors" for _ in range(3))])
+        file = rng.choice(
+            [*files, *(file for file in files if file.suffix == ".safetensors" for _ in range(3))]
+        )
         touched.append(file.name)
         how = rng.random()
         try:
@@ -101,6 +145,7 @@ def damage(folder, seed):
                 touched.append(other.name)
             else:
                 file.unlink()
-        except (ValueError, KeyError, AttributeError, TypeError):  # what was damaged before has no header to change any more
+        # What was damaged before has no header to change any more.
+        except (ValueError, KeyError, AttributeError, TypeError):
             size_of(rng, file)
     return touched

@@ -1,4 +1,5 @@
-"""The runner of the attacks sees a crash, a hang, the end of a process, errors of other kinds, and memory no file may ask for."""
+"""The runner of the attacks sees a crash, a hang, the end of a process, errors of other kinds, and memory no
+file may ask for."""
 
 import ctypes
 import faulthandler

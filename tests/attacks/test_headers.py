@@ -1,4 +1,5 @@
-"""Headers of safetensors files that lie about the file, and files that are none: each is an error that names the file, at once."""
+"""Headers of safetensors files that lie about the file, and files that are none: each is an error that names
+the file, at once."""
 
 import json
 import os
@@ -43,9 +44,13 @@ CHANGES = {
     "offsets of floats": set_to("data_offsets", [0.0, 132.0]),
     "offsets of bools": set_to("data_offsets", [False, True]),
     "offsets of none": set_to("data_offsets", None),
-    "overlapping offsets": lambda header: header["1.bias"].update(data_offsets=header["0.weight"]["data_offsets"]),
+    "overlapping offsets": lambda header: header["1.bias"].update(
+        data_offsets=header["0.weight"]["data_offsets"]
+    ),
     "overlapping and of one size": lambda header: header.update({"more": header["1.bias"]}),
-    "a hole": lambda header: header["1.bias"].update(data_offsets=[n + 4 for n in header["1.bias"]["data_offsets"]]),
+    "a hole": lambda header: header["1.bias"].update(
+        data_offsets=[n + 4 for n in header["1.bias"]["data_offsets"]]
+    ),
     "a tensor less": lambda header: header.pop("1.bias"),
     "a negative shape": set_to("shape", [-33]),
     "two negative sizes": set_to("shape", [-11, -3]),
@@ -55,7 +60,9 @@ CHANGES = {
     "a shape of none": set_to("shape", None),
     "a shape of one more": set_to("shape", [34]),
     "a huge shape": set_to("shape", [1 << 80]),
-    "a huge empty shape": lambda header: header.update({"0": {"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}}),
+    "a huge empty shape": lambda header: header.update(
+        {"0": {"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}}
+    ),
     "many dims": set_to("shape", [1] * 1000 + [33]),
     "another dtype": set_to("dtype", "F64"),
     "an unknown dtype": set_to("dtype", "F33"),
@@ -143,7 +150,7 @@ def test_a_header_of_a_hundred_megabytes_is_not_read_for_a_small_file(tmp_path):
     assert "cannot begin with a header of" in survives(read, file, seconds=5).message
 
 
-# ------------------------------------------------------------------------------------------- no regular files
+# ------------------------------------------------------------------------ no regular files
 
 
 def a_pipe(file):
@@ -171,7 +178,13 @@ def a_link_to_itself(file):
 
 
 KINDS = [a_pipe, a_device, a_device_that_waits, a_folder, a_link_to_nothing, a_link_to_itself]
-NAMES = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "other.safetensors"]
+NAMES = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "other.safetensors",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -190,7 +203,9 @@ def test_no_regular_files_of_a_transformers_folder(tmp_path, kind, name):
     (tmp_path / name).unlink()
     kind(tmp_path / name)
     assert survives(main, ["inspect", str(tmp_path)], seconds=20).value == 1
-    outcome = survives(lambda: load(tmp_path) and None, allowed=(ValueError, FileNotFoundError, OSError), seconds=20)
+    outcome = survives(
+        lambda: load(tmp_path) and None, allowed=(ValueError, FileNotFoundError, OSError), seconds=20
+    )
     assert outcome.error
     assert str(tmp_path) in outcome.message
 

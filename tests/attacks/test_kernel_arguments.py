@@ -1,4 +1,5 @@
-"""The C library and the ops refuse arguments by which a kernel would read or write past an array; each in a forked process."""
+"""The C library and the ops refuse arguments by which a kernel would read or write past an array; each in a
+forked process."""
 
 import gc
 import os
@@ -20,15 +21,17 @@ HUGE = 1 << 62
 REFUSED = -2
 
 
-# ------------------------------------------------------------------------------------------- the C library by itself
+# ----------------------------------------------------------------- the C library by itself
 
 LINEAR = (
-    "x qdata scale bias y offs m n k experts bits group_size dtype scale_dtype x_stride y_stride qdata_stride qdata_expert_stride "
+    "x qdata scale bias y offs m n k experts bits group_size dtype scale_dtype x_stride y_stride "
+    "qdata_stride qdata_expert_stride "
     "scale_stride scale_expert_stride threads "
     "qdata_experts qdata_rows qdata_bytes scale_experts scale_rows scale_groups bias_size offs_size"
 ).split()
 PLANES = (
-    "w qdata scale indices rows k bits group_size dtype scale_dtype w_stride qdata_stride scale_stride scale_method threads qdata_rows "
+    "w qdata scale indices rows k bits group_size dtype scale_dtype w_stride qdata_stride scale_stride "
+    "scale_method threads qdata_rows "
     "qdata_bytes scale_rows scale_groups"
 ).split()
 LIES = (-HUGE, -1, 0, 1, 3, 7, 16, 33, 100, 1 << 26, HUGE)
@@ -51,10 +54,16 @@ def linear_arguments(**lie):
 
 def planes_arguments(indices=None, **lie):
     rows, k = 6, 96
-    arrays = {"w": torch.randn(rows, k), "qdata": torch.zeros(rows, 48, dtype=torch.uint8), "scale": torch.ones(rows, 3)}
+    arrays = {
+        "w": torch.randn(rows, k),
+        "qdata": torch.zeros(rows, 48, dtype=torch.uint8),
+        "scale": torch.ones(rows, 3),
+    }
     at = torch.tensor(indices or [0] * rows)
     pointers = [t.data_ptr() for t in arrays.values()] + [at.data_ptr() if indices else 0]
-    fields = dict(zip(PLANES, [*pointers, rows, k, 4, 32, 0, 0, k, 48, 3, 0, 1, rows, 48, rows, 3], strict=True))
+    fields = dict(
+        zip(PLANES, [*pointers, rows, k, 4, 32, 0, 0, k, 48, 3, 0, 1, rows, 48, rows, 3], strict=True)
+    )
     return (arrays, at), cpu._PLANES.pack(*(fields | lie).values())
 
 
@@ -68,19 +77,26 @@ ONLY_THE_CALLER = {"x", "y", "qdata", "scale", "w", "m", "rows", "threads", "off
 
 
 @needs_library
-@pytest.mark.parametrize("field", [name for name in LINEAR if name not in ONLY_THE_CALLER and "stride" not in name])
+@pytest.mark.parametrize(
+    "field", [name for name in LINEAR if name not in ONLY_THE_CALLER and "stride" not in name]
+)
 def test_a_number_that_does_not_fit_is_refused_by_rtn_linear(field):
     _, honest = linear_arguments()
     true = cpu._LINEAR.unpack(honest)[LINEAR.index(field)]
     assert survives(status, "rtn_linear", linear_arguments, {}).value == 0
     for lie in LIES:
         if lie != true and not (field in ("dtype", "scale_dtype") and 0 <= lie <= 2):
-            assert survives(status, "rtn_linear", linear_arguments, {field: lie}).value == REFUSED, (field, lie)
+            assert survives(status, "rtn_linear", linear_arguments, {field: lie}).value == REFUSED, (
+                field,
+                lie,
+            )
 
 
 @needs_library
 @pytest.mark.parametrize("function", ["rtn_quantize", "rtn_dequantize"])
-@pytest.mark.parametrize("field", [name for name in PLANES if name not in ONLY_THE_CALLER and "stride" not in name])
+@pytest.mark.parametrize(
+    "field", [name for name in PLANES if name not in ONLY_THE_CALLER and "stride" not in name]
+)
 def test_a_number_that_does_not_fit_is_refused_by_the_others(function, field):
     _, honest = planes_arguments()
     true = cpu._PLANES.unpack(honest)[PLANES.index(field)]
@@ -107,7 +123,8 @@ def test_indices_past_the_rows_are_refused():
     for indices in ([0, 1, 2, 3, 4, 6], [-1, 0, 0, 0, 0, 0], [HUGE, 0, 0, 0, 0, 0], [-HUGE, 0, 0, 0, 0, 0]):
         assert survives(status, "rtn_dequantize", planes_arguments, {"indices": indices}).value == REFUSED
     assert survives(status, "rtn_dequantize", planes_arguments, {"indices": [5] * 6}).value == 0
-    assert survives(status, "rtn_quantize", planes_arguments, {"indices": [5] * 6}).value == REFUSED  # it writes no rows twice
+    # It writes no rows twice.
+    assert survives(status, "rtn_quantize", planes_arguments, {"indices": [5] * 6}).value == REFUSED
 
 
 @needs_library
@@ -128,15 +145,25 @@ def test_the_structs_are_those_of_the_header():
     """Their fields and RTN_ABI stand in two places, and must change in both."""
     header = (cpu.LIBRARY.parent / "csrc/rtn.h").read_text()
     assert f"enum {{ RTN_ABI = {cpu.ABI} }};" in header
-    for end, fields, packed in (("} rtn_linear_args;", LINEAR, cpu._LINEAR), ("} rtn_planes_args;", PLANES, cpu._PLANES)):
+    for end, fields, packed in (
+        ("} rtn_linear_args;", LINEAR, cpu._LINEAR),
+        ("} rtn_planes_args;", PLANES, cpu._PLANES),
+    ):
         body = header[: header.index(end)].rpartition("typedef struct {")[2]
         lines = [line.partition("//")[0].replace("*", " ") for line in body.splitlines()]
-        names = [name.split()[-1] for line in lines if ";" in line for part in line.split(";") if part.strip() for name in part.split(",")]
+        names = [
+            name.split()[-1]
+            for line in lines
+            if ";" in line
+            for part in line.split(";")
+            if part.strip()
+            for name in part.split(",")
+        ]
         assert names == fields
         assert packed.size == 8 * len(fields)
 
 
-# ------------------------------------------------------------------------------------------- the ops
+# --------------------------------------------------------------------------------- the ops
 
 rtn = torch.ops.rtn
 
@@ -153,12 +180,29 @@ def good(op):
         "grouped": {"x": x, **named(stacked), "offs": offs, "bits": 4, "group_size": 32},
         "grouped_dx": {"dy": dy, **named(stacked), "offs": offs, "bits": 4, "group_size": 32, "k": k},
         "routed": {
-            **{"x": x, **named(stacked), "bias": torch.ones(e, n), "experts": torch.zeros(m, dtype=torch.int64)},
-            **{"pairs": torch.arange(m, dtype=torch.int32), "offs": offs, "router": torch.ones(m), "top_k": 1, "activation": "silu"},
+            **{
+                "x": x,
+                **named(stacked),
+                "bias": torch.ones(e, n),
+                "experts": torch.zeros(m, dtype=torch.int64),
+            },
+            **{
+                "pairs": torch.arange(m, dtype=torch.int32),
+                "offs": offs,
+                "router": torch.ones(m),
+                "top_k": 1,
+                "activation": "silu",
+            },
             **{"bits": 4, "group_size": 32},
         },
         "embedding": {"indices": torch.tensor([0, 5]), **named(planes), "bits": 4, "group_size": 32, "k": k},
-        "quantize": {"w": x, "bits": 4, "group_size": 32, "scale_method": "absmax", "scale_dtype": torch.float32},
+        "quantize": {
+            "w": x,
+            "bits": 4,
+            "group_size": 32,
+            "scale_method": "absmax",
+            "scale_dtype": torch.float32,
+        },
         "dequantize": {**named(planes), "bits": 4, "group_size": 32, "k": k, "dtype": torch.float32},
     }[op]
 
@@ -223,7 +267,10 @@ def test_a_fake_refuses_what_the_op_refuses():
     arguments = good("linear") | {"scale": torch.ones(6, 2)}
     with FakeTensorMode() as mode:
         fakes = tree_map_only(torch.Tensor, mode.from_tensor, tuple(arguments.values()))
-        with pytest.raises(RuntimeError, match=r"rtn::linear: qdata .* are not the planes of a weight of 96 columns with bits=4"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"rtn::linear: qdata .* are not the planes of a weight of 96 " r"columns with bits=4",
+        ):
             rtn.linear(*fakes)
 
 
@@ -242,13 +289,17 @@ def test_kernels_say_which_bits_they_have(monkeypatch):
     reasons = explain(w, x).reasons
     assert reasons["cpu"] == "It reads 4 and 8 bits, not 2."
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton.why_not(problem.make_problem("dequantize", w.dtype, 8, 64, w.qdata, w.scale, 2, 32)) == reasons["cpu"]
+    assert (
+        triton.why_not(problem.make_problem("dequantize", w.dtype, 8, 64, w.qdata, w.scale, 2, 32))
+        == reasons["cpu"]
+    )
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
 @pytest.mark.parametrize("ends", [[3, 100, 100], [-7, 2, 5], [5, 2, 1], [1 << 30, -(1 << 30), 5], [0, 0, 2]])
 def test_ends_that_are_none_stay_inside(kernel, ends):
-    """Of rows that no expert's own range holds nothing is said; what is read and written are rows that there are."""
+    """Of rows that no expert's own range holds nothing is said; what is read and written are rows that there
+    are."""
 
     def run():
         os.environ["RTN_KERNEL"] = kernel

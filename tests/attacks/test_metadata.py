@@ -1,4 +1,5 @@
-"""What a file says of a quantized weight: each lie is an error that names the file and the weight, in every reader."""
+"""What a file says of a quantized weight: each lie is an error that names the file and the weight, in every
+reader."""
 
 import io
 import json
@@ -78,11 +79,16 @@ TEXTS = {
 
 
 def altered(file, name, change):
-    """Changes what the metadata of `file` says of the weight `name`: attributes that are set, or one that is taken out; or all of it."""
+    """Changes what the metadata of `file` says of the weight `name`: attributes that are set, or one that is
+    taken out; or all of it."""
     header, data = parts(file)
     if isinstance(change, dict) or change in LACKING:
         about = json.loads(header["__metadata__"][name])
-        about["_data"] = about["_data"] | change if isinstance(change, dict) else {k: v for k, v in about["_data"].items() if k != change}
+        about["_data"] = (
+            about["_data"] | change
+            if isinstance(change, dict)
+            else {k: v for k, v in about["_data"].items() if k != change}
+        )
         change = json.dumps(about)
     header["__metadata__"][name] = change
     put(file, header, data)
@@ -129,13 +135,19 @@ def test_every_reader_of_a_transformers_folder(llama, change):
     file.write_bytes(content)
     altered(file, WEIGHT, change)
     assert survives(main, ["inspect", str(folder)]).value == 1
-    assert survives(lambda: len(saved_attributes(folder, lambda: str)), allowed=(ValueError,)).value in (None, 0)
+    assert survives(lambda: len(saved_attributes(folder, lambda: str)), allowed=(ValueError,)).value in (
+        None,
+        0,
+    )
     error = survives(from_pretrained, folder).value
     if isinstance(change, dict):
         if change != {"qdata": [1, 2]}:  # the planes take its place
             assert WEIGHT in error
             assert (
-                f"{next(iter(change))}=" in error or "its attributes" in error or "is of version" in error or "are not the planes" in error
+                f"{next(iter(change))}=" in error
+                or "its attributes" in error
+                or "is of version" in error
+                or "are not the planes" in error
             )
     else:
         assert change in error if change in LACKING else error
@@ -147,5 +159,8 @@ def test_a_right_file_is_read(tmp_path, llama):
     folder, content = llama
     (folder / "model.safetensors").write_bytes(content)
     assert survives(main, ["inspect", str(folder)]).value == 0
-    assert survives(lambda: type(AutoModelForCausalLM.from_pretrained(folder)).__name__).value == "LlamaForCausalLM"
+    assert (
+        survives(lambda: type(AutoModelForCausalLM.from_pretrained(folder)).__name__).value
+        == "LlamaForCausalLM"
+    )
     assert make()[1].weight.shape == (33, 96)

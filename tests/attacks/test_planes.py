@@ -1,4 +1,5 @@
-"""Planes that are not those of the weight that the metadata describes: each is an error that names the file and the weight."""
+"""Planes that are not those of the weight that the metadata describes: each is an error that names the file
+and the weight."""
 
 import pytest
 import torch
@@ -51,7 +52,10 @@ CHANGES = {
 
 def altered(file, names, changes):
     with safe_open(file, "pt") as opened:
-        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name).clone() for name in opened.keys()}
+        metadata, tensors = (
+            opened.metadata(),
+            {name: opened.get_tensor(name).clone() for name in opened.keys()},
+        )
     for name, change in zip(names, changes, strict=True):
         if change == "missing":
             del tensors[name]
@@ -80,9 +84,12 @@ def test_every_reader_of_a_transformers_folder(llama, changes):  # noqa: F811
     folder, content = llama
     (folder / "model.safetensors").write_bytes(content)
     module, _, name = WEIGHT.rpartition(".")
-    altered(folder / "model.safetensors", [f"{module}._{name}_{plane}" for plane in ("qdata", "scale")], changes)
+    altered(
+        folder / "model.safetensors", [f"{module}._{name}_{plane}" for plane in ("qdata", "scale")], changes
+    )
     assert survives(main, ["inspect", str(folder)]).value == 1
-    if all(changes) and "missing" not in changes:  # of another weight: transformers looks at no shape of a quantized one
+    # Of another weight: transformers looks at no shape of a quantized one.
+    if all(changes) and "missing" not in changes:
         outcome = survives(run, folder, allowed=(RuntimeError, ValueError))
         assert outcome.error
     else:
@@ -101,14 +108,20 @@ def test_scales_that_are_no_numbers(tmp_path, value, end):
         model[1].weight.scale[32] = value
         torch.save(model.state_dict(), file := tmp_path / end)
     outcome = survives(read, tmp_path / end)
-    assert outcome.message == f"{file}: 1.weight holds NaN or inf; the checkpoint is damaged, copy or download it again"
+    assert (
+        outcome.message
+        == f"{file}: 1.weight holds NaN or inf; the checkpoint is damaged, copy or download it again"
+    )
 
 
 def values(file):
     found = sources(file)
     w = found[QUANTIZED].private()
     y = torch.nn.functional.linear(torch.ones(3, 96), w)
-    return [t.flatten().tolist() for t in (w.dequantize(), y, found["0.weight"].private(), found["0.weight"].view())]
+    return [
+        t.flatten().tolist()
+        for t in (w.dequantize(), y, found["0.weight"].private(), found["0.weight"].view())
+    ]
 
 
 def test_planes_at_odd_addresses(tmp_path):
@@ -116,7 +129,10 @@ def test_planes_at_odd_addresses(tmp_path):
     file = saved(tmp_path / "model")
     expected = survives(values, file).value
     with safe_open(file, "pt") as opened:
-        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name).clone() for name in opened.keys()}
+        metadata, tensors = (
+            opened.metadata(),
+            {name: opened.get_tensor(name).clone() for name in opened.keys()},
+        )
     for shift in (1, 2, 3, 4, 8):
         header, data = {"__metadata__": metadata}, b""
         for name, t in {"odd": torch.zeros(shift, dtype=torch.uint8), **tensors}.items():

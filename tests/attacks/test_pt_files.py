@@ -1,4 +1,5 @@
-"""A `.pt` file may lie about a quantized weight: `torch.load(weights_only=True)` calls no constructor, only `__setstate__`."""
+"""A `.pt` file may lie about a quantized weight: `torch.load(weights_only=True)` calls no constructor, only
+`__setstate__`."""
 
 import io
 import pickle
@@ -56,7 +57,29 @@ def load_and_use(file):
 
 
 def numbers(*fits):
-    some = (-HUGE, -128, -1, 0, 1, 3, 16, 31, 33, 64, 95, 97, 128, 1 << 26, HUGE, 1 << 70, 4.0, "4", None, True, [4])
+    some = (
+        -HUGE,
+        -128,
+        -1,
+        0,
+        1,
+        3,
+        16,
+        31,
+        33,
+        64,
+        95,
+        97,
+        128,
+        1 << 26,
+        HUGE,
+        1 << 70,
+        4.0,
+        "4",
+        None,
+        True,
+        [4],
+    )
     return [n for n in some if n not in fits]
 
 
@@ -86,18 +109,25 @@ LIES = [
 ]
 
 
-@pytest.mark.parametrize("lie", LIES, ids=lambda lie: " ".join(f"{key}={str(value)[:20]}" for key, value in lie.items()))
+@pytest.mark.parametrize(
+    "lie", LIES, ids=lambda lie: " ".join(f"{key}={str(value)[:20]}" for key, value in lie.items())
+)
 def test_a_lie_is_an_error(lie):
     outcome = survives(load_and_use, saved({"w": weight(**lie)}), allowed=(ValueError, TypeError))
     assert outcome.error, outcome.value
 
 
-@pytest.mark.parametrize("name", ["qdata", "scale", "bits", "group_size", "scale_method", "in_features", "transposed"])
+@pytest.mark.parametrize(
+    "name", ["qdata", "scale", "bits", "group_size", "scale_method", "in_features", "transposed"]
+)
 def test_a_missing_part_is_named(name):
     w = weight()
     vars(w).pop(name)
     outcome = survives(load_and_use, saved({"w": w}))
-    assert outcome.message == f"the state of a RTNQuantizedTensor lacks {name}; the file is damaged, or of another library"
+    assert (
+        outcome.message
+        == f"the state of a RTNQuantizedTensor lacks {name}; the file is damaged, or of another library"
+    )
 
 
 def test_a_file_without_a_version_is_of_the_first():
@@ -114,15 +144,26 @@ def test_a_file_of_the_future_says_so():
 def test_what_was_saved_is_read():
     w = weight()
     w.note = "kept"
-    for saved_weight in (w, w[3:40], w[:, 32:], w.t(), nn.Parameter(w, requires_grad=False), w.t().contiguous()):
+    for saved_weight in (
+        w,
+        w[3:40],
+        w[:, 32:],
+        w.t(),
+        nn.Parameter(w, requires_grad=False),
+        w.t().contiguous(),
+    ):
         loaded = torch.load(saved({"w": saved_weight}), weights_only=True)["w"]
         assert torch.equal(loaded, saved_weight)
-        assert (type(loaded), loaded.shape, loaded.dtype) == (type(saved_weight), saved_weight.shape, saved_weight.dtype)
+        assert (type(loaded), loaded.shape, loaded.dtype) == (
+            type(saved_weight),
+            saved_weight.shape,
+            saved_weight.dtype,
+        )
     assert torch.load(saved({"w": w}), weights_only=True)["w"].note == "kept"
     assert torch.load(saved({"w": w}), weights_only=True, map_location="meta")["w"].is_meta
 
 
-# ------------------------------------------------------------------------------------------- what a pickle can do beside
+# ------------------------------------------------------------- what a pickle can do beside
 
 
 class Program:
@@ -137,11 +178,26 @@ class Program:
 
 def test_the_wrapper_may_not_be_larger_than_its_planes():
     w = weight()
-    lies = [((1 << 20, K), torch.bfloat16), ((N, 1 << 20), torch.bfloat16), ((N, K), torch.float32), ((N,), torch.bfloat16)]
+    lies = [
+        ((1 << 20, K), torch.bfloat16),
+        ((N, 1 << 20), torch.bfloat16),
+        ((N, K), torch.float32),
+        ((N,), torch.bfloat16),
+    ]
     for shape, dtype in lies:
-        wrapper = (RTNQuantizedTensor, dtype, shape, (K, 1)[: len(shape)], 0, torch.strided, torch.device("cpu"), False)
+        wrapper = (
+            RTNQuantizedTensor,
+            dtype,
+            shape,
+            (K, 1)[: len(shape)],
+            0,
+            torch.strided,
+            torch.device("cpu"),
+            False,
+        )
         lie = Program(
-            torch._tensor._rebuild_from_type_v2, (torch._utils._rebuild_wrapper_subclass, RTNQuantizedTensor, wrapper, dict(vars(w)))
+            torch._tensor._rebuild_from_type_v2,
+            (torch._utils._rebuild_wrapper_subclass, RTNQuantizedTensor, wrapper, dict(vars(w))),
         )
         outcome = survives(load_and_use, saved({"w": lie}))
         assert "the file is damaged" in outcome.message
@@ -180,9 +236,14 @@ def test_memory_that_was_given_back():
         assert survives(free, attribute, allowed=(RuntimeError, ValueError)).error
 
 
-# ------------------------------------------------------------------------------------------- at random
+# ------------------------------------------------------------------------------- at random
 
-NAMES = [*RTNQuantizedTensor.tensor_data_names, *RTNQuantizedTensor.tensor_attribute_names, "_flat", "_padded_rows"]
+NAMES = [
+    *RTNQuantizedTensor.tensor_data_names,
+    *RTNQuantizedTensor.tensor_attribute_names,
+    "_flat",
+    "_padded_rows",
+]
 INTEGERS = [-HUGE, -128, -1, 0, 1, 2, 4, 8, 16, 31, 32, 33, 64, 96, 128, 1 << 16, 1 << 26, 1 << 40, HUGE]
 VALUES = [*INTEGERS, 1.5, "4", None, True, False, b"x", (), {}]
 
@@ -190,7 +251,10 @@ VALUES = [*INTEGERS, 1.5, "4", None, True, False, b"x", (), {}]
 def altered(seed: int) -> bytes:
     """A file of two weights that is wrong in some places: attributes, planes, or bytes of its pickle."""
     rng = random.Random(seed)
-    state = {"w": weight(), "v": RTNQuantizedTensor.from_float(torch.randn(3, 8, 160), 8, rng.choice([32, 64, -1])).mT}
+    state = {
+        "w": weight(),
+        "v": RTNQuantizedTensor.from_float(torch.randn(3, 8, 160), 8, rng.choice([32, 64, -1])).mT,
+    }
     for w in state.values():
         for _ in range(rng.choice([0, 1, 1, 2])):
             name = rng.choice(NAMES)
@@ -207,7 +271,8 @@ def altered(seed: int) -> bytes:
     if rng.random() < 0.6:
         return data
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:  # checksums are right again
+    # Checksums are right again.
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
         for entry in old.infolist():
             content = bytearray(old.read(entry))
             if entry.filename.endswith("data.pkl") or (content and rng.random() < 0.1):
@@ -229,7 +294,8 @@ def everything(seed, folder):
                 if isinstance(w, RTNQuantizedTensor):
                     use(w)
             ends.append("read")
-        except (Exception, pickle.UnpicklingError) as error:  # any, as the words are torch's; none may end the process
+        # Any, as the words are torch's; none may end the process.
+        except (Exception, pickle.UnpicklingError) as error:
             ends.append(type(error).__name__)
     file.unlink()
     return ends
@@ -249,7 +315,8 @@ def some(seeds, folder):
 def test_random_files(first, count, tmp_path):
     ends = []
     for start in range(first, first + count, 25):
-        # One process for several seeds, as it has to start threads; which of them it was, the seed's file tells that is left.
+        # One process for several seeds, as it has to start threads; which of them it was, the seed's file
+        # tells that is left.
         outcome = survives(some, range(start, start + 25), tmp_path, seconds=120)
         ends += outcome.value
     kinds = {kind for pair in ends for kind in pair}

@@ -1,4 +1,5 @@
-"""Folders that are damaged at random: every reader gives a model or an error of its own, and no number from elsewhere."""
+"""Folders that are damaged at random: every reader gives a model or an error of its own, and no number from
+elsewhere."""
 
 import contextlib
 import io
@@ -19,7 +20,13 @@ from torchao.quantization import FqnToConfig
 from rtn_tensor import load, quantize_, rtn_int4, rtn_int8, save
 from rtn_tensor.cli import main
 
-COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,14 @@ def folders(tmp_path_factory):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON, tie_word_embeddings=True)).eval()
     save(model, folder / "float", max_shard_size="20KB")
     quantize_(
-        model, FqnToConfig({"re:.*self_attn.*": rtn_int8(32), "re:.*mlp.*": rtn_int4(64, "signed"), "model.embed_tokens": rtn_int4(32)})
+        model,
+        FqnToConfig(
+            {
+                "re:.*self_attn.*": rtn_int8(32),
+                "re:.*mlp.*": rtn_int4(64, "signed"),
+                "model.embed_tokens": rtn_int4(32),
+            }
+        ),
     )
     save(model, folder / "whole")
     save(model, folder / "shards", max_shard_size="8KB")
@@ -42,7 +56,11 @@ def everything(source, target, seed):
     shutil.copytree(source, target)
     touched = damage(target, seed)
     ends = []
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
             model = load(target)
@@ -64,7 +82,8 @@ def everything(source, target, seed):
 
 
 def use(model):
-    """Runs it, and reads every weight; a config that lies may make that impossible, and nothing may make it crash."""
+    """Runs it, and reads every weight; a config that lies may make that impossible, and nothing may make it
+    crash."""
     with contextlib.suppress(Exception), torch.no_grad():
         model(torch.arange(8)[None])
     for w in model.parameters():
@@ -96,7 +115,10 @@ def seeds_of(folder):
         {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "torchao"}},
     ]
     return [
-        bytes([i]) + data for i, data in enumerate([file.read_bytes(), *(json.dumps(text).encode() for text in texts), state.getvalue()])
+        bytes([i]) + data
+        for i, data in enumerate(
+            [file.read_bytes(), *(json.dumps(text).encode() for text in texts), state.getvalue()]
+        )
     ]
 
 

@@ -18,8 +18,9 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 PROMPTS = [[5, 77, 130, 9, 201, 64, 33, 21], [99, 98, 97]]
-# What log probabilities of two engines differ by: at most 2e-5 was seen in fp32, 0.005 in fp16, and 0.27 in bf16, where each rounds norms,
-# attention and experts in its own order. Between int8 weights and the float ones it is 0.1 and more, so fp32 tells them apart.
+# What log probabilities of two engines differ by: at most 2e-5 was seen in fp32, 0.005 in fp16, and 0.27 in
+# bf16, where each rounds norms, attention and experts in its own order. Between int8 weights and the float
+# ones it is 0.1 and more, so fp32 tells them apart.
 ROUNDING = {"float32": 2e-4, "float16": 0.02, "bfloat16": 0.5}
 
 
@@ -47,7 +48,9 @@ def rtn(**options) -> dict:
 def greedy(llm, prompts=PROMPTS, new=16, **options) -> list[tuple[list[int], list[float]]]:
     """Of each prompt, the tokens after it and their log probabilities."""
     sampling = SamplingParams(temperature=0, max_tokens=new, logprobs=1, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False, **options)
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False, **options
+    )
     return [
         (list(o.token_ids), [step[t].logprob for step, t in zip(o.logprobs, o.token_ids, strict=True)])
         for o in (output.outputs[0] for output in outputs)
@@ -56,12 +59,19 @@ def greedy(llm, prompts=PROMPTS, new=16, **options) -> list[tuple[list[int], lis
 
 @torch.no_grad()
 def difference(model, generated, prompts=PROMPTS) -> float:
-    """How far, in log probability, the generated tokens are from what the transformers `model` gives: from its own log probability of each,
-    and from that of its favourite, which a token is allowed to miss by rounding only."""
+    """How far, in log probability, the generated tokens are from what the transformers `model` gives: from
+    its own log probability of each, and from that of its favourite, which a token is allowed to miss by
+    rounding only."""
     worst = 0.0
     for prompt, (tokens, logprobs) in zip(prompts, generated, strict=True):
-        logits = model(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :].float()
+        logits = (
+            model(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :].float()
+        )
         expected = logits.log_softmax(-1)
         chosen = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        worst = max(worst, (chosen - torch.tensor(logprobs)).abs().max().item(), (expected.amax(1) - chosen).max().item())
+        worst = max(
+            worst,
+            (chosen - torch.tensor(logprobs)).abs().max().item(),
+            (expected.amax(1) - chosen).max().item(),
+        )
     return worst

@@ -1,10 +1,15 @@
-"""Tokens of two ranks for each case of a folder and options, as lines of JSON, for a test: a program, as vLLM starts a process a rank."""
+"""Tokens of two ranks for each case of a folder and options, as lines of JSON, for a test: a program, as vLLM
+starts a process a rank."""
 
 import json
 import os
 import sys
 
-os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork", "TORCHDYNAMO_DISABLE": "1"}
+os.environ |= {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    "TORCHDYNAMO_DISABLE": "1",
+}
 
 from engine import engine, greedy
 

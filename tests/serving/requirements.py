@@ -1,5 +1,5 @@
-"""Prints what vLLM's CPU build and its company need, but for what reads images, video and sound; and what SGLang imports at once, most of
-whose own needs are CUDA's."""
+"""Prints what vLLM's CPU build and its company need, but for what reads images, video and sound; and what
+SGLang imports at once, most of whose own needs are CUDA's."""
 
 import re
 from importlib.metadata import requires

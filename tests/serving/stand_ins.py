@@ -1,4 +1,5 @@
-"""Empty stand-ins for the packages that SGLang imports and that need CUDA, so that it can be imported at all."""
+"""Empty stand-ins for the packages that SGLang imports and that need CUDA, so that it can be imported at
+all."""
 
 import importlib.machinery
 import os
@@ -13,8 +14,20 @@ class StandIns:
     """Finds every module of the packages that need CUDA; whatever is asked of them is a mock."""
 
     def find_spec(self, name, path=None, target=None):
-        missing = {"torchvision", "torchcodec", "sgl_kernel", "flashinfer", "triton_kernels", "pynvml", "deep_ep"}
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in missing else None
+        missing = {
+            "torchvision",
+            "torchcodec",
+            "sgl_kernel",
+            "flashinfer",
+            "triton_kernels",
+            "pynvml",
+            "deep_ep",
+        }
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True)
+            if name.partition(".")[0] in missing
+            else None
+        )
 
     def create_module(self, spec):
         module = types.ModuleType(spec.name)

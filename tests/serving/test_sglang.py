@@ -1,6 +1,7 @@
 """The SGLang plugin, as far as a machine without a GPU allows: SGLang's own modules, with no model run.
 
-Its parallel layers do not come to be outside its server, so what is served is replicated layers, and experts in a stand-in for their layer.
+Its parallel layers do not come to be outside its server, so what is served is replicated layers, and experts
+in a stand-in for their layer.
 """
 
 import argparse
@@ -43,12 +44,17 @@ def test_server_arguments():
 
 def test_the_old_variables(monkeypatch):
     monkeypatch.setenv("RTN_NUM_BITS", "4")
-    assert (RTNQuantizationConfig().options.default.bits, RTNQuantizationConfig().options.default.group_size) == (4, 128)
+    assert (
+        RTNQuantizationConfig().options.default.bits,
+        RTNQuantizationConfig().options.default.group_size,
+    ) == (4, 128)
 
 
 def test_linear():
     quant = config(bits=4, group_size=32)
-    layer = ReplicatedLinear(96, 64, params_dtype=torch.bfloat16, quant_config=quant, prefix="model.layers.0.mlp.down_proj")
+    layer = ReplicatedLinear(
+        96, 64, params_dtype=torch.bfloat16, quant_config=quant, prefix="model.layers.0.mlp.down_proj"
+    )
     w, bias, x = (torch.randn(*shape).bfloat16() for shape in ((64, 96), (64,), (5, 96)))
     layer.weight_loader(layer.weight, w)
     layer.weight_loader(layer.bias, bias)
@@ -63,7 +69,9 @@ def test_linear():
 def test_merged_parts_are_copied_into_rows():
     """As SGLang's loaders of merged layers do: into part of `param.data`."""
     quant = config(bits=8, group_size=32)
-    layer = ReplicatedLinear(96, 64, bias=False, params_dtype=torch.float32, quant_config=quant, prefix="gate_up_proj")
+    layer = ReplicatedLinear(
+        96, 64, bias=False, params_dtype=torch.float32, quant_config=quant, prefix="gate_up_proj"
+    )
     gate, up = torch.randn(32, 96), torch.randn(32, 96)
     layer.weight.data.narrow(0, 0, 32).copy_(gate)
     with pytest.raises(ValueError, match="gate_up_proj.weight holds NaN or inf, or not all of it was loaded"):
@@ -76,7 +84,9 @@ def test_merged_parts_are_copied_into_rows():
 def test_routers_and_ignored_layers_stay_float():
     quant = config(bits=4, ignore=["*.o_proj"])
     for name in ("model.layers.0.mlp.gate", "model.layers.0.self_attn.o_proj"):
-        layer = ReplicatedLinear(64, 64, bias=False, params_dtype=torch.float32, quant_config=quant, prefix=name)
+        layer = ReplicatedLinear(
+            64, 64, bias=False, params_dtype=torch.float32, quant_config=quant, prefix=name
+        )
         assert type(layer.weight) is nn.Parameter
 
 
@@ -98,7 +108,10 @@ class Experts(FusedMoE):
         ({"routed_scaling_factor": 2.5}, reference.ACTIVATIONS["silu"]),
         ({"swiglu_limit": 2.0}, reference.SwiGLU(limit=2.0)),
         ({"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0}, reference.ACTIVATIONS["gpt_oss"]),
-        ({"gemm1_alpha": 1.5, "gemm1_clamp_limit": 2.0, "gate_up_interleaved": False}, reference.SwiGLU(1.5, 1.0, 2.0)),
+        (
+            {"gemm1_alpha": 1.5, "gemm1_clamp_limit": 2.0, "gate_up_interleaved": False},
+            reference.SwiGLU(1.5, 1.0, 2.0),
+        ),
     ],
 )
 def test_experts(about, gate):
@@ -110,7 +123,9 @@ def test_experts(about, gate):
         layer.w2_weight.data[e].copy_(w2[e])
     layer.quant_method.process_weights_after_loading(layer)
     ids, weights = torch.tensor([[0, 2], [1, 3], [3, 0]], dtype=torch.int32), torch.rand(3, 2)
-    got = layer.quant_method.apply(layer, StandardDispatchOutput(x, None, StandardTopKOutput(weights, ids, None))).hidden_states
+    got = layer.quant_method.apply(
+        layer, StandardDispatchOutput(x, None, StandardTopKOutput(weights, ids, None))
+    ).hidden_states
     up, down = (RTNQuantizedTensor.from_float(w, 4, 32).dequantize() for w in (w13, w2))
     expected = torch.zeros(3, 64)
     for t in range(3):
@@ -129,7 +144,10 @@ def test_experts(about, gate):
         ({"gemm1_clamp_limit": 7.0}, "only one of gemm1_alpha and gemm1_clamp_limit"),
         ({"gemm1_alpha": 1.702}, "only one of gemm1_alpha and gemm1_clamp_limit"),
         ({"gemm1_beta": 1.0}, "gemm1_beta but no gemm1_alpha"),
-        ({"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "swiglu_limit": 10.0}, "gemm1_alpha and swiglu_limit"),
+        (
+            {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "swiglu_limit": 10.0},
+            "gemm1_alpha and swiglu_limit",
+        ),
         ({"apply_router_weight_on_input": True}, "apply_router_weight_on_input with 2 experts per token"),
     ],
     ids=str,
@@ -141,14 +159,18 @@ def test_experts_of_another_kind_are_refused(about, what):
 
 def test_ranks_that_would_cut_a_group():
     with pytest.raises(
-        ValueError, match="experts.down_proj: tensor parallelism gives each rank 48 of its 96 columns, a cut inside a group of 32"
+        ValueError,
+        match="experts.down_proj: tensor parallelism gives each rank 48 of its 96 columns, a cut "
+        "inside a group of 32",
     ):
         Experts(config(bits=4, group_size=32), ranks=2)
 
 
 def test_patterns_of_no_layer_are_refused():
     quant = config(bits=4, ignore=["*.no_proj"])
-    layer = ReplicatedLinear(64, 64, bias=False, params_dtype=torch.float32, quant_config=quant, prefix="a.o_proj")
+    layer = ReplicatedLinear(
+        64, 64, bias=False, params_dtype=torch.float32, quant_config=quant, prefix="a.o_proj"
+    )
     layer.weight_loader(layer.weight, torch.randn(64, 64))
     with pytest.raises(ValueError, match=r"no layer matches '\*\.no_proj'"):
         layer.quant_method.process_weights_after_loading(layer)

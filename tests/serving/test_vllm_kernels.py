@@ -1,4 +1,5 @@
-"""vLLM's own kernels under the plugin, `"kernel": "vllm"`: what they are given, bit for bit, and the tokens of the one for CPUs."""
+"""vLLM's own kernels under the plugin, `"kernel": "vllm"`: what they are given, bit for bit, and the tokens
+of the one for CPUs."""
 
 import re
 
@@ -17,7 +18,10 @@ from vllm.model_executor.kernels.linear.mixed_precision.machete import MacheteLi
 from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
 from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_permute_scales
 from vllm.model_executor.layers.quantization.utils.marlin_utils_test import get_weight_perm, marlin_weights
-from vllm.model_executor.layers.quantization.utils.quant_utils import gptq_pack, unpack_quantized_values_into_int32
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    gptq_pack,
+    unpack_quantized_values_into_int32,
+)
 
 from rtn_tensor import RTNQuantizedTensor, load, ops, rtn_int4
 from rtn_tensor.integrations.vllm import TYPES, RTNLinearMethod, RTNQuantizationConfig, add_packed
@@ -34,7 +38,8 @@ def one_rank(monkeypatch):
 
 @pytest.fixture(params=[(4, 32), (4, 128), (4, -1), (8, 64), (8, -1)], ids=str)
 def case(request, one_rank):
-    """A kernel's problem, a layer as the kernel gets it, and from the dequantized weight `q [K, N]`, unsigned, and `scale [G, N]`."""
+    """A kernel's problem, a layer as the kernel gets it, and from the dequantized weight `q [K, N]`,
+    unsigned, and `scale [G, N]`."""
     bits, group_size = request.param
     torch.manual_seed(0)
     w = RTNQuantizedTensor.from_float(torch.randn(N, K).bfloat16(), bits, group_size, "signed")
@@ -55,7 +60,8 @@ def test_packed_as_gptq(case):
 
 
 def test_marlin_gets_what_it_expects(case, monkeypatch):
-    """vLLM's Marlin class prepares the layer, with vLLM's torch reference of the repacking in place of its CUDA kernel."""
+    """vLLM's Marlin class prepares the layer, with vLLM's torch reference of the repacking in place of its
+    CUDA kernel."""
     problem, layer, q, scale = case
     bits = problem.weight_type.size_bits
 
@@ -89,7 +95,7 @@ def test_machete_gets_what_it_expects(case, monkeypatch):
     assert torch.equal(layer.weight_scale, scale)
 
 
-# ------------------------------------------------------------------------------------------- in an engine
+# ---------------------------------------------------------------------------- in an engine
 
 
 @pytest.fixture
@@ -129,24 +135,29 @@ def test_tokens_and_reload(llama, tmp_path, calls):
         assert calls == {"linear": 0, "cpu_gemm_wna16": calls["cpu_gemm_wna16"]}
         assert calls["cpu_gemm_wna16"] >= 16 * (2 * 4 + 1)
         model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
-        packed = {name: p.data_ptr() for name, p in model.named_parameters() if name.endswith("weight_packed")}
+        packed = {
+            name: p.data_ptr() for name, p in model.named_parameters() if name.endswith("weight_packed")
+        }
         assert len(packed) == 2 * 4 + 1
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path / "other")})
         llm.reset_prefix_cache()
         after = greedy(llm)
-        assert packed == {name: p.data_ptr() for name, p in model.named_parameters() if name.endswith("weight_packed")}
+        assert packed == {
+            name: p.data_ptr() for name, p in model.named_parameters() if name.endswith("weight_packed")
+        }
     config = FqnToConfig({"lm_head": rtn_int4(32), r"re:.*\.layers\..*_proj": rtn_int4(64)})
     for path, generated in ((llama, before), (tmp_path / "other", after)):
         assert difference(load(path, config, dtype=torch.float16).float(), generated) < ROUNDING["float16"]
         assert difference(load(path), generated) > 10 * ROUNDING["float16"]
 
 
-# ------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------- what is refused
 
 
 def test_another_kernel_is_refused():
     message = (
-        "kernel='marlin' is not supported; use 'rtn' (this library's), or 'vllm' (vLLM's for mixed precision: Machete or Marlin on CUDA"
+        "kernel='marlin' is not supported; use 'rtn' (this library's), or 'vllm' (vLLM's for mixed "
+        "precision: Machete or Marlin on CUDA"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         RTNQuantizationConfig.from_config({"quant_method": "rtn", "kernel": "marlin"})
@@ -158,7 +169,8 @@ def test_another_kernel_is_refused():
         (
             {"bits": 8},
             torch.bfloat16,
-            "in int8 g128; name it in ignore, give it another format, or drop kernel='vllm'. Failed to find a kernel",
+            "in int8 g128; name it in ignore, give it another format, or drop kernel='vllm'. Failed to find "
+            "a kernel",
         ),
         ({"bits": 4}, torch.float32, "they take dtype='bfloat16' and 'float16'"),
         ({"bits": 4, "group_size": 96}, torch.bfloat16, "its 256 columns are no multiple of 96"),
@@ -168,14 +180,19 @@ def test_another_kernel_is_refused():
 def test_layers_that_no_kernel_takes_are_refused(options, dtype, reason):
     config = RTNQuantizationConfig.from_config({"quant_method": "rtn", "kernel": "vllm", **options})
     method = RTNLinearMethod(config, config.options.default, "model.layers.0.mlp.down_proj")
-    with pytest.raises(ValueError, match="model.layers.0.mlp.down_proj: vLLM has no kernel for this layer") as error:
+    with pytest.raises(
+        ValueError, match="model.layers.0.mlp.down_proj: vLLM has no kernel for this layer"
+    ) as error:
         method.create_weights(nn.Module(), 256, [128], 256, 128, dtype, weight_loader=None)
     assert reason in str(error.value)
 
 
 def test_experts_and_embeddings_are_refused(llama, tmp_path):
     experts = tiny.make("qwen3_moe", tmp_path / "experts")
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts: kernel='vllm' is not supported for experts; drop it"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.layers\.0\.mlp\.experts: kernel='vllm' is not supported " r"for experts; drop it",
+    ):
         with engine(experts, dtype="float16", **rtn(kernel="vllm", bits=4)):
             pass
     options = rtn(kernel="vllm", bits=4, rules=[["model.embed_tokens", {}]])

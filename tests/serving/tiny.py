@@ -1,4 +1,5 @@
-"""Folders of models that vLLM can serve, made in milliseconds: a tokenizer of bytes, and random weights large enough to matter."""
+"""Folders of models that vLLM can serve, made in milliseconds: a tokenizer of bytes, and random weights large
+enough to matter."""
 
 import sys
 from pathlib import Path
@@ -51,7 +52,9 @@ def make(name: str, path: Path) -> Path:
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT
+    )
     fast.save_pretrained(path)
     return path
 

@@ -1,4 +1,5 @@
-"""The files of dist/, as `make wheels` has built them: where they install, and that the C++ kernels run where they do."""
+"""The files of dist/, as `make wheels` has built them: where they install, and that the C++ kernels run where
+they do."""
 
 import os
 import re
@@ -70,13 +71,19 @@ print(rtn_tensor.__file__, rtn_tensor.__version__, cpu.isa(), sep="\\n")
 
 
 def test_the_kernels_run_where_there_is_no_compiler(tmp_path):
-    """In an environment of its own, which has torch and torchao of the one that runs this test, and no program but its own."""
+    """In an environment of its own, which has torch and torchao of the one that runs this test, and no
+    program but its own."""
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
-    python, environment = home / "bin/python", {"PATH": str(home / "bin"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    python, environment = (
+        home / "bin/python",
+        {"PATH": str(home / "bin"), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
     install = [python, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--no-deps", "--no-index"]
     run(*install, wheel("x86_64"), env=environment)
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", env=environment).strip())
+    site = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", env=environment).strip()
+    )
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     file, version, isa = run(python, "-c", PROGRAM, cwd=tmp_path, env=environment).split()
     assert Path(file) == site / "rtn_tensor/__init__.py"
@@ -93,7 +100,17 @@ def test_the_aarch64_library_under_emulation(tmp_path):
             pytest.skip(f"{tool} is not installed")
     with zipfile.ZipFile(wheel("aarch64")) as archive:
         library = archive.extract("rtn_tensor/kernels/librtn.so", tmp_path)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow", "-k", "aarch64 and bfloat16", "tests/test_cpu.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "slow",
+        "-k",
+        "aarch64 and bfloat16",
+        "tests/test_cpu.py",
+    ]
     out = run(*command, cwd=ROOT, env=os.environ | {"RTN_AARCH64_LIBRARY": library})
     summary = out.splitlines()[-1]
     assert int(re.search(r"(\d+) passed", summary)[1]) > 100
