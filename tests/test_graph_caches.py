@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import rtn_tensor
 
@@ -51,8 +52,14 @@ def run(cache, package, *args):
     return done.stdout.strip()
 
 
+# Its key of a compiled graph is made of what it pickles, and it caches none of a DTensor.
+hashed = pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="torch 2.11 does not ask a tensor for its hash"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "dtensor"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("dtensor", marks=hashed)])
 def test_each_format_has_a_graph_of_its_own(kind, tmp_path):
     package = Path(rtn_tensor.__file__).parents[1]
     for bits, group_size in ((8, 64), (4, 64), (4, 96)):
@@ -60,6 +67,7 @@ def test_each_format_has_a_graph_of_its_own(kind, tmp_path):
     assert run(tmp_path, package, kind, 4, 96) == "hit"
 
 
+@hashed
 @pytest.mark.slow
 def test_another_release_takes_no_graph_of_this_one(tmp_path):
     shutil.copytree(Path(rtn_tensor.__file__).parent, tmp_path / "rtn_tensor")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,27 @@ def test_is_there(name):
     if name == "torch.distributed.tensor.DTensor._stable_hash_for_caching" and torch.__version__ < "2.12":
         pytest.skip("torch 2.11 has none, and no such cache")
     assert hasattr(owner, last), f"torch {torch.__version__} has no {name}: find what does now, or do without"
+
+
+# Those of other libraries, which have no promise of staying, either: most are imported where they are needed.
+OTHERS = {"accelerate", "huggingface_hub", "peft", "safetensors", "torchao", "transformers"}
+IMPORTED = sorted(
+    {
+        (node.module, alias.name)
+        for file in MODULES.values()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in OTHERS
+        for alias in node.names
+    }
+)
+
+
+@pytest.mark.parametrize(("module", "name"), IMPORTED)
+def test_what_is_imported_is_there(module, name):
+    package = module.partition(".")[0]
+    pytest.importorskip(package)
+    if not hasattr(importlib.import_module(module), name):
+        assert importlib.util.find_spec(f"{module}.{name}"), f"this {package} has no {module}.{name}"
 
 
 def test_the_checks_can_fail():

@@ -131,8 +131,7 @@ def _under_old_names(
     from transformers.core_model_loading import (
         PrefixChange,
         WeightConverter,
-        apply_converters,
-        apply_renamings,
+        rename_source_key,
         revert_weight_conversion,
     )
 
@@ -147,7 +146,7 @@ def _under_old_names(
     converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
     groups: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
-        target, pattern = apply_converters(name, converters)
+        target, pattern = rename_source_key(name, [], converters)
         groups[target if pattern is not None else name].append(name)
     kept = {
         name
@@ -162,8 +161,8 @@ def _under_old_names(
     flat, metadata = flattened(tensors)
     new, (_, reading) = renaming(model), conversions_of(model)
     for name, t in flattened({name: tensors[name] for name in tensors if name in kept})[0].items():
-        ways = (apply_renamings(name, renamings), name)
-        fits = [way for way in ways if new(way) == name and apply_converters(name, reading)[1] is None]
+        ways = (rename_source_key(name, renamings, [])[0], name)
+        fits = [way for way in ways if new(way) == name and rename_source_key(name, [], reading)[1] is None]
         if not fits:
             raise ValueError(
                 f"{name} would be read under another name by transformers; leave its weight float"
