@@ -191,7 +191,7 @@ def fsdp2(runs: int) -> list[dict]:
         sent, forward, step = (statistics.median(column) for column in zip(*times, strict=True))
         rows.append({"weights": kind, "bytes": sent, "forward": forward, "step": step})
     dense = rows[0]
-    print(f"FSDP2, {RANKS} ranks, {BLOCKS} MLPs of {WIDTH} x {INNER}, {TOKENS} tokens a rank")
+    print(f"FSDP2, {RANKS} ranks, {BLOCKS} MLPs of {WIDTH} x {INNER}, {TOKENS} tokens per rank")
     columns = [
         [
             r["weights"],

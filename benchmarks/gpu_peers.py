@@ -215,7 +215,7 @@ def installed(kernel: Kernel) -> bool:
 
 
 class Experts(NamedTuple):
-    """The shape of an MoE layer: experts, hidden size, size between, and experts a token."""
+    """The shape of an MoE layer: experts, hidden size, size between, and experts per token."""
 
     experts: int
     hidden: int

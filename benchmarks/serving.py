@@ -78,7 +78,7 @@ def write_gptq(model: Path, to: Path) -> None:
 
 
 def measure(name: str, model: Path, batches: list[int], input: int, output: int, runs: int) -> list[dict]:
-    """Seconds of a whole batch, by its size; and how many tokens a second it put out."""
+    """Seconds of a whole batch, by its size; and how many tokens per second it put out."""
     from vllm import LLM, SamplingParams
 
     asked = CONFIGS[name]

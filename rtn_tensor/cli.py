@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     def add_format(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--bits", type=int, choices=FORMATS, default=4, help="bits a weight")
+        sub.add_argument("--bits", type=int, choices=FORMATS, default=4, help="bits per weight")
         sub.add_argument(
             "--group-size",
             type=int,

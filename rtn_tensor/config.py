@@ -23,7 +23,7 @@ class RTNConfig(AOBaseConfig):
     Args:
         bits: 4 or 8.
         group_size: consecutive elements along in_features that share one scale: a multiple of 32, or -1 for
-            one group a row. The last group of a row may be shorter.
+            one group per row. The last group of a row may be shorter.
         scale_method: how a group's scale S is found from its weights w (b = bits).
             "absmax": S = 2 max|w| / (2^b - 1), the formula of arXiv 2505.15909.
             "signed": S = w_ext / -2^(b-1), w_ext the weight of largest magnitude with its sign, which is then

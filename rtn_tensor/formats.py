@@ -76,7 +76,7 @@ def check_format(bits: int, group_size: int, scale_method: str) -> None:
     ):
         raise ValueError(
             f"group_size={group_size!r} is not supported; use a multiple of 32 (32, 64 and 128 are usual), "
-            "or -1 for one group a row"
+            "or -1 for one group per row"
         )
     if scale_method not in SCALE_METHODS:
         raise ValueError(

@@ -1,9 +1,9 @@
 """Every `torch.ops.rtn` op: schema, fake and autograd; nothing else registers ops.
 
-Each function here is the one door to its op. Where nothing traces and no gradient is asked for it calls the
-kernel straight away, which saves torch.library's Python layer (3 to 6 us a call); a linear on the CPU goes
-there in C++. Otherwise it goes through the dispatcher. K is passed where it cannot be read off an argument,
-because `qdata` is padded.
+Each function here is the one entry point to its op. Where nothing traces and no gradient is asked for it
+calls the kernel straight away, which saves torch.library's Python layer (3 to 6 us per call); a linear on the
+CPU goes there in C++. Otherwise it goes through the dispatcher. K is passed where it cannot be read off an
+argument, because `qdata` is padded.
 """
 
 import functools

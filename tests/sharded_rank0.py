@@ -224,7 +224,7 @@ def unfit(ranks, folder):
 
 @case
 def cut_inside_a_group(ranks, folder):
-    """Each rank has quantized its own columns, with a scale a row; such can be made of floats, and of no
+    """Each rank has quantized its own columns, with a scale per row; such can be made of floats, and of no
     other quantized weight."""
     config = rtn_int4(group_size=-1)
     plain, model = mlp(48 * ranks), quantized(tensor_parallel(mlp(48 * ranks)), config)

@@ -82,7 +82,7 @@ def quantized_after_sharding(ranks, folder):
     dequantize_(model)
     assert isinstance(model.up.weight, DTensor)
     same(model(x_of(64)), expected(x_of(64)))
-    # One scale a row: each rank's part has its own, so the numbers are others, and no worse.
+    # One scale per row: each rank's part has its own, so the numbers are others, and no worse.
     plain, model = mlp(), parallel(mlp(), mesh)
     quantize_(model, rtn_int8(group_size=-1))
     same(model(x_of(64)), plain(x_of(64)), 2e-2)
@@ -92,7 +92,7 @@ def quantized_after_sharding(ranks, folder):
 def unfit_after_sharding(ranks, folder):
     mesh = init_device_mesh("cpu", (ranks,))
     model = parallel(mlp(48 * ranks), mesh)
-    message = "down.weight is cut into 48 columns a rank, inside a group of 32; use a group_size that divides 48, -1, or another"
+    message = "down.weight is cut into 48 columns per rank, inside a group of 32; use a group_size that divides 48, -1, or another"
     with pytest.raises(ValueError, match=message):
         quantize_(model, rtn_int4(group_size=32))
     # A NaN that one rank holds stops all of them.

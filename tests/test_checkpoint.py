@@ -73,7 +73,7 @@ FORMATS = {
     "embedding and lm_head": (rtn_int4(64), all_weights),
     "embedding alone": (rtn_int8(64), lambda module, fqn: isinstance(module, nn.Embedding)),
     "every linear": (rtn_int4(64, "signed"), None),
-    "one group a row": (rtn_int4(-1), but_the_ends),
+    "one group per row": (rtn_int4(-1), but_the_ends),
     "skipped layers": (
         rtn_int4(32),
         lambda module, fqn: but_the_ends(module, fqn) and "layers.0" not in fqn and "k_proj" not in fqn,

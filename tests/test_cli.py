@@ -319,7 +319,7 @@ def test_explain(run, monkeypatch):
         (
             ["quantize", "{source}", "{new}", "--group-size", "48"],
             "group_size=48 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one "
-            "group a row",
+            "group per row",
         ),
         (
             ["quantize", "{source}", "{new}", "--rule", "*.up_proj=six"],

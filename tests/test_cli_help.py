@@ -62,7 +62,7 @@ positional arguments:
 options:
   -h, --help            show this help message and exit
   --json                print JSON
-  --bits {4,8}          bits a weight (default: 4)
+  --bits {4,8}          bits per weight (default: 4)
   --group-size GROUP_SIZE
                         weights that share a scale: a multiple of 32, or -1 for a whole row
                         (default: 128)
@@ -186,7 +186,7 @@ Say which kernel runs a layer, and why each other does not.
 options:
   -h, --help            show this help message and exit
   --json                print JSON
-  --bits {4,8}          bits a weight (default: 4)
+  --bits {4,8}          bits per weight (default: 4)
   --group-size GROUP_SIZE
                         weights that share a scale: a multiple of 32, or -1 for a whole row
                         (default: 128)

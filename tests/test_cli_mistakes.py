@@ -182,7 +182,7 @@ def test_usage(run, command, message):
         (
             ["tune", "--size", "4x4", "--group-size", "7"],
             "group_size=7 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one "
-            "group a row",
+            "group per row",
         ),
     ],
 )

@@ -138,7 +138,7 @@ def test_messages():
         rtn_int4(100)
     assert_expected_inline(
         str(error.value),
-        """group_size=100 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group a row""",
+        """group_size=100 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group per row""",
     )
     with pytest.raises(ValueError, match="scale_method") as error:
         rtn_int8(scale_method="hqq")

@@ -87,7 +87,7 @@ def test_every_implementation_gives_what_the_dequantized_weights_give(name, conf
     layers = len(experts) // 2
     chosen = any(hasattr(module, "is_transposed") for module in model.modules())
     assert called == (["routed"] if chosen else ["grouped"]) * 2 * layers, (
-        "two products a layer, whatever the routing"
+        "two products per layer, whatever the routing"
     )
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         choose(model, implementation)

@@ -84,7 +84,7 @@ def test_perplexity_is_that_of_fake_quantization(folder, tokens, bits):
         assert measured(model, tokens, implementation, f"int{bits} in fp32") == pytest.approx(
             expected, rel=1e-5
         )
-    # It copies the weights of every pair of a token and an expert: 2 GB a layer for 1024 tokens.
+    # It copies the weights of every pair of a token and an expert: 2 GB per layer for 1024 tokens.
     few = tokens[:64]
     assert measured(model, few, "batched_mm", f"int{bits} in fp32") == pytest.approx(
         measured(model, few, "rtn", "the same"), rel=1e-5

@@ -165,8 +165,8 @@ def test_printed(model):
     planned = plan(model, 5.5, sequences=4, options=[rtn_int4(32, "signed"), rtn_int8()])
     first, *rest = str(planned).splitlines()
     assert first == (
-        f"{planned.bits_per_weight:.3f} bits a weight, an expected divergence of {planned.divergence:.4f} "
-        "nats a token "
+        f"{planned.bits_per_weight:.3f} bits per weight, an expected divergence of {planned.divergence:.4f} "
+        "nats per token "
         "on 1024 tokens of its own"
     )
     assert_expected_inline(

@@ -11,7 +11,7 @@ from rtn_tensor.kernels.registry import why_not
 
 GROUP_SIZE, K = 64, 192
 
-# The number of tokens, of experts a token, of experts, of rows of the weight.
+# The number of tokens, of experts per token, of experts, of rows of the weight.
 SIZES = [(1, 2, 4, 200), (7, 2, 5, 64), (40, 3, 8, 10), (3, 1, 1, 64), (0, 2, 4, 64)]
 
 

@@ -1,5 +1,4 @@
-"""Load a transformers model in 4 bits, generate, save it, train a LoRA adapter over it with PEFT, and save
-that.
+"""Load a transformers model in 4 bits, generate, save it, and train a LoRA adapter over it with PEFT.
 
 python tutorials/03_transformers_and_peft.py
 """

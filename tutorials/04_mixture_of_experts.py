@@ -44,7 +44,7 @@ for row in report.rows:
             f"{row.bytes_before:,} -> {row.bytes_after:,} bytes",
         )
 
-# 2. They run by a function of ours, two products a layer over all tokens and experts at once. transformers'
+# 2. They run by a function of ours, two products per layer over all tokens and experts at once. transformers'
 # own functions take them, too.
 print("experts implementation:", model.config._experts_implementation)
 exact = copy.deepcopy(model)

@@ -1,5 +1,4 @@
-"""QLoRA among ranks: FSDP2 shards the int4 weights and the adapters, the adapters train, and go onto a whole
-model.
+"""QLoRA among ranks: FSDP2 shards int4 weights and adapters, which train and go onto a whole model.
 
 torchrun --nproc-per-node 2 tutorials/05_qlora_fsdp2.py
 """
@@ -34,17 +33,9 @@ shared = [tempfile.mkdtemp() if rank == 0 else ""]
 dist.broadcast_object_list(shared)
 folder = Path(shared[0])
 torch.manual_seed(0)
-sizes = {
-    "vocab_size": 64,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-# Rank 0 alone.
-LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.1, eos_token_id=None)).save_pretrained(
-    folder / "float"
-)
+sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+config = LlamaConfig(**sizes, num_attention_heads=4, initializer_range=0.1, eos_token_id=None)
+LlamaForCausalLM(config).save_pretrained(folder / "float")  # by rank 0 alone
 dist.barrier()
 model = load(folder / "float", rtn_int4(group_size=64)).to(device)
 

@@ -1,5 +1,4 @@
-"""Spend bits where they help most: rules over names, whole layers or kinds of modules kept at 8 bits, and a
-plan under a budget.
+"""Spend bits where they help most: rules over names, layers or modules kept at 8 bits, and a plan.
 
 python tutorials/08_selective_precision.py
 """

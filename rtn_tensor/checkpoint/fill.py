@@ -278,8 +278,8 @@ def put(
 
 
 def _parameter(t: Tensor, old: Tensor, fqn: str, floats: list[str]) -> nn.Parameter:
-    """`t` as a parameter in the place of `old`, with what was hung on that; `floats`: where it stays
-    float."""
+    """`t` as a parameter in the place of `old`, with the attributes that users set on that; `floats`: where
+    it stays float."""
     quantized = isinstance(held(t), RTNQuantizedTensor)
     new: Any = nn.Parameter(t, requires_grad=old.requires_grad and not quantized)
     vars(new).update(user_attributes(old))

@@ -260,7 +260,7 @@ def _recoveries(scores: Sequence[Score], references: Sequence[Score]) -> list[tu
 
 
 def rows(scores: Sequence[Score], references: Sequence[Score] | None = None) -> list[dict]:
-    """What `show` prints, for JSON: a row a score, with the reference's and the recovery where there is a
+    """What `show` prints, for JSON: a row per score, with the reference's and the recovery where there is a
     reference. NaN is None."""
     result = []
     for i, score in enumerate(scores):

@@ -317,7 +317,7 @@ def activation_of(
 
 
 def check_router(name: str, on_input: bool, top_k: int) -> None:
-    """Raises ValueError where router weights are for the inputs of several experts a token: one product has
+    """Raises ValueError where router weights are for the inputs of several experts per token: one product has
     one input."""
     if on_input and top_k != 1:
         raise ValueError(

@@ -221,7 +221,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         tokens, top_k = topk.topk_ids.shape
         router: Tensor | None = topk.topk_weights.reshape(-1)
         if self.about.apply_router_weight_on_input:
-            x, router = x * topk.topk_weights.to(x.dtype), None  # of one expert a token
+            x, router = x * topk.topk_weights.to(x.dtype), None  # of one expert per token
         y = run(
             x,
             layer.w13_weight,

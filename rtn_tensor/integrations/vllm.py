@@ -484,7 +484,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
             experts = layer.expert_map[experts]  # -1: another rank's
         router: Tensor | None = topk_weights.reshape(-1)
         if layer.apply_router_weight_on_input:
-            x, router = x * topk_weights.to(x.dtype), None  # of one expert a token
+            x, router = x * topk_weights.to(x.dtype), None  # of one expert per token
         up_bias, down_bias = (getattr(layer, f"{w}_bias", None) for w in ("w13", "w2"))
         y = run(
             x, layer.w13_weight, layer.w2_weight, up_bias, down_bias, experts, router, top_k, self.activation

@@ -1,5 +1,5 @@
 """Dequantize the weight, then the platform's own dense matmul: any device and shape, at the price of a float
-copy of the weight a call."""
+copy of the weight per call."""
 
 import torch
 import torch.nn.functional as F

@@ -140,7 +140,7 @@ def _fisher(
 
 @torch.no_grad()
 def _cost(target: Target, fisher: Tensor, config: RTNConfig) -> float:
-    """The divergence in nats a token of this weight alone in this format."""
+    """The divergence in nats per token of this weight alone in this format."""
     assert target.parameter is not None
     w, f = (t.mT if target.transposed else t for t in (target.parameter.detach(), fisher))
     rounded = RTNQuantizedTensor.from_float(
@@ -166,8 +166,8 @@ def plan(
     second-order effect on what the model predicts. The model stays as it is. The same arguments give the same
     rules on one machine.
 
-    It takes the writing, and a forward and a backward pass a sequence, and meanwhile 4 bytes a weight, and
-    its gradients, beside the model.
+    It takes the writing, and a forward and a backward pass per sequence, and meanwhile 4 bytes per weight,
+    and its gradients, beside the model.
 
     Args:
         model: a float causal language model of transformers, in eval mode: `model(ids [1, T]).logits` is `[1,

@@ -33,7 +33,7 @@ class Plan(list[tuple[str, RTNConfig | None]]):
 
     Attributes:
         bits_per_weight: of the planned weights, scales included.
-        divergence: what it is expected to cost, in nats a token, on the tokens that were measured.
+        divergence: what it is expected to cost, in nats per token, on the tokens that were measured.
         sensitivity: by the weight's name and the format, the divergence that this weight costs in it.
         tokens: what was measured on, as in "4096 tokens of its own".
     """
@@ -110,8 +110,9 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         names = [last_part(kind) for kind in kinds]
         top = max(cost for _, cost in cells.values()) or 1.0
         lines = [
-            f"{self.bits_per_weight:.3f} bits a weight, an expected divergence of {self.divergence:.4f} nats "
-            f"a token on {self.tokens}",
+            f"{self.bits_per_weight:.3f} bits per weight, an expected divergence of {self.divergence:.4f} "
+            "nats "
+            f"per token on {self.tokens}",
             "bits:group size, + for searched scales; shaded by what 4 bits would cost",
             " ".join(["layer", *(f"{name:>10}" for name in names)]),
         ]
@@ -152,9 +153,9 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         axes.set_yticks(range(len(layers)), layers)
         axes.set(
             ylabel="layer",
-            title=f"{self.bits_per_weight:.3f} bits a weight: bits:group size, + for searched scales",
+            title=f"{self.bits_per_weight:.3f} bits per weight: bits:group size, + for searched scales",
         )
-        figure.colorbar(image, label="log10 of the divergence at 4 bits, nats a token")
+        figure.colorbar(image, label="log10 of the divergence at 4 bits, nats per token")
         figure.savefig(path, dpi=110)
 
 

@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What of a model is quantized. Printed, one row a weight; vectors (norms, biases) share a row.
+    """What of a model is quantized. Printed, one row per weight; vectors (norms, biases) share a row.
 
     Attributes:
         rows: one `Row` a parameter, vectors included.

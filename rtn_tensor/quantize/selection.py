@@ -320,7 +320,7 @@ def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNCon
 
 
 def bits_of(shape: Sequence[int], config: RTNConfig, scale_bits: int = 16) -> int:
-    """Bits that a weight of `shape` [..., N, K] takes: its padded rows, and a scale a group."""
+    """Bits that a weight of `shape` [..., N, K] takes: its padded rows, and a scale per group."""
     *rows, k = shape
     count = 1
     for n in rows:

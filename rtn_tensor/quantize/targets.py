@@ -209,7 +209,7 @@ def _why_unfit(target: Target) -> str | None:
         all_columns = target.module.in_features  # transformers gives a rank's part as a plain tensor
     if columns < all_columns and group_size != -1 and columns % group_size:
         return (
-            f"is cut into {columns} columns a rank, inside a group of {group_size}; use a group_size that "
+            f"is cut into {columns} columns per rank, inside a group of {group_size}; use a group_size that "
             f"divides {columns}, -1, or "
             "another number of ranks"
         )

@@ -277,7 +277,7 @@ def _into(out: Tensor | None, product: Callable[..., Tensor], *args: Any, **kwar
 
 
 # Caught here, above autograd and autocast: one op with its own backward, the weight's scale never cast, and 3
-# us a call.
+# us per call.
 for _torch_fns, _handler in (
     ([F.linear], _linear),
     ([torch.mm, Tensor.mm], lambda input, mat2, *, out=None: _into(out, _matmul, input, mat2)),

@@ -34,7 +34,7 @@ class _ParameterLike(type(TorchAOBaseTensor)):
 
 
 class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
-    """A float weight `[..., N, K]` held as round-to-nearest integers and one scale a group.
+    """A float weight `[..., N, K]` held as round-to-nearest integers and one scale per group.
 
     Attributes:
         qdata: `[..., N, B]` uint8, the packed integers (`rtn_tensor.formats` gives the order); B = 16 *
@@ -435,13 +435,13 @@ class _MethodOf(str):
 
 
 def user_attributes(w: Tensor) -> dict[str, Any]:
-    """What users hung on `w`: vLLM's weight_loader, say."""
+    """What users set on `w`: vLLM's weight_loader, say."""
     return {name: value for name, value in vars(w).items() if name not in _OWN}
 
 
 def _as_parameter(cls: type[RTNQuantizedTensor], tensor: Tensor, attributes: dict[str, Any]) -> Tensor:
-    """`tensor` as a parameter with what is hung on `attributes`, quantized in the format that they give if it
-    is a float tensor."""
+    """`tensor` as a parameter with what users set, of `attributes`, quantized in the format that they give if
+    it is a float tensor."""
     if not isinstance(tensor, cls):
         if not isinstance(tensor, Tensor) or "bits" not in attributes:
             got = (
@@ -466,7 +466,7 @@ def _as_parameter(cls: type[RTNQuantizedTensor], tensor: Tensor, attributes: dic
 
 
 def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
-    """A tensor of `w`'s format over other planes; what users hung on `w` goes along."""
+    """A tensor of `w`'s format over other planes; what users set on `w` goes along."""
     attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
     # torch refuses an inference tensor as a view of one that is none, which `w.t()` would be in inference
     # mode.

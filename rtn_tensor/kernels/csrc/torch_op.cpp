@@ -1,5 +1,5 @@
 // rtn::linear on CPU tensors without Python: from torch's dispatcher straight to rtn_linear. A compiled model calls it once a layer, and
-// the same way through Python takes 13 us a call on warm caches and up to 60 where the weights of the layer before have emptied them.
+// the same way through Python takes 13 us per call on warm caches and up to 60 where the weights of the layer before have emptied them.
 //
 // It speaks torch's stable C interface (torch/csrc/stable/c/shim.h, torch >= 2.10), whose functions are found by name in the process, so
 // that this library still needs no headers of torch and is loaded where there is none. What it does not take it hands to rtn_python::linear,

@@ -53,7 +53,7 @@ def shape_of(problem: Problem) -> Shape:
 class Gpu(NamedTuple):
     name: str
     processors: int  # streaming multiprocessors
-    shared_memory: int  # bytes a program may have
+    shared_memory: int  # bytes that a program may have
     triton: str  # Triton's version, "major.minor"
 
     @property
@@ -119,8 +119,8 @@ def split(steps: int, parts: int) -> int:
     return -(-steps // -(-steps // max(1, min(parts, steps))))
 
 
-# Dequantizing first moves 2.5 more bytes a weight, 56 us for [8192, 8192] on an H100, which a tile kernel at
-# 80 % of the dense one loses to from some 1150 rows on. By calculation: not measured yet.
+# Dequantizing first moves 2.5 more bytes per weight, 56 us for [8192, 8192] on an H100, which a tile kernel
+# at 80 % of the dense one loses to from some 1150 rows on. By calculation: not measured yet.
 DENSE_FROM = 2048
 
 

@@ -66,7 +66,7 @@ def grouped_kernel(
     """Routed rows through experts `w [E, N, B / 2]` int16, `s [E, N, G]` -> `y [M, N]`.
 
     offs [E]: the cumulative ends of the experts' rows; or, where it is None, expert [M]: the expert of each
-    row, and a program a row. pair [M] or None: the routed pair of each row, which is row pair // TOP_K of x
+    row, and a program per row. pair [M] or None: the routed pair of each row, which is row pair // TOP_K of x
     and row pair of y; None: row i is pair i, and x has a row for each unless TOP_K says otherwise. router [M]
     or None: by which row pair of y is multiplied. bias [E, rows of w] or None. ACTIVATION: one of
     `reference.ACTIVATIONS`; with one, w has 2 N rows, gate's and up's. Strides as for `linear_kernel`, swe

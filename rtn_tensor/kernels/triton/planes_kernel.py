@@ -185,7 +185,7 @@ def dequantize_kernel(
     ASM: tl.constexpr,
 ):
     """Plane `w [N, B / 2]` int16 of row stride 8 sw, `s [N, G]` -> `y [R, K]` = q * S: row i is row index[i],
-    or where that is None row i. G = 0: one scale a row."""
+    or where that is None row i. G = 0: one scale per row."""
     tiles_k = tl.cdiv(K, BK)
     first = tl.program_id(0) % tiles_k * BK
     r = tl.program_id(0) // tiles_k * BR + tl.arange(0, BR)

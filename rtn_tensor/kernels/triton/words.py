@@ -131,8 +131,8 @@ def loaded_scales(rows, k, last, G: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def joined_scales(s0, s1, s2, s3, G: tl.constexpr, COLUMNS: tl.constexpr):
-    """`[N, 2 or 4]`, each for as many of the columns. Two at least: one scale a row that a loop carries, put
-    straight on the weights, costs a trip through shared memory, as loading them as one `[N, 4]` does."""
+    """`[N, 2 or 4]`, each for as many of the columns. Two at least: one scale per row that a loop carries,
+    put straight on the weights, costs a trip through shared memory, as loading them as one `[N, 4]` does."""
     UNIT: tl.constexpr = COLUMNS if G % COLUMNS == 0 else (G if COLUMNS % G == 0 else 32)
     if COLUMNS <= 2 * UNIT:
         return tl.join(s0, s1)
@@ -142,7 +142,7 @@ def joined_scales(s0, s1, s2, s3, G: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def scales(rows, k, last, G: tl.constexpr, COLUMNS: tl.constexpr):
-    """The scales of columns [k, k + COLUMNS): `[N, 2 or 4]`. G = 0: one scale a row."""
+    """The scales of columns [k, k + COLUMNS): `[N, 2 or 4]`. G = 0: one scale per row."""
     if G == 0:
         s0 = tl.load(rows)
         return tl.join(s0, s0)
@@ -192,7 +192,7 @@ def product(
         s_rows: `[BN]` addresses of the rows of scales.
         first, end: `first` is a multiple of BK.
         K: a multiple of 8.
-        G: columns a scale is for; 0: one scale a row, which the caller applies to the result.
+        G: columns a scale is for; 0: one scale per row, which the caller applies to the result.
         SCALE_AFTER: scale the fp32 sums of each step, of which G must hold a whole number, and keep the
             integers exact; else round q * S to the dtype of x first, which costs less where there are many
             tokens.
