@@ -38,6 +38,9 @@ from torch._C import _is_torch_function_enabled as overrides_are_on  # noqa: F40
 from torch._C import _len_torch_dispatch_stack as modes_at_work
 from torch._C._functorch import is_batchedtensor  # noqa: F401  (a sample of vmap)
 
+# What Dynamo does with a function's frames; `torch.compiler.disable` would put another around each call.
+from torch._dynamo.eval_frame import FrameAction, FrameExecStrategy, set_code_exec_strategy
+
 # Has a function run as it stands where Dynamo would compile it by itself, and traced where what is compiled
 # calls it; `torch.compiler.disable` would break the graph there.
 from torch._dynamo.eval_frame import skip_code as never_compile_alone  # noqa: F401
@@ -117,6 +120,11 @@ def below_autograd() -> Any:
     """A context in which an op is what it is below autograd, as in the `__torch_dispatch__` of the tensor
     that it is called on."""
     return torch._C._AutoDispatchBelowADInplaceOrView()
+
+
+def never_compile_below(code: Any) -> None:
+    """`never_compile_alone`, of all that a function of this code calls, too."""
+    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 
 def fsdp_runs(module: Any) -> bool:

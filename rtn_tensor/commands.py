@@ -144,7 +144,7 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
         say(f"Loading {source}")
         with warnings.catch_warnings():
             # It is said below, of all that is left out.
-            warnings.filterwarnings("ignore", ".*has no place for", UserWarning)
+            warnings.filterwarnings("ignore", ".*(has no place for|is of an adapter)", UserWarning)
             load(source, rules, model, filter_fn=_selects(model, args.embedding))
         say(f"Writing {destination}")
         write(model, folder)

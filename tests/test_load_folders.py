@@ -134,6 +134,23 @@ def test_an_adapter_alone(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin", None])
+@pytest.mark.parametrize("config", [None, rtn_int4(32)])
+def test_an_adapter_beside_the_weights(folder, config, weights):
+    expected = load(folder, config).state_dict()
+    (folder / "adapter_config.json").write_text("{}")
+    if weights:
+        (folder / weights).write_bytes(b"")
+    with pytest.warns(UserWarning, match="adapter_config.json is of an adapter, which is not merged") as seen:
+        got = load(folder, config).state_dict()
+    (warning,) = seen
+    assert str(folder) in str(warning.message)
+    assert warning.filename == __file__
+    for name, t in expected.items():
+        assert type(t) is type(got[name])
+        assert torch.equal(t.dequantize() if config and "proj" in name else t, got[name].dequantize())
+
+
 @pytest.mark.parametrize("config", [None, rtn_int4(32)])
 def test_a_file_of_before_torch_1_6(folder, config):
     """No zip archive, which torch cannot map."""

@@ -128,6 +128,12 @@ def load(
         if why := foreign(path, (piece.source.name for piece in pieces)):
             raise ValueError(why) from error
         raise
+    if (adapter := path / "adapter_config.json").is_file():
+        warnings.warn(
+            f"{adapter} is of an adapter, which is not merged into the weights beside it, and load left it "
+            "out; to have it, merge it by PEFT, or put it over the model that load gives",
+            stacklevel=2,
+        )
     if left_out:
         warnings.warn(
             f"{path}: {type(model).__name__} has no place for, and load left out, {some(left_out)}",

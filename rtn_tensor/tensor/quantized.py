@@ -307,7 +307,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         """Bytes per element, a fraction (0.53125 for 4 bits and one 16-bit scale per 64), so that numel() *
         element_size() is what is held.
 
-        transformers' `get_memory_footprint` and its device maps multiply so."""
+        transformers' `get_memory_footprint` and its device maps multiply so. Dynamo asks no class: in a
+        compiled function it is the size of the dtype, and `nbytes` is what it is elsewhere."""
         return self.nbytes / self.numel() if self.numel() else float(self.scale.itemsize)
 
     def _quantization_type(self) -> str:
@@ -349,8 +350,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         # read on.
         what = "a quantized weight lies in two planes, and has no storage of its own"
         way_out = (
-            "to save it, use rtn_tensor.save(model, folder) or torch.save; its memory is that of "
-            ".qdata and .scale"
+            "to save it, use rtn_tensor.save(model, folder) or torch.save, or safe_serialization=False where "
+            "the library that saves takes that; its memory is that of .qdata and .scale"
         )
         raise named_error(self, f"{what}; {way_out}", TypeError)
 
@@ -382,6 +383,9 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         raise named_error(w, f"{cls.__name__} does not implement {func}; {way_out}", NotImplementedError)
 
 
+# Dynamo compiles, each by itself, the functions that run below a frame that it gave up, and fails on what
+# users hung on a tensor.
+_torch.never_compile_below(RTNQuantizedTensor.__torch_dispatch__.__func__.__code__)
 # The base gives every class its own.
 RTNQuantizedTensor.__setstate__ = RTNQuantizedTensor._set_state  # type: ignore[method-assign]
 torch.serialization.add_safe_globals([RTNQuantizedTensor])

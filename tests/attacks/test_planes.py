@@ -8,7 +8,6 @@ from forked import survives
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_metadata import WEIGHT, from_pretrained, llama  # noqa: F401  (a fixture)
-from transformers import AutoModelForCausalLM
 
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.cli import main
@@ -74,11 +73,6 @@ def test_load(tmp_path, changes):
     assert QUANTIZED in outcome.message or "1._weight" in outcome.message
 
 
-def run(folder):
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder)(torch.arange(4)[None]).logits.tolist()
-
-
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_every_reader_of_a_transformers_folder(llama, changes):  # noqa: F811
     folder, content = llama
@@ -88,12 +82,19 @@ def test_every_reader_of_a_transformers_folder(llama, changes):  # noqa: F811
         folder / "model.safetensors", [f"{module}._{name}_{plane}" for plane in ("qdata", "scale")], changes
     )
     assert survives(main, ["inspect", str(folder)]).value == 1
-    # Of another weight: transformers looks at no shape of a quantized one.
-    if all(changes) and "missing" not in changes:
-        outcome = survives(run, folder, allowed=(RuntimeError, ValueError))
-        assert outcome.error
-    else:
-        assert WEIGHT in survives(from_pretrained, folder).value
+    assert WEIGHT in survives(from_pretrained, folder).value
+
+
+@pytest.mark.parametrize("rows", [0, 32, 95])
+def test_transformers_compares_the_shape_of_a_weight(llama, rows):  # noqa: F811
+    """It does so of float weights alone; the error comes before the model runs."""
+    folder, content = llama
+    (folder / "model.safetensors").write_bytes(content)
+    module, _, name = WEIGHT.rpartition(".")
+    planes = [f"{module}._{name}_{plane}" for plane in ("qdata", "scale")]
+    altered(folder / "model.safetensors", planes, [lambda plane: plane[:rows].contiguous()] * 2)
+    error = survives(from_pretrained, folder).value
+    assert f"{WEIGHT} has shape ({rows}, 96) in the file, and (96, 96) in the model" in error
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -10,6 +10,7 @@ from rtn_tensor import _torchao
 from rtn_tensor.checkpoint.sources import check_attributes
 from rtn_tensor.formats import FORMATS, check_format
 from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.tensor.callers import callers
 
 
 def _from_planes(qdata: Tensor, scale: Tensor, **attributes: Any) -> RTNQuantizedTensor:
@@ -17,12 +18,30 @@ def _from_planes(qdata: Tensor, scale: Tensor, **attributes: Any) -> RTNQuantize
 
     Raises:
         TypeError, ValueError: the planes are not those of a weight with such attributes, nor a rank's part of
-            them.
+            them; or those of a weight of another shape than the model's.
     """
     check_attributes(attributes)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         attributes["in_features"] = _columns_here(qdata, scale, attributes)
-    return RTNQuantizedTensor(qdata, scale, **attributes)
+        return RTNQuantizedTensor(qdata, scale, **attributes)
+    w = RTNQuantizedTensor(qdata, scale, **attributes)
+    if (place := _place()) is not None and w.shape != (shape := place[1]):
+        raise ValueError(
+            f"{place[0]} has shape {tuple(w.shape)} in the file, and {tuple(shape)} in the model; give the "
+            "config.json that belongs to these weights"
+        )
+    return w
+
+
+def _place() -> tuple[str, torch.Size] | None:
+    """The name and the shape of the model's weight that transformers reads one for, which it tells nobody and
+    does not compare; None where torchao's reader is called by another."""
+    for frame in callers():
+        of_transformers = frame.f_globals.get("__name__") == "transformers.integrations.torchao"
+        if of_transformers and frame.f_code.co_name == "convert":
+            model, fqn = frame.f_locals["model"], frame.f_locals["full_layer_name"]
+            return fqn, model.get_parameter(fqn).shape
+    return None
 
 
 def _columns_here(qdata: Tensor, scale: Tensor, attributes: Mapping[str, Any]) -> Any:
