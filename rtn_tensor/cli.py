@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("quantize", run_quantize, "Quantize a transformers folder into another.")
     sub.add_argument("src", type=_path, help="folder of the model, with its config.json")
-    sub.add_argument("dst", type=_path, help="folder to write; must not exist, but with --force")
+    sub.add_argument("dst", type=_path, help="folder to write; must not exist, unless --force is given")
     add_format(sub)
     sub.add_argument(
         "--scale-method", choices=SCALE_METHODS, default="absmax", help="how a group's scale is found"

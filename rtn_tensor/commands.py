@@ -33,7 +33,7 @@ from rtn_tensor.evaluation.tasks import (
     text_score,
 )
 from rtn_tensor.formats import FLOAT_DTYPES
-from rtn_tensor.integrations.transformers.folders import empty_model
+from rtn_tensor.integrations.transformers.folders import check_model_folder, empty_model
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.kernels.registry import explain
 from rtn_tensor.quantize.report import report
@@ -66,6 +66,8 @@ def progress(unit: str) -> Any:
 
 
 def _load_model(path: str) -> Any:
+    if not path.endswith(".gguf"):
+        check_model_folder(Path(path))  # before it is said to be loaded
     say(f"Loading {path}")
     return load(path)
 
@@ -73,8 +75,7 @@ def _load_model(path: str) -> Any:
 def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    if not Path(path).is_dir():
-        raise ValueError(f"{path} is no folder with a tokenizer; give the model's folder")
+    check_model_folder(Path(path))
     try:
         # None would ask on stdout whether to run what the folder brings along.
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -228,8 +229,8 @@ def run_evaluate(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def run_generate(args: argparse.Namespace) -> tuple[Any, str]:
-    model = _load_model(args.path)
-    result = generate(model, _tokenizer(args.path), args.prompt, args.max_new_tokens, args.compile)
+    tokenizer = _tokenizer(args.path)  # before the model, which takes longer
+    result = generate(_load_model(args.path), tokenizer, args.prompt, args.max_new_tokens, args.compile)
     return {"text": result.text, "tokens": result.tokens, "seconds": result.seconds}, result.text
 
 

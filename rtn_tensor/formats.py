@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rtn_tensor.wording import with_article
+
 CHUNK_BYTES = 16
 VERSION = 1  # of all this; files carry it
 MAX_GROUP_SIZE = 1 << 30  # no row is as long; kernels multiply it by 8 without a thought of overflow
@@ -111,7 +113,7 @@ def check_planes(
         )
     for name, plane, dtypes in (("qdata", qdata, (torch.uint8,)), ("scale", scale, FLOAT_DTYPES)):
         if not isinstance(plane, Tensor):
-            raise TypeError(f"{name} is a {type(plane).__name__}; it must be a tensor")
+            raise TypeError(f"{name} is {with_article(type(plane).__name__)}; it must be a tensor")
         if plane.dtype not in dtypes or plane.layout is not torch.strided:
             raise TypeError(
                 f"{name} is {plane.dtype}, {plane.layout}; it must be a strided tensor of "

@@ -57,7 +57,7 @@ Quantize a transformers folder into another.
 
 positional arguments:
   src                   folder of the model, with its config.json
-  dst                   folder to write; must not exist, but with --force
+  dst                   folder to write; must not exist, unless --force is given
 
 options:
   -h, --help            show this help message and exit

@@ -10,7 +10,19 @@ import torch.nn.functional as F
 import torchao.quantization
 from torch import nn
 
-from rtn_tensor import RTNQuantizedTensor, quantize_, rtn_int4
+from rtn_tensor import (
+    RTNQuantizedTensor,
+    bits_per_weight,
+    dequantize_,
+    plan,
+    quantize_,
+    report,
+    rtn_int4,
+    save,
+    select_layers,
+    select_modules,
+)
+from rtn_tensor.wording import with_article
 
 
 class Misused(nn.Module):
@@ -241,3 +253,29 @@ def test_capsules_and_storages_that_have_no_memory():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(plain)), plain)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: plan(model, 5.0),
+        lambda model: bits_per_weight(model, [("*", rtn_int4())]),
+        lambda model: select_layers(model, first=1),
+        lambda model: select_modules(model, ["q_proj"]),
+        report,
+        dequantize_,
+        lambda model: save(model, "my-model-int4"),
+    ],
+    ids=["plan", "bits_per_weight", "select_layers", "select_modules", "report", "dequantize_", "save"],
+)
+def test_a_folder_in_the_place_of_a_model(call):
+    with pytest.raises(TypeError, match=r"^model is a str; give a module, as load\(path\) returns$"):
+        call("my-model")
+
+
+def test_articles():
+    names = "str int Embedding LSTM RTNConfig UninitializedParameter Linear UserDict MLP LlamaMLP NoneType"
+    assert " ".join(map(with_article, names.split())) == (
+        "a str an int an Embedding an LSTM an RTNConfig an UninitializedParameter a Linear a UserDict an MLP "
+        "a LlamaMLP a NoneType"
+    )

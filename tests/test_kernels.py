@@ -635,7 +635,7 @@ reference        It could, but dense is preferred.""",
         ({"M": "1"}, TypeError, "M='1': sizes are whole numbers"),
         ({"N": 2.5, "K": None}, TypeError, "N=2.5, K=None: sizes are whole numbers"),
         ({"x": torch.tensor(1.0)}, TypeError, "x is a scalar; give a tensor"),
-        ({"x": 3}, TypeError, "x is a int; give a tensor"),
+        ({"x": 3}, TypeError, "x is an int; give a tensor"),
     ],
 )
 def test_explain_says_what_is_wrong(given, error, message):

@@ -16,6 +16,7 @@ LAYERS = [
     "_torch",
     "_torchao",
     "text_table",
+    "wording",
     "formats",
     "config",
     "reference",

@@ -141,7 +141,7 @@ the rule 'model.layers.1.mlp.donw_proj' matches no weight; nearest are 'model.la
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([("*", 4)], "rules[0] gives '*' a int; use rtn_int4(), rtn_int8(), rtn(...), or None for float"),
+        ([("*", 4)], "rules[0] gives '*' an int; use rtn_int4(), rtn_int8(), rtn(...), or None for float"),
         (["*"], "rules[0] is '*'; give (pattern, config or None), as in ('*.down_proj', rtn_int8())"),
         (
             [("*", rtn_int4()), (3, None)],

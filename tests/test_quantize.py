@@ -267,7 +267,7 @@ def test_other_configs_are_refused(config):
     model = Model()
     with pytest.raises(
         TypeError,
-        match=r"^config is a \w+; use rtn_int4\(\), rtn_int8\(\), rtn\(\.\.\.\), a list of rules, "
+        match=r"^config is (a \w+|an (Int8\w+|int)); use rtn_int4\(\), rtn_int8\(\), rtn\(\.\.\.\), a list of rules, "
         r"or FqnToConfig",
     ):
         quantize_(model, config)

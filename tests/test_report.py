@@ -27,7 +27,7 @@ layer.down.weight         64 x 96  float               12,288       12,288  not 
 layer.head.weight         20 x 64      8     32             0        1,360  untied from layer.embed.weight
 conv.weight             4 x 4 x 3  float                   96           96  weight of a Conv1d
 experts.gate_up_proj  3 x 40 x 64      4     -1        15,360        4,080
-experts.bias               3 x 40  float                  240          240  weight of a Experts
+experts.bias               3 x 40  float                  240          240  weight of an Experts
 4 vectors                          float                  584          584  norms and biases
 total                               9.02               43,416       24,472""",
     )

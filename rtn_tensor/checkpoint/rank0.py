@@ -18,13 +18,15 @@ from rtn_tensor.integrations.transformers.models import ignored
 from rtn_tensor.quantize.selection import tensors_of
 from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.wording import with_article
 
 
 def _looked_through(state_dict: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """The tensors of a state dict, on meta."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
-            f"rank 0 gave a {type(state_dict).__name__}; give it the state dict, the other ranks need none"
+            f"rank 0 gave {with_article(type(state_dict).__name__)}; give it the state dict, the other "
+            "ranks need none"
         )
     tensors = {name: t for name, t in state_dict.items() if isinstance(t, Tensor)}
     for name, t in tensors.items():

@@ -16,7 +16,7 @@ from rtn_tensor.checkpoint.folders import FILE_ENDS, new_folder
 from rtn_tensor.checkpoint.sources import flattened
 from rtn_tensor.integrations.transformers.description import described
 from rtn_tensor.integrations.transformers.models import is_pretrained
-from rtn_tensor.quantize.selection import tensors_of
+from rtn_tensor.quantize.selection import check_module, tensors_of
 
 
 def _to_write(model: nn.Module) -> dict[str, Tensor]:
@@ -69,7 +69,9 @@ def save(model: Any, path: str | os.PathLike, max_shard_size: str | int = "5GB",
             folder.
         OSError: it could not be written (a full disk, say); nothing stays behind.
         ValueError: `path` is named as a file is.
+        TypeError: `model` is no module.
     """
+    check_module(model)
     if Path(path).suffix.lower() in FILE_ENDS:
         raise ValueError(
             f"save makes a folder, and {path} is named as a file is; leave out "

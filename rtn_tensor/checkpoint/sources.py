@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rtn_tensor.checkpoint.files import Entry, check_regular, parse_json, read_header, weight_files
 from rtn_tensor.formats import VERSION, check_version
 from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.wording import with_article
 
 SAFETENSORS_DTYPES = {
     **{
@@ -241,7 +242,9 @@ def _torch_file(file: Path) -> list[Source]:
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
     if not isinstance(state, Mapping):
-        raise ValueError(f"{file} holds a {type(state).__name__}; give a state_dict that torch.save wrote")
+        raise ValueError(
+            f"{file} holds {with_article(type(state).__name__)}; give a state_dict that torch.save wrote"
+        )
     for name, t in state.items():
         if isinstance(t, Tensor):
             if not isinstance(name, str):

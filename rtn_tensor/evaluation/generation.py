@@ -10,6 +10,7 @@ from torch import Tensor
 from rtn_tensor.evaluation.decoding import Decoder, positions
 from rtn_tensor.evaluation.perplexity import check_ahead, check_causal, check_tokens
 from rtn_tensor.integrations.transformers.models import is_pretrained
+from rtn_tensor.wording import with_article
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def generate(model, tokenizer, prompt: str, max_new_tokens: int, compile: bool =
             for a model whose generation_config asks for more than greedy decoding.
     """
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt is a {type(prompt).__name__}; pass some text")
+        raise TypeError(f"prompt is {with_article(type(prompt).__name__)}; pass some text")
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool):
         raise TypeError(f"max_new_tokens={max_new_tokens!r}; it must be a whole number")
     if not prompt:

@@ -18,6 +18,7 @@ from rtn_tensor.formats import FLOAT_DTYPES, check_format
 from rtn_tensor.kernels import cpu, dense, triton
 from rtn_tensor.kernels.problem import Kernel, Problem, bucket, capability, device_of, make_problem
 from rtn_tensor.text_table import table
+from rtn_tensor.wording import with_article
 
 REFERENCE = Kernel(
     name="reference",
@@ -173,7 +174,7 @@ def explain(
         )
     if x is not None and not (isinstance(x, Tensor) and x.dim()):
         raise TypeError(
-            f"x is {'a scalar' if isinstance(x, Tensor) else f'a {type(x).__name__}'}; give a "
+            f"x is {'a scalar' if isinstance(x, Tensor) else with_article(type(x).__name__)}; give a "
             "tensor [..., K], or none"
         )
     m = M if x is None else x.numel() // max(x.shape[-1], 1)

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.integrations.transformers.models import but_the_output, is_pretrained
 from rtn_tensor.quantize.plan import Measured, Plan, last_part
-from rtn_tensor.quantize.selection import FilterFn, bits_of, unmatched
+from rtn_tensor.quantize.selection import FilterFn, bits_of, check_module, unmatched
 from rtn_tensor.quantize.targets import Target, is_finite, targets_of
 from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.wording import with_article
 
 OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("signed", "search")), rtn(8, 128))
 Fuse = Mapping[str, Sequence[str]]
@@ -44,7 +45,7 @@ def _check_tokens(model: Any, given: Any, sequences: int, length: int) -> None:
             what = (
                 f"{given.dtype} {list(given.shape)}"
                 if isinstance(given, Tensor)
-                else f"a {type(given).__name__}"
+                else with_article(type(given).__name__)
             )
             raise ValueError(
                 f"text is {what}; give int64 tokens [sequences, length], as a tokenizer's input_ids"
@@ -189,9 +190,11 @@ def plan(
             weight that cannot be quantized, or none at all; `fuse` names what no weight is called; `text`
             that is no tokens; all that before anything is measured. Then, logits or gradients that are not
             finite.
-        TypeError: `options` or `fuse` is of another type; or the model cannot write, and no `text` is given.
+        TypeError: `model`, `options` or `fuse` is of another type; or the model cannot write, and no `text`
+            is given.
         RuntimeError: it is called under torch.inference_mode().
     """
+    check_module(model)
     if model.training:
         raise ValueError(
             "the model is in training mode, where dropout makes its loss random; call model.eval() first"

@@ -18,6 +18,7 @@ from rtn_tensor.quantize.report import Report, report
 from rtn_tensor.quantize.selection import (
     FilterFn,
     Rules,
+    check_module,
     is_linear,
     tensors_of,
 )
@@ -165,6 +166,7 @@ _torchao.handle_fqn_configs(_quantize_by_fqn)
 def dequantize_(model: nn.Module) -> Report:
     """Puts plain float parameters (q * S, in each weight's dtype) in place of the quantized ones; shared
     weights stay shared."""
+    check_module(model)
     check_idle(model)
     shared: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for _, module, name, parameter in list(tensors_of(model)):

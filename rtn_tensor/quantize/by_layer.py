@@ -8,6 +8,7 @@ from rtn_tensor.config import RTNConfig, rtn, rtn_int8
 from rtn_tensor.quantize.selection import (
     Rules,
     bits_of,
+    check_module,
     find,
     matches,
     parameter_of,
@@ -83,6 +84,7 @@ def select_layers(
     Raises:
         ValueError: the model has no such list, or not so many layers; or none is selected.
     """
+    check_module(model)
     names = layers_of(model)
     count = len(names)
     asked = {*range(first), *range(count - last, count), *(i + count if i < 0 else i for i in indices)}
@@ -107,6 +109,7 @@ def select_modules(model: nn.Module, names: Iterable[str], config: RTNConfig | N
     Raises:
         ValueError: no weight has such a name; it says which are nearest.
     """
+    check_module(model)
     if isinstance(names, str):
         raise TypeError(f"names is {names!r}; give a list, as in [{names!r}]")
     default = [w.names for w in weights(model, products(model)) if w.default]

@@ -11,12 +11,14 @@ from rtn_tensor.distributed import held
 from rtn_tensor.quantize import printing  # noqa: F401  (print(model) names what is quantized)
 from rtn_tensor.quantize.experts import routers, unknown_experts
 from rtn_tensor.quantize.selection import (
+    check_module,
     owns,
     tensors_of,
     used_otherwise,
 )
 from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.text_table import table
+from rtn_tensor.wording import with_article
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Report:
 def report(model: nn.Module) -> Report:
     """Says of every parameter of `model` how it is stored, or why it stayed float; of a sharded one, the part
     that this rank holds."""
+    check_module(model)
     rows: list[Row] = []
     first: dict[int, str] = {}
     untied: dict[str, str] = {}
@@ -136,9 +139,9 @@ def report(model: nn.Module) -> Report:
                 else "not selected"
             )
         elif name in unknown_experts(module):
-            note = f"experts of a {type(module).__name__}? not understood"
+            note = f"experts of {with_article(type(module).__name__)}? not understood"
         else:
-            note = f"weight of a {type(module).__name__}"
+            note = f"weight of {with_article(type(module).__name__)}"
         if w is not whole and w.dim() > 1:
             note = f"part of {' x '.join(map(str, whole.shape))}{', ' if note else ''}{note}"
         first.setdefault(id(whole), fqn)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.quantize.experts import routers, transposed_experts
+from rtn_tensor.wording import with_article
 
 FilterFn = Callable[[nn.Module, str], bool]
 Rules = Sequence[tuple[str, RTNConfig | None]]
@@ -138,6 +139,12 @@ def weights(model: nn.Module, filter_fn: FilterFn) -> Iterator[Weight]:
             yield Weight(module, name, f"{prefix}.{name}" if prefix else name, name in selected)
 
 
+def check_module(model: Any, advice: str = "give a module, as load(path) returns") -> None:
+    """Raises TypeError, with that advice, unless `model` is a module: many a caller gives a folder's name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {with_article(type(model).__name__)}; {advice}")
+
+
 # ----------------------------------------------------------------------------------- rules
 
 
@@ -170,7 +177,7 @@ def check_rules(rules: Any) -> None:
     """Raises TypeError or ValueError unless `rules` is a list of (pattern, RTNConfig or None)."""
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise TypeError(
-            f"rules is a {type(rules).__name__}; give a list of (pattern, config or None), of "
+            f"rules is {with_article(type(rules).__name__)}; give a list of (pattern, config or None), of "
             "which the first match counts"
         )
     for i, rule in enumerate(rules):
@@ -186,8 +193,8 @@ def check_rules(rules: Any) -> None:
         pattern, config = rule
         if config is not None and not isinstance(config, RTNConfig):
             raise TypeError(
-                f"rules[{i}] gives {pattern!r} a {type(config).__name__}; use rtn_int4(), rtn_int8(), "
-                "rtn(...), or None for float"
+                f"rules[{i}] gives {pattern!r} {with_article(type(config).__name__)}; use rtn_int4(), "
+                "rtn_int8(), rtn(...), or None for float"
             )
         check_pattern(pattern, f"rules[{i}], {pattern!r},")
 
@@ -349,6 +356,7 @@ def bits_per_weight(model: nn.Module, rules: Rules, filter_fn: FilterFn | None =
 
     Raises as `quantize_` does for rules; ValueError also where they quantize nothing.
     """
+    check_module(model)
     chosen = {
         id(parameter_of(w)): (w, config)
         for w, config in resolve(rules, list(weights(model, filter_fn or products(model))))

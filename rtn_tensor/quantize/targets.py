@@ -23,6 +23,7 @@ from rtn_tensor.quantize.selection import (
     REMOVE_IT,
     FilterFn,
     Rules,
+    check_module,
     check_pattern,
     find,
     matches,
@@ -34,6 +35,7 @@ from rtn_tensor.quantize.selection import (
     weights,
 )
 from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.wording import with_article
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _why_unfit(target: Target) -> str | None:
     w: Any = held(whole)
     if not isinstance(target.config, RTNConfig):
         return (
-            f"has a {type(target.config).__name__} as its config; use rtn_int4(), rtn_int8() or "
+            f"has {with_article(type(target.config).__name__)} as its config; use rtn_int4(), rtn_int8() or "
             "None here, or torchao's own quantize_"
         )
     if w is None:
@@ -200,7 +202,7 @@ def _why_unfit(target: Target) -> str | None:
     if not target.by_name and not owns(target.module, target.parameter_name):
         kind = type(target.module).__name__
         return (
-            f"belongs to a {kind}; a filter can select only nn.Linear and nn.Embedding weights. "
+            f"belongs to {with_article(kind)}; a filter can select only nn.Linear and nn.Embedding weights. "
             "Leave it out, or name it in FqnToConfig"
         )
     dim, group_size = -2 if target.transposed else -1, target.config.group_size
@@ -256,10 +258,7 @@ def _unknown(model: nn.Module, config: AOBaseConfig | Rules, selected: set[str])
 
 def targets_of(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: FilterFn | None) -> list[Target]:
     """The weights that `quantize_` would quantize, checked; it says what it raises."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}; give a module, or quantize a folder by load(path, config)"
-        )
+    check_module(model, "give a module, or quantize a folder by load(path, config)")
     check_idle(model)
     if isinstance(config, FqnToConfig):
         if filter_fn is not None:
@@ -272,7 +271,7 @@ def targets_of(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: Filter
     else:
         kind = type(config).__name__
         raise TypeError(
-            f"config is a {kind}; use rtn_int4(), rtn_int8(), rtn(...), a list of rules, or "
+            f"config is {with_article(kind)}; use rtn_int4(), rtn_int8(), rtn(...), a list of rules, or "
             "FqnToConfig with those"
         )
     check_targets(targets)

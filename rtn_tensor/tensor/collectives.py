@@ -34,7 +34,7 @@ if torch.distributed.is_available():
         waited for here."""
         if func is c10d.broadcast_.default and _sends_a_state_dict():
             raise NotImplementedError(
-                f"broadcast_from_rank0 cannot send a {RTNQuantizedTensor.__name__}: torch makes float "
+                f"broadcast_from_rank0 cannot send an {RTNQuantizedTensor.__name__}: torch makes float "
                 "tensors for it on the other ranks; "
                 "use rtn_tensor.load_from_rank0(model, state_dict)"
             )

@@ -12,6 +12,7 @@ from rtn_tensor._torch import tree_leaves
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.tensor.errors import named_error
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor, aten, on_function, on_op
+from rtn_tensor.wording import with_article
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -111,7 +112,9 @@ def _check_indices(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
     """Raises unless `t` holds int32 or int64 numbers where the weight lies."""
     if not isinstance(t, Tensor):
         raise named_error(
-            w, f"{what} is a {type(t).__name__}; give a tensor of torch.int64 or torch.int32", TypeError
+            w,
+            f"{what} is {with_article(type(t).__name__)}; give a tensor of torch.int64 or torch.int32",
+            TypeError,
         )
     _check_kind(what, t, w)
     if t.dtype not in (torch.int64, torch.int32):

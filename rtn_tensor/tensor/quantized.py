@@ -17,6 +17,7 @@ from rtn_tensor.formats import FLOAT_DTYPES, VERSION, check_format, check_planes
 from rtn_tensor.tensor.callers import is_computed_anew
 from rtn_tensor.tensor.errors import is_traced, named_error, or_float
 from rtn_tensor.tensor.layout import layout_of, new_planes, padded_plane
+from rtn_tensor.wording import with_article
 
 aten = torch.ops.aten
 
@@ -119,13 +120,13 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
         check_format(bits, group_size, scale_method)
         if not isinstance(w, Tensor):
             raise TypeError(
-                f"cannot quantize a {type(w).__name__}; give a torch.Tensor, a weight [..., N, K]"
+                f"cannot quantize {with_article(type(w).__name__)}; give a torch.Tensor, a weight [..., N, K]"
             )
         if why := registration.unfit(w):
             raise TypeError(f"cannot quantize w, which is {why}")
         if isinstance(w, TorchAOBaseTensor):
             raise TypeError(
-                f"already quantized: got a {type(w).__name__}; quantize the float weight, or "
+                f"already quantized: got {with_article(type(w).__name__)}; quantize the float weight, or "
                 "call .dequantize() first"
             )
         if w.dim() == 0:
@@ -189,10 +190,13 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
             missing := [name for name in names if name not in {"version": VERSION, **state}]
         ):
             lacking = (
-                f"lacks {', '.join(missing)}" if isinstance(state, dict) else f"is a {type(state).__name__}"
+                f"lacks {', '.join(missing)}"
+                if isinstance(state, dict)
+                else f"is {with_article(type(state).__name__)}"
             )
             raise ValueError(
-                f"the state of a {type(self).__name__} {lacking}; the file is damaged, or of another library"
+                f"the state of {with_article(type(self).__name__)} {lacking}; the file is damaged, "
+                "or of another library"
             )
         state = {"version": VERSION, **state}
         made = type(self)(*(state[name] for name in names))

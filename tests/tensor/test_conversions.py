@@ -225,7 +225,7 @@ def test_from_float_errors():
     assert_expected_inline(
         "\n".join(errors),
         """\
-already quantized: got a RTNQuantizedTensor; quantize the float weight, or call .dequantize() first
+already quantized: got an RTNQuantizedTensor; quantize the float weight, or call .dequantize() first
 dtype torch.float64 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
 dtype torch.float64 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
 dtype torch.int8 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16

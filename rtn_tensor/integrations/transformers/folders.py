@@ -158,6 +158,21 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
+def check_model_folder(path: Path) -> None:
+    """Raises FileNotFoundError, which says what there is instead, unless `path` is a transformers folder."""
+    if not ((path / "config.json").exists() or (path / "config.json").is_symlink()):
+        there = (
+            "it is a file"
+            if path.is_file()
+            else "it holds an adapter; merge that into its model, and give the folder of that"
+            if (path / "adapter_config.json").exists()
+            else "it has no config.json"
+            if path.exists()
+            else "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"
+        )
+        raise FileNotFoundError(f"{path} is not a model folder: {there}")
+
+
 def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> Any:
     """The model of a transformers folder, in eval mode, its parameters on meta; by default of the dtype that
     config.json names, or else the checkpoint has.
@@ -171,17 +186,7 @@ def empty_model(path: str | os.PathLike, dtype: torch.dtype | None = None) -> An
     path, floats = Path(path), (*FLOAT_DTYPES, torch.float64)
     if dtype not in (None, *floats):
         raise TypeError(f"dtype is {dtype}; a model has one of {', '.join(map(str, floats))}")
-    if not ((path / "config.json").exists() or (path / "config.json").is_symlink()):
-        there = (
-            "it is a file"
-            if path.is_file()
-            else "it holds an adapter; merge that into its model, and give the folder of that"
-            if (path / "adapter_config.json").exists()
-            else "it has no config.json"
-            if path.exists()
-            else "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"
-        )
-        raise FileNotFoundError(f"{path} is not a model folder: {there}")
+    check_model_folder(path)
     if dtype is None:
         about = read_config(path)
         named = str(about.get("dtype") or about.get("torch_dtype")).removeprefix("torch.")
