@@ -33,7 +33,7 @@ from rtn_tensor.evaluation.tasks import (
     text_score,
 )
 from rtn_tensor.formats import FLOAT_DTYPES
-from rtn_tensor.integrations.transformers.folders import check_model_folder, empty_model
+from rtn_tensor.integrations.transformers.folders import check_model_folder, empty_model, read_config
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.kernels.registry import explain
 from rtn_tensor.quantize.report import report
@@ -76,6 +76,7 @@ def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     check_model_folder(Path(path))
+    read_config(Path(path))  # else a damaged one would be told as a tokenizer that cannot be read
     try:
         # None would ask on stdout whether to run what the folder brings along.
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from peft_version import skip_if_transformers_refuses_it
+from tiny_llama import tiny_tokenizer
 
 import rtn_tensor
-from benchmarks.real_model import CACHE, ModelUnavailable, smollm2, state_of_the_union, task_data
+from benchmarks.real_model import CACHE, MODEL, ModelUnavailable, smollm2, state_of_the_union, task_data
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,9 +51,13 @@ def blocks(page: Path, kind: str) -> list[str]:
 
 
 def commands(page: Path, program: str) -> list[str]:
-    return [
-        line for text in blocks(page, "sh") for line in text.splitlines() if line.split()[:1] == [program]
-    ]
+    return [line for text in blocks(page, "sh") for line in text.splitlines() if program_of(line) == program]
+
+
+def program_of(line: str) -> str | None:
+    """What a line of a shell runs, be it a clone's own, after the variables that it sets."""
+    words = (word for word in line.split() if not re.match(r"\w+=", word))
+    return next(words, "").removeprefix(".venv/bin/") or None
 
 
 def run(command: list[str], cwd: Path, text: str | None = None, **environment: str) -> str:
@@ -82,6 +87,7 @@ def failures(tmp_path_factory) -> dict[str, str]:
     model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16()
     for page in WITH_PYTHON:
         model.save_pretrained(top / page.stem / "my-model")
+        tiny_tokenizer().save_pretrained(top / page.stem / "my-model")
     programs = {page.stem: "\n".join(blocks(page, "python")) for page in WITH_PYTHON}
     return json.loads(
         run([sys.executable, *STRICT, "-c", RUNNER], top, json.dumps(programs)).splitlines()[-1]
@@ -102,15 +108,11 @@ def test_page_has_only_kinds_of_blocks_that_are_run_here(page):
     assert set(re.findall(r"^```(\w*)$", text, re.M)) <= {"python", "sh", "text", ""}
     assert text.count("\n```") % 2 == 0
     shell = "".join(blocks(page, "sh")).splitlines()
-    assert {line.split()[0] for line in shell if line} <= {
-        "make",
-        "pip",
-        "python",
-        "rtn-tensor",
-        "vllm",
-        "hf",
-    }
-    assert all((ROOT / line.split()[1]).is_file() for line in commands(page, "python"))
+    known = {"make", "pip", "python", "rtn-tensor", "vllm", "hf"}
+    assert {program_of(line) for line in shell if line} <= known
+    for line in commands(page, "python"):
+        what = line.split()[1]
+        assert what in ("-c", "-m") or (ROOT / what).is_file()
 
 
 def test_readme_is_short_and_names_the_tests():
@@ -135,6 +137,7 @@ def test_commands(page, tmp_path):
     except ModelUnavailable as reason:
         pytest.skip(str(reason))
     (tmp_path / ".cache").symlink_to(CACHE)
+    (tmp_path / "my-model").symlink_to(MODEL)
     for command in commands(page, "rtn-tensor"):
         assert run([sys.executable, "-m", "rtn_tensor", *shlex.split(command)[1:]], tmp_path).strip()
 

@@ -244,7 +244,7 @@ def test_torchao_configs_are_refused():
         rejected(Model(), FqnToConfig({"up": rtn_int4(), "down": Int8WeightOnlyConfig(version=2)})),
         """\
 cannot quantize, and nothing was changed:
-  down.weight has a Int8WeightOnlyConfig as its config; use rtn_int4(), rtn_int8() or None here, or torchao's own quantize_""",
+  down.weight has an Int8WeightOnlyConfig as its config; use rtn_int4(), rtn_int8() or None here, or torchao's own quantize_""",
     )
 
 
