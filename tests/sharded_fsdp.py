@@ -214,7 +214,7 @@ def broadcast_from_rank0(ranks, folder):
     model = sharded(copy.deepcopy(whole))
     if dist.get_rank() == 0:
         with pytest.raises(
-            NotImplementedError, match="cannot send a RTNQuantizedTensor: .* use rtn_tensor.load_from_rank0"
+            NotImplementedError, match="cannot send an RTNQuantizedTensor: .* use rtn_tensor.load_from_rank0"
         ):
             set_model_state_dict(
                 model,

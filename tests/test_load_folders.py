@@ -338,7 +338,7 @@ def test_other_libraries_in_torch_files(tmp_path):
     torch.save(model.state_dict(), tmp_path / "model.pt")
     with pytest.raises(
         ValueError,
-        match="model.pt: 0.weight is a Int8Tensor; load takes plain tensors, and those that "
+        match="model.pt: 0.weight is an Int8Tensor; load takes plain tensors, and those that "
         "rtn-tensor quantized",
     ):
         load(tmp_path / "model.pt", model=lambda: nn.Sequential(nn.Linear(64, 64, bias=False)))

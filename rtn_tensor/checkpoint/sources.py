@@ -155,7 +155,7 @@ def _attributes(name: str, text: str) -> dict[str, Any] | None:
         return None
     if kind != RTNQuantizedTensor.__name__:
         raise ValueError(
-            f"{name} is a {str(kind)[:100]}, of another library; load it with that, or give a "
+            f"{name} is {with_article(str(kind)[:100])}, of another library; load it with that, or give a "
             "float checkpoint"
         )
     attributes = about.get("_data")
@@ -258,7 +258,8 @@ def _torch_file(file: Path) -> list[Source]:
                 else str(t.layout)
             )
             if kind != str(torch.strided) or t.is_quantized or t.is_meta:
-                kind = "on meta, without values" if t.is_meta else f"a {t.dtype if t.is_quantized else kind}"
+                kind = with_article(str(t.dtype) if t.is_quantized else kind)
+                kind = "on meta, without values" if t.is_meta else kind
                 raise ValueError(
                     f"{file}: {name} is {kind}; load takes plain tensors, and those that rtn-tensor quantized"
                 )

@@ -126,7 +126,7 @@ def test_a_missing_part_is_named(name):
     outcome = survives(load_and_use, saved({"w": w}))
     assert (
         outcome.message
-        == f"the state of a RTNQuantizedTensor lacks {name}; the file is damaged, or of another library"
+        == f"the state of an RTNQuantizedTensor lacks {name}; the file is damaged, or of another library"
     )
 
 
