@@ -163,6 +163,8 @@ def _check(status: int, **arrays: Tensor | None) -> None:
 
 
 def _dense_rows(x: Tensor) -> Tensor:
+    if x.data_ptr() % x.itemsize:  # as a file may have it, whose numbers begin anywhere
+        return x.clone(memory_format=torch.contiguous_format)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -177,9 +179,9 @@ def _linear(
 ) -> Tensor:
     x, qdata, scale = _dense_rows(x), _dense_rows(qdata), _dense_rows(scale)
     if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
+        bias = _dense_rows(bias.to(x.dtype))
     if offs is not None:
-        offs = offs.to(torch.int32).contiguous()
+        offs = _dense_rows(offs.to(torch.int32))
     m, k = x.shape
     n = qdata.size(-2)
     y = x.new_empty((m, n))
@@ -273,6 +275,10 @@ def quantize(
     scale_dtype: torch.dtype,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if out is not None and out[1].data_ptr() % out[1].itemsize:
+        for plane, fresh in zip(out, quantize(w, bits, group_size, scale_method, scale_dtype), strict=True):
+            plane.copy_(fresh)
+        return out
     *rows, k = w.shape
     qdata, scale = out or (
         torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8),

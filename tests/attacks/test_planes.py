@@ -3,12 +3,14 @@ and the weight."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from folders import QUANTIZED, put, quantized, read, saved
 from forked import survives
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_metadata import WEIGHT, from_pretrained, llama  # noqa: F401  (a fixture)
 
+from rtn_tensor import RTNQuantizedTensor
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.cli import main
 
@@ -143,3 +145,29 @@ def test_planes_at_odd_addresses(tmp_path):
             header[name] = {"dtype": kind, "shape": list(t.shape), "data_offsets": [begin, len(data)]}
         put(file, header, data)
         assert survives(values, file).value == expected
+
+
+def misaligned(t):
+    """`t`, whose numbers begin inside a number, as in a file with such offsets."""
+    memory = bytearray(t.nbytes + 1)
+    moved = torch.frombuffer(memory, dtype=torch.uint8, offset=1)
+    moved.copy_(t.contiguous().view(-1).view(torch.uint8))
+    return torch.frombuffer(memory, dtype=t.dtype, offset=1).view(t.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_numbers_that_begin_inside_a_number(dtype):
+    """The sanitizers, which run this too, see a read of one."""
+    w, bias, x = torch.randn(48, 100).to(dtype), torch.randn(48).to(dtype), torch.randn(3, 100).to(dtype)
+    whole = RTNQuantizedTensor.from_float(w, 4, 32)
+    moved = RTNQuantizedTensor(misaligned(whole.qdata), misaligned(whole.scale), 4, 32, "absmax", 100)
+    assert moved.scale.data_ptr() % dtype.itemsize
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            expected = F.linear(x, whole, bias)
+            assert torch.equal(F.linear(misaligned(x), moved, misaligned(bias)), expected)
+            assert torch.equal(F.embedding(torch.tensor([1, 47]), moved), whole.dequantize()[[1, 47]])
+    assert torch.equal(moved.dequantize(), whole.dequantize())
+    assert torch.equal(RTNQuantizedTensor.from_float(misaligned(w), 4, 32).dequantize(), whole.dequantize())
+    moved.copy_(w * 2)
+    assert torch.equal(moved.dequantize(), RTNQuantizedTensor.from_float(w * 2, 4, 32).dequantize())

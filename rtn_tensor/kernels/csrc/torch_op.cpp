@@ -86,7 +86,9 @@ struct View {
         torch.get_dtype(t, &torch_dtype))
       return false;
     dtype = torch_dtype == torch.bfloat16() ? RTN_BFLOAT16 : torch_dtype == torch.float32() ? RTN_FLOAT32 : torch_dtype == torch.float16() ? RTN_FLOAT16 : -1;
-    return true;
+    // A file may have numbers begin anywhere; Python copies such.
+    const uintptr_t size = dtype == RTN_FLOAT32 ? 4 : dtype < 0 ? 1 : 2;
+    return reinterpret_cast<uintptr_t>(data) % size == 0;
   }
   bool dense_rows() const { return strides[dim - 1] == 1 || sizes[dim - 1] == 1; }
   bool contiguous() const {
