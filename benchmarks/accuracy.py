@@ -11,7 +11,6 @@ pyarrow and mwparserfromhell.
 
 import argparse
 import json
-import os
 import time
 import warnings
 from functools import cache
@@ -21,7 +20,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.machine import machine
+from benchmarks.machine import add_threads, machine
 from benchmarks.real_model import smollm2, state_of_the_union, task_data, wikipedia
 from rtn_tensor import bits_per_weight, plan, quantize_, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.perplexity import token_losses
@@ -81,9 +80,7 @@ def main() -> None:
         metavar="N",
         help="items a task; 0: perplexities only (default: 100)",
     )
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
-    )
+    add_threads(parser)
     parser.add_argument(
         "--json",
         type=Path,

@@ -16,7 +16,6 @@ Then the way in: a layer so small that what Python does around the kernel is wha
 
 import argparse
 import json
-import os
 import statistics
 import time
 import warnings
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rtn_tensor
-from benchmarks.machine import machine
+from benchmarks.machine import add_threads, machine
 from rtn_tensor import ops
 from rtn_tensor.kernels import cpu
 from rtn_tensor.text_table import table
@@ -215,9 +214,7 @@ def main() -> None:
         metavar="DTYPE,...",
         help=f"of x and of the dense weight (default: {DTYPES})",
     )
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
-    )
+    add_threads(parser)
     parser.add_argument("--turns", type=int, default=5, metavar="R", help="turns counted (default: 5)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"

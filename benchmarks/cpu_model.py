@@ -11,7 +11,6 @@ minutes a row.
 import argparse
 import functools
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -25,7 +24,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.machine import machine
+from benchmarks.machine import add_threads, machine
 from benchmarks.real_model import smollm2, smollm2_gguf
 from rtn_tensor import quantize_, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.decoding import Decoder
@@ -146,9 +145,7 @@ def main() -> None:
         prog="python -m benchmarks.cpu_model", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--llama", metavar="PYTHON", help="an interpreter with llama-cpp-python")
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
-    )
+    add_threads(parser)
     parser.add_argument(
         "--new-tokens", type=int, default=48, metavar="N", help="tokens to generate (default: 48)"
     )

@@ -14,7 +14,6 @@ a training step (forward and backward, to adapters below).
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
-from benchmarks.machine import machine
+from benchmarks.machine import add_threads, machine
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4
 from rtn_tensor.kernels import cpu
 from rtn_tensor.text_table import table
@@ -222,9 +221,7 @@ def main() -> None:
     parser.add_argument(
         "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)"
     )
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
-    )
+    add_threads(parser)
     parser.add_argument(
         "--runs", type=int, default=3, metavar="R", help="of which the median is taken (default: 3)"
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.machine import add_threads, machine
 from rtn_tensor import RTNQuantizedTensor, load, report, rtn_int4, rtn_int8
 from rtn_tensor.kernels import cpu
 from rtn_tensor.text_table import table
@@ -173,9 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=int, default=18, metavar="L", help="of the model (default: 18, 2.1 GB)"
     )
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
-    )
+    add_threads(parser)
     parser.add_argument(
         "--runs", type=int, default=3, metavar="R", help="of which the median is taken (default: 3)"
     )

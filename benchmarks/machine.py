@@ -1,5 +1,6 @@
 """What a number was measured on."""
 
+import argparse
 import os
 import platform
 from importlib.metadata import version
@@ -24,3 +25,10 @@ def machine() -> dict:
         "python": platform.python_version(),
         **versions,
     }
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """The argument by which a benchmark is told how many threads to take."""
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one per core"
+    )

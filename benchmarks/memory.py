@@ -9,7 +9,6 @@ files, too, which the system can take back.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.load import bf16, make_checkpoint
-from benchmarks.machine import machine
+from benchmarks.machine import add_threads, machine
 from rtn_tensor import load, quantize_, report, rtn_int4
 from rtn_tensor.kernels import cpu
 
@@ -99,9 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--layers", type=int, default=8, metavar="L", help="of the model (default: 8, 1.1 GB)"
     )
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one per core"
-    )
+    add_threads(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the samples, the machine and the versions there"
     )

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cpu_linear import CALLS, burst
-from benchmarks.machine import machine
+from benchmarks.machine import add_threads, machine
 from rtn_tensor import quantize_, rtn_int4, rtn_int8
 from rtn_tensor.kernels import cpu
 from rtn_tensor.text_table import table
@@ -355,9 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--peers", default=",".join(PEERS), metavar="NAME,...", help=f"default: {', '.join(PEERS)}"
     )
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count(), metavar="T", help="default: one a core"
-    )
+    add_threads(parser)
     parser.add_argument("--turns", type=int, default=5, metavar="R", help="turns counted (default: 5)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
