@@ -389,7 +389,12 @@ def quantize(
 def quantize_(w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, scale_method: str) -> None:
     """`quantize` into planes that are there."""
     w = w.detach()
-    if tracing(w, qdata, scale) or not (qdata.is_contiguous() and scale.is_contiguous()):
+    # Kernels write planes only where they lie whole, and where their numbers do not begin inside a number.
+    if (
+        tracing(w, qdata, scale)
+        or not (qdata.is_contiguous() and scale.is_contiguous())
+        or scale.data_ptr() % scale.itemsize
+    ):
         new_qdata, new_scale = quantize(w, bits, group_size, scale_method, scale.dtype)
         qdata.copy_(new_qdata)
         scale.copy_(new_scale)

@@ -146,9 +146,9 @@ def _attributes(name: str, text: str) -> dict[str, Any] | None:
         return None
     try:
         about = parse_json(text)
-    # Of a tensor that is not quantized it says nothing that is needed; the planes of one that is will be
-    # missed.
     except ValueError:
+        # Of a tensor that is not quantized it says nothing that is needed; the planes of one that is will be
+        # missed.
         return None
     kind = about.get("_type", "Tensor")
     if kind == "Tensor":

@@ -145,7 +145,7 @@ def damage(folder, seed):
                 touched.append(other.name)
             else:
                 file.unlink()
-        # What was damaged before has no header to change any more.
         except (ValueError, KeyError, AttributeError, TypeError):
+            # What was damaged before has no header to change any more.
             size_of(rng, file)
     return touched

@@ -294,8 +294,8 @@ def everything(seed, folder):
                 if isinstance(w, RTNQuantizedTensor):
                     use(w)
             ends.append("read")
-        # Any, as the words are torch's; none may end the process.
         except (Exception, pickle.UnpicklingError) as error:
+            # Any, as the words are torch's; none may end the process.
             ends.append(type(error).__name__)
     file.unlink()
     return ends

@@ -282,8 +282,8 @@ def _of_one(model: Any) -> list[tuple[Any, str, Any]]:
         quantizer = _quantizer_class()(quantization_config, pre_quantized=True)
         quantizer.conversions = conversions
         settings += [(model, "hf_quantizer", quantizer), (model, "_weight_conversions", [])]
-    # And it was dequantized since.
     elif known or before is not None and _is_ours(before.quantization_config.to_dict()):
+        # And it was dequantized since.
         settings += [(model, "hf_quantizer", None), (model, "_weight_conversions", conversions)]
     tensors, ties = _tensors(model), _ties(model)
     kept = {name: source for name, source in ties.items() if tensors.get(name) is tensors.get(source)}

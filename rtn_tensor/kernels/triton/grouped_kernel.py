@@ -89,8 +89,8 @@ def grouped_kernel(
     r = tl.arange(0, BN)
     if ACTIVATION == "":
         w_row = tl.minimum(tile_n * BN + r, N - 1)
-    # Eight rows of gate, then the same eight of up: a thread that holds one in its sums holds the other.
     else:
+        # Eight rows of gate, then the same eight of up: a thread that holds one in its sums holds the other.
         on = tl.minimum(tile_n * TILE + r // 16 * 8 + r % 8, N - 1)
         is_up = r // 8 % 2
         w_row = on + is_up * N if ACTIVATION == "silu" else on * 2 + is_up
