@@ -12,7 +12,18 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 
-from rtn_tensor import RTNQuantizedTensor, dequantize_, quantize_, report, rtn, rtn_int4, rtn_int8
+from rtn_tensor import (
+    RTNQuantizedTensor,
+    dequantize_,
+    load,
+    quantize_,
+    report,
+    rtn,
+    rtn_int4,
+    rtn_int8,
+    save,
+)
+from rtn_tensor.tensor.quantized import user_attributes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
@@ -430,6 +441,28 @@ def test_attributes_of_the_parameter_are_kept():
     quantize_(model, rtn_int4(), all_weights)
     assert model.up.weight.weight_loader is loader
     assert model.head.weight.tag == "tied"
+
+
+def test_attributes_of_users_and_those_of_the_tensor_are_apart(tmp_path):
+    """A float weight may have attributes that are called like a quantized one's own."""
+    model, plain = Model(), Model()
+    for name, value in {"fqn": 3, "untied_from": 5, "scale": 2.0, "bits": 16, "kept": "yes"}.items():
+        setattr(model.up.weight, name, value)
+    plain.load_state_dict(model.state_dict())
+    assert str(quantize_(model, rtn_int4(32))) == str(quantize_(plain, rtn_int4(32)))
+    torch.testing.assert_close(model(IDS), plain(IDS), rtol=0, atol=0)
+    w = model.up.weight
+    assert user_attributes(w) == {"kept": "yes"}
+    for copied in (copy.deepcopy(w), w[2:], w.t(), nn.Parameter(w), w.to(torch.bfloat16)):
+        assert (copied.fqn, copied.kept) == ("up.weight", "yes")
+    model.up.weight.bits_of_users = 16
+    folder = tmp_path / "model"
+    save(model, folder)
+    load(folder, model=model)
+    assert (model.up.weight.fqn, user_attributes(model.up.weight)) == (
+        "up.weight",
+        {"kept": "yes", "bits_of_users": 16},
+    )
 
 
 # ----------------------------------------------------------------------------- dequantize_

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.distributed import as_part, held
+from rtn_tensor.distributed import as_part
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.kernels import cpu
+from rtn_tensor.quantize.report import untied_from
 from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor, user_attributes
 
@@ -273,18 +274,11 @@ def put(
                 floats = [other for other in fqns.get(id(old), []) if other not in configs] + list(
                     apart.get(fqn, [])
                 )
-                parameters[id(t)] = _parameter(as_part(t, old), old, fqn, floats)
+                if quantized := isinstance(t, RTNQuantizedTensor):
+                    t.fqn = fqn  # for the errors of a later slice or product
+                    if floats := floats or untied_from(old):
+                        t.untied_from = floats
+                parameter = nn.Parameter(as_part(t, old), requires_grad=old.requires_grad and not quantized)
+                vars(parameter).update(user_attributes(old))
+                parameters[id(t)] = parameter
             module._parameters[name] = parameters[id(t)]  # type: ignore[assignment]
-
-
-def _parameter(t: Tensor, old: Tensor, fqn: str, floats: list[str]) -> nn.Parameter:
-    """`t` as a parameter in the place of `old`, with the attributes that users set on that; `floats`: where
-    it stays float."""
-    quantized = isinstance(held(t), RTNQuantizedTensor)
-    new: Any = nn.Parameter(t, requires_grad=old.requires_grad and not quantized)
-    vars(new).update(user_attributes(old))
-    if quantized:
-        new.fqn = fqn  # for the errors of a later slice or product
-        if floats:
-            new.untied_from = floats
-    return new

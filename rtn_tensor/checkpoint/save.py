@@ -16,6 +16,7 @@ from rtn_tensor.checkpoint.folders import FILE_ENDS, new_folder
 from rtn_tensor.checkpoint.sources import flattened
 from rtn_tensor.integrations.transformers.description import described
 from rtn_tensor.integrations.transformers.models import is_pretrained
+from rtn_tensor.quantize.report import untied_from
 from rtn_tensor.quantize.selection import check_module, tensors_of
 
 
@@ -23,9 +24,7 @@ def _to_write(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a state_dict, those that are shared once; but each of those that are not shared any more
     with some that they were shared with, as who reads them cannot know with which."""
     places = list(tensors_of(model, buffers=True))
-    untied: dict[str, list[str]] = {
-        fqn: vars(t)["untied_from"] for fqn, _, _, t in places if "untied_from" in vars(t)
-    }
+    untied = {fqn: names for fqn, _, _, t in places if (names := untied_from(t))}
     apart = {*untied, *(name for names in untied.values() for name in names)}
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -24,18 +24,20 @@ from rtn_tensor.quantize.selection import (
 )
 from rtn_tensor.quantize.targets import Target, check_targets, computed_from, keys_for, targets_of
 from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.tensor.quantized import user_attributes
 
 
-def _quantized(target: Target) -> Any:
+def _quantized(target: Target, **known: Any) -> nn.Parameter:
+    """The quantized weight, with what users set on the float one, and `known` of it."""
     w, config = target.parameter, target.config
     assert w is not None
     part = held(w).detach()
     q = RTNQuantizedTensor.from_float(
         part.mT if target.transposed else part, config.bits, config.group_size, config.scale_method
     )
+    vars(q).update(known)
     new = nn.Parameter(as_part(q.mT if target.transposed else q, w), requires_grad=False)
-    for name, value in vars(w).items():
-        setattr(new, name, value)
+    vars(new).update(user_attributes(w))
     return new
 
 
@@ -96,11 +98,10 @@ def quantize_(
             target.module.to(device)
         names = sharing[target.fqn]
         if names[0] not in done:
-            new = _quantized(target)
-            new.fqn = target.fqn  # for the errors of a later slice or product
-            if rest := [name for name in names if name not in selected]:
-                new.untied_from = rest
-            done[names[0]] = new
+            rest = [name for name in names if name not in selected]
+            # The name is for the errors of a later slice or product.
+            known: dict[str, Any] = {"fqn": target.fqn} | ({"untied_from": rest} if rest else {})
+            done[names[0]] = _quantized(target, **known)
         setattr(target.module, target.parameter_name, done[names[0]])
     if device is not None:
         model.to(device)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from rtn_tensor.distributed import held
@@ -101,6 +101,13 @@ class Report:
         )
 
 
+def untied_from(w: Tensor) -> list[str]:
+    """The names that the parameter `w` was shared with, and that kept the float weight when it was
+    quantized."""
+    part = held(w)
+    return getattr(part, "untied_from", []) if isinstance(part, RTNQuantizedTensor) else []
+
+
 def report(model: nn.Module) -> Report:
     """Says of every parameter of `model` how it is stored, or why it stayed float; of a sharded one, the part
     that this rank holds."""
@@ -109,7 +116,7 @@ def report(model: nn.Module) -> Report:
     first: dict[int, str] = {}
     untied: dict[str, str] = {}
     for fqn, _, _, w in tensors_of(model):
-        for other in getattr(w, "untied_from", []):
+        for other in untied_from(w):
             untied.setdefault(other, fqn)
     kept, otherwise = routers(model), used_otherwise(model)
     for fqn, module, name, whole in tensors_of(model):
@@ -119,9 +126,9 @@ def report(model: nn.Module) -> Report:
         after = w.qdata.nbytes + w.scale.nbytes if quantized else before
         if id(whole) in first:
             note, before, after = f"shared with {first[id(whole)]}", 0, 0
-        elif quantized and hasattr(whole, "untied_from"):
+        elif quantized and untied_from(whole):
             # The float weight it shared is counted there.
-            note, before = f"untied from {', '.join(whole.untied_from)}", 0
+            note, before = f"untied from {', '.join(untied_from(whole))}", 0
         elif quantized:
             note = ""
         elif fqn in untied:

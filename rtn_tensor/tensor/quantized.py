@@ -69,6 +69,11 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
     in_features: int
     transposed: bool
     version: int = VERSION
+    # What is known of the weight beside its numbers, where it is: what its model calls it; the names that it
+    # was shared with, whose weight stayed float; the rows of its shard, with FSDP2's padding. Like what users
+    # set, it goes along with each copy and view.
+    fqn: str
+    untied_from: list[str]
     _padded_rows: int
     # What `__tensor_flatten__` gives, until an attribute changes.
     _flat: tuple[list[str], tuple] | None = None
@@ -394,7 +399,8 @@ _torch.never_compile_below(RTNQuantizedTensor.__torch_dispatch__.__func__.__code
 RTNQuantizedTensor.__setstate__ = RTNQuantizedTensor._set_state  # type: ignore[method-assign]
 torch.serialization.add_safe_globals([RTNQuantizedTensor])
 
-_OWN = {
+# What a copy or view has of its own.
+_MADE_ANEW = {
     *RTNQuantizedTensor.tensor_data_names,
     *RTNQuantizedTensor.tensor_attribute_names,
     "_is_param",
@@ -402,6 +408,7 @@ _OWN = {
     "_shares_scale",
     "_flat",
 }
+_KNOWN_OF_WEIGHT = {"fqn", "untied_from", "_padded_rows"}
 on_op = RTNQuantizedTensor.implements
 on_function = RTNQuantizedTensor.implements_torch_function
 # torchao's knows no copy=True and makes the copy an alias of the original, on another device too; torch
@@ -444,11 +451,16 @@ class _MethodOf(str):
 
 def user_attributes(w: Tensor) -> dict[str, Any]:
     """What users set on `w`: vLLM's weight_loader, say."""
-    return {name: value for name, value in vars(w).items() if name not in _OWN}
+    return {name: value for name, value in _carried(vars(w)).items() if name not in _KNOWN_OF_WEIGHT}
+
+
+def _carried(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Of all that lies on a weight, what a copy or view of it has, too."""
+    return {name: value for name, value in attributes.items() if name not in _MADE_ANEW}
 
 
 def _as_parameter(cls: type[RTNQuantizedTensor], tensor: Tensor, attributes: dict[str, Any]) -> Tensor:
-    """`tensor` as a parameter with what users set, of `attributes`, quantized in the format that they give if
+    """`tensor` as a parameter with what a copy has of `attributes`, quantized in the format that they give if
     it is a float tensor."""
     if not isinstance(tensor, cls):
         if not isinstance(tensor, Tensor) or "bits" not in attributes:
@@ -469,18 +481,18 @@ def _as_parameter(cls: type[RTNQuantizedTensor], tensor: Tensor, attributes: dic
         tensor = cls.from_float(tensor.mT if turned else tensor, **arguments)
         tensor = tensor.mT if turned else tensor
     new = nn.Parameter(tensor, requires_grad=False)
-    vars(new).update((name, value) for name, value in attributes.items() if name not in _OWN)
+    vars(new).update(_carried(attributes))
     return new
 
 
 def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
-    """A tensor of `w`'s format over other planes; what users set on `w` goes along."""
+    """A tensor of `w`'s format over other planes; what users set on `w` and what is known of it go along."""
     attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
     # torch refuses an inference tensor as a view of one that is none, which `w.t()` would be in inference
     # mode.
     with torch.inference_mode(w.is_inference()):
         new = type(w)(qdata, scale, **attributes)
-    vars(new).update(user_attributes(w))
+    vars(new).update(_carried(vars(w)))
     if w._shares_scale and _torch.is_alias_of(scale, w.scale):  # a copy has a scale of its own
         new._shares_scale = True
     return new
