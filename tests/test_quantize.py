@@ -23,7 +23,7 @@ from rtn_tensor import (
     rtn_int8,
     save,
 )
-from rtn_tensor.tensor.quantized import user_attributes
+from rtn_tensor.tensor.attributes import user_attributes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])

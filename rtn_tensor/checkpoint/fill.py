@@ -19,7 +19,8 @@ from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.kernels import cpu
 from rtn_tensor.quantize.report import untied_from
 from rtn_tensor.quantize.targets import is_finite
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor, user_attributes
+from rtn_tensor.tensor.attributes import user_attributes
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 # Bytes of a tensor that are quantized at once, and fewer where quantizing copies them first: a transposed
 # weight's are laid row by row, and plain torch takes ten times as much meanwhile, in fp32. Copies of 16 MiB

@@ -37,7 +37,8 @@ from rtn_tensor.integrations.transformers.models import default_filter, ignored,
 from rtn_tensor.integrations.transformers.names import placed, renaming
 from rtn_tensor.quantize.selection import FilterFn, Rules, tensors_of
 from rtn_tensor.quantize.targets import Target, targets_of
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor, user_attributes
+from rtn_tensor.tensor.attributes import user_attributes
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 
 def _empty(t: Tensor, config: RTNConfig | None, transposed: bool, device: torch.device) -> Tensor:

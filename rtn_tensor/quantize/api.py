@@ -24,7 +24,7 @@ from rtn_tensor.quantize.selection import (
 )
 from rtn_tensor.quantize.targets import Target, check_targets, computed_from, keys_for, targets_of
 from rtn_tensor.tensor import RTNQuantizedTensor
-from rtn_tensor.tensor.quantized import user_attributes
+from rtn_tensor.tensor.attributes import user_attributes
 
 
 def _quantized(target: Target, **known: Any) -> nn.Parameter:

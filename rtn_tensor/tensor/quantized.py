@@ -3,38 +3,28 @@ knows."""
 
 import functools
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchao.utils import TorchAOBaseTensor
 
 from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import is_batchedtensor, tree_leaves, tree_map_only
 from rtn_tensor.formats import FLOAT_DTYPES, VERSION, check_format, check_planes
+from rtn_tensor.tensor import sharding
+from rtn_tensor.tensor.attributes import FORMAT, PLANES, ParameterLike, carried
 from rtn_tensor.tensor.callers import is_computed_anew
 from rtn_tensor.tensor.errors import is_traced, named_error, or_float
-from rtn_tensor.tensor.layout import layout_of, new_planes, padded_plane
+from rtn_tensor.tensor.layout import layout_of, new_planes
+from rtn_tensor.tensor.pickles import set_state
 from rtn_tensor.wording import with_article
 
 aten = torch.ops.aten
 
 
-class _ParameterLike(type(TorchAOBaseTensor)):
-    """A class that is called like `nn.Parameter`, too: `type(w)(tensor, requires_grad=False, **vars(w))`, as
-    accelerate does."""
-
-    def __call__(cls: Any, *args: Any, requires_grad: bool = False, **kwargs: Any) -> Any:
-        # That call gives one tensor, and of the planes' names none, or all of them where `vars(w)` goes
-        # along.
-        if len(args) != 1 or ("qdata" in kwargs) != ("scale" in kwargs):
-            return super().__call__(*args, **kwargs)
-        return _as_parameter(cls, args[0], kwargs)
-
-
-class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
+class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
     """A float weight `[..., N, K]` held as round-to-nearest integers and one scale per group.
 
     Attributes:
@@ -58,8 +48,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
 
     __module__ = "rtn_tensor.tensor"  # where every pickle that was ever written looks for it
 
-    tensor_data_names = ["qdata", "scale"]
-    tensor_attribute_names = ["bits", "group_size", "scale_method", "in_features", "transposed", "version"]
+    tensor_data_names = PLANES
+    tensor_attribute_names = FORMAT
 
     qdata: Tensor
     scale: Tensor
@@ -180,46 +170,6 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
             flat = self._flat = self.tensor_data_names, tuple(attributes.values())
         return flat
 
-    def _set_state(self, state: Any) -> None:
-        """What unpickling calls as `__setstate__`, with what a file says: `__new__` and `__init__` have not
-        run.
-
-        Raises:
-            ValueError, TypeError: it is not the state of such a tensor, or its parts do not fit one another.
-        """
-        # torch adds the slots of a class, and there are none.
-        if isinstance(state, tuple) and len(state) == 2 and not state[1]:
-            state = state[0]
-        names = [*self.tensor_data_names, *self.tensor_attribute_names]
-        if not isinstance(state, dict) or (
-            missing := [name for name in names if name not in {"version": VERSION, **state}]
-        ):
-            lacking = (
-                f"lacks {', '.join(missing)}"
-                if isinstance(state, dict)
-                else f"is {with_article(type(state).__name__)}"
-            )
-            raise ValueError(
-                f"the state of {with_article(type(self).__name__)} {lacking}; the file is damaged, "
-                "or of another library"
-            )
-        state = {"version": VERSION, **state}
-        made = type(self)(*(state[name] for name in names))
-        for plane in (made.qdata, made.scale):
-            # Rows of one memory would make a tensor of any size from a file of a few bytes.
-            if not plane.is_meta and plane.nbytes > plane.untyped_storage().nbytes():
-                raise ValueError(
-                    f"a plane of shape {tuple(plane.shape)} has its rows in the same memory; "
-                    "save a contiguous() weight"
-                )
-        mine, due = ((t.shape, t.dtype, t.device) for t in (self, made))
-        if mine != due:
-            raise ValueError(
-                f"the file says that the weight has {mine}, and its planes that it has {due}; "
-                "the file is damaged"
-            )
-        vars(self).update({name: value for name, value in state.items() if name != "_flat"})
-
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # Of the class: `swap_tensors` sets `__class__`.
@@ -270,42 +220,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
             repr((type(self).__qualname__, _sources(), attributes, planes)).encode()
         ).hexdigest()
 
-    # With this signature, the older of the two that FSDP2 knows, what is gathered need not have the tensor's
-    # own padded size.
-    def fsdp_pre_all_gather(self, mesh) -> tuple[tuple[Tensor, ...], Any]:
-        """What FSDP2 gathers of a shard: the planes, padded as those of the other ranks are (0.26 of a bf16
-        weight at int4)."""
-        rows = getattr(self, "_padded_rows", len(self.qdata))
-        planes = tuple(padded_plane(plane, rows) for plane in (self.qdata, self.scale))
-        attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
-        if mesh.size() > 1:
-            return planes, (attributes, None)
-        # Of what one rank "gathers" FSDP2 copies the first tensor only.
-        return (torch.cat([plane.flatten().view(torch.uint8) for plane in planes]),), (
-            attributes,
-            [plane.shape for plane in planes],
-        )
-
-    def fsdp_post_all_gather(self, outputs, metadata, param_dtype, *, out=None) -> Any:
-        """The whole tensor over the gathered planes, its scale in the dtype that a MixedPrecisionPolicy asks
-        for."""
-        attributes, shapes = metadata
-        if shapes is None:
-            qdata, scale = outputs
-        else:
-            size = math.prod(shapes[0])
-            qdata, scale = (
-                outputs[0][:size].view(shapes[0]),
-                outputs[0][size:].view(self.scale.dtype).view(shapes[1]),
-            )
-        if out is not None:  # over the same memory as the first time, filled again
-            out = out.to_local() if hasattr(out, "to_local") else out  # a DTensor, under tensor parallelism
-            if out.scale.dtype != scale.dtype:
-                # The same numbers again: a backward that saved them is not to see a change.
-                with _torch.same_version(out.scale):
-                    out.scale.copy_(scale[: len(out.scale)])
-            return None
-        return type(self)(qdata, scale.to(param_dtype), **attributes), outputs
+    fsdp_pre_all_gather = sharding.pre_all_gather
+    fsdp_post_all_gather = sharding.post_all_gather
 
     @property
     def nbytes(self) -> int:
@@ -396,19 +312,9 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=_ParameterLike):
 # users hung on a tensor.
 _torch.never_compile_below(RTNQuantizedTensor.__torch_dispatch__.__func__.__code__)
 # The base gives every class its own.
-RTNQuantizedTensor.__setstate__ = RTNQuantizedTensor._set_state  # type: ignore[method-assign]
+RTNQuantizedTensor.__setstate__ = set_state  # type: ignore[method-assign]
 torch.serialization.add_safe_globals([RTNQuantizedTensor])
 
-# What a copy or view has of its own.
-_MADE_ANEW = {
-    *RTNQuantizedTensor.tensor_data_names,
-    *RTNQuantizedTensor.tensor_attribute_names,
-    "_is_param",
-    "_is_flat",
-    "_shares_scale",
-    "_flat",
-}
-_KNOWN_OF_WEIGHT = {"fqn", "untied_from", "_padded_rows"}
 on_op = RTNQuantizedTensor.implements
 on_function = RTNQuantizedTensor.implements_torch_function
 # torchao's knows no copy=True and makes the copy an alias of the original, on another device too; torch
@@ -449,42 +355,6 @@ class _MethodOf(str):
         return str, (str(self),)
 
 
-def user_attributes(w: Tensor) -> dict[str, Any]:
-    """What users set on `w`: vLLM's weight_loader, say."""
-    return {name: value for name, value in _carried(vars(w)).items() if name not in _KNOWN_OF_WEIGHT}
-
-
-def _carried(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Of all that lies on a weight, what a copy or view of it has, too."""
-    return {name: value for name, value in attributes.items() if name not in _MADE_ANEW}
-
-
-def _as_parameter(cls: type[RTNQuantizedTensor], tensor: Tensor, attributes: dict[str, Any]) -> Tensor:
-    """`tensor` as a parameter with what a copy has of `attributes`, quantized in the format that they give if
-    it is a float tensor."""
-    if not isinstance(tensor, cls):
-        if not isinstance(tensor, Tensor) or "bits" not in attributes:
-            got = (
-                f"a float tensor of shape {tuple(tensor.shape)}"
-                if isinstance(tensor, Tensor)
-                else repr(tensor)
-            )
-            raise TypeError(
-                f"{cls.__name__}({got}) names no format; use {cls.__name__}.from_float(tensor, bits, "
-                "group_size), or copy_ the tensor into "
-                "the quantized weight, which keeps its format"
-            )
-        arguments = {
-            name: attributes[name] for name in ("bits", "group_size", "scale_method") if name in attributes
-        }
-        turned = attributes.get("transposed", False)
-        tensor = cls.from_float(tensor.mT if turned else tensor, **arguments)
-        tensor = tensor.mT if turned else tensor
-    new = nn.Parameter(tensor, requires_grad=False)
-    vars(new).update(_carried(attributes))
-    return new
-
-
 def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
     """A tensor of `w`'s format over other planes; what users set on `w` and what is known of it go along."""
     attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
@@ -492,7 +362,7 @@ def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any)
     # mode.
     with torch.inference_mode(w.is_inference()):
         new = type(w)(qdata, scale, **attributes)
-    vars(new).update(_carried(vars(w)))
+    vars(new).update(carried(vars(w)))
     if w._shares_scale and _torch.is_alias_of(scale, w.scale):  # a copy has a scale of its own
         new._shares_scale = True
     return new
@@ -508,15 +378,6 @@ def dim_of_planes(w: RTNQuantizedTensor, dim: int) -> int:
 
 def is_packed(w: RTNQuantizedTensor, dim: int) -> bool:
     return dim_of_planes(w, dim) == w.dim() - 1
-
-
-# -------------------------------------------------------------------------------- products
-
-
-# ----------------------------------------------------------------------------------- views
-
-
-# ---------------------------------------------------------------------------------- copies
 
 
 def format_of(w: RTNQuantizedTensor) -> tuple:

@@ -24,7 +24,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 
 from rtn_tensor import RTNQuantizedTensor, load, ops, rtn_int4
-from rtn_tensor.integrations.vllm import TYPES, RTNLinearMethod, RTNQuantizationConfig, add_packed
+from rtn_tensor.integrations.vllm import RTNQuantizationConfig
+from rtn_tensor.integrations.vllm.linear import TYPES, RTNLinearMethod
+from rtn_tensor.integrations.vllm.parameters import add_packed
 
 N, K = 128, 256
 

@@ -3,9 +3,7 @@
 # pyright: reportArgumentType=false
 # (a constexpr parameter of a kernel takes a plain number)
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +17,19 @@ from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, configure
 from rtn_tensor.kernels.triton.counters import ARRIVALS
 from rtn_tensor.kernels.triton.grouped_kernel import grouped_dx_kernel, grouped_kernel
 from rtn_tensor.kernels.triton.linear_kernel import linear_dx_kernel, linear_kernel
+from rtn_tensor.kernels.triton.operands import (
+    aligned_rows,
+    asm,
+    dense_rows,
+    on,
+    options,
+    per_row,
+    words,
+)
 from rtn_tensor.kernels.triton.planes_kernel import dequantize_kernel, quantize_kernel
 
 # Where Triton runs on the CPU, in its interpreter, launches are made for this one.
 INTERPRETED = Gpu("interpreter", processors=132, shared_memory=232448, triton="")
-
-
-def options(num_warps: int, num_stages: int = 3) -> dict[str, Any]:
-    # Fusion is stated, as Triton 3.9 warns where it is not. debug is for the kernels that assert; arithmetic
-    # is not to be checked for it.
-    return {
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-        "enable_fp_fusion": True,
-        "sanitize_overflow": False,
-    }
 
 
 @lru_cache
@@ -44,40 +40,6 @@ def gpu_of(device: torch.device) -> Gpu:
     processors = getattr(properties, "multi_processor_count", None) or properties.max_compute_units
     shared = getattr(properties, "shared_memory_per_block_optin", 65536)
     return Gpu(properties.name, processors, shared, ".".join(triton.__version__.split(".")[:2]))
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes `device` the current one, as Triton launches there."""
-    if device.type == "cpu" or torch.get_device_module(device).current_device() == device.index:
-        return nullcontext()
-    return torch.get_device_module(device).device(device)
-
-
-def asm(device: torch.device) -> bool:
-    """Whether the kernels' PTX can be used."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
-
-
-def aligned_rows(x: Tensor) -> Tensor:
-    """`x [M, K]`, or a copy, whose rows are dense, begin at multiples of 16 bytes, and are multiples of 8
-    long, by zeros at the end."""
-    if x.shape[1] % 8:
-        return F.pad(x, (0, -x.shape[1] % 8))
-    if x.stride(1) != 1 or (x.stride(0) % 8 and x.shape[0] > 1) or x.data_ptr() % 16:
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
-
-
-def words(qdata: Tensor) -> Tensor:
-    return (qdata if qdata.stride(-1) == 1 else qdata.contiguous()).view(torch.int16)
-
-
-def dense_rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def per_row(group_size: int) -> int:
-    return 0 if group_size == -1 else group_size
 
 
 def config_of(

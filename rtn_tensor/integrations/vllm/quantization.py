@@ -1,0 +1,158 @@
+# pyright: reportMissingImports=false
+"""What vLLM asks, layer by layer, how to quantize."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
+
+from rtn_tensor.config import RTNConfig
+from rtn_tensor.integrations.options import Options, has_own_output, is_saved, saved_formats
+from rtn_tensor.integrations.vllm.experts import RTNExpertsMethod
+from rtn_tensor.integrations.vllm.linear import RTNLinearMethod
+
+logger = init_logger(f"vllm.{__package__}")  # vLLM shows no others
+
+ENGINE_KERNELS = {
+    "rtn": "this library's",
+    "vllm": "vLLM's for mixed precision: Machete or Marlin on CUDA, its own int4 on a CPU; --linear-backend "
+    "names one",
+}
+
+
+class RTNQuantizationConfig(QuantizationConfig):
+    """What vLLM asks, layer by layer, how to quantize, and whose kernels run. See
+    `integrations.options.Options`, and `KERNELS`."""
+
+    def __init__(self, options: Options | None = None, kernel: str = "rtn"):
+        super().__init__()
+        if kernel not in ENGINE_KERNELS:
+            allowed = ", or ".join(f"{name!r} ({whose})" for name, whose in ENGINE_KERNELS.items())
+            raise ValueError(f"quantization_config: kernel={kernel!r} is not supported; use {allowed}")
+        self.options = Options.read({}) if options is None else options
+        self.kernel = kernel
+        self.tied = False
+        self.embedding: RTNConfig | None = None
+        # What the model calls its experts' weights where they are fused.
+        self.experts_names = ("gate_up_proj", "down_proj")
+        self.told = False
+
+    def get_name(self) -> str:
+        return "rtn"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RTNQuantizationConfig":
+        if is_saved(config):
+            return cls(Options(default=None))
+        return cls(Options.read(config, own=("kernel",)), config.get("kernel", "rtn"))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        return "rtn" if is_saved(hf_quant_cfg) else None
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        if self.options.default is None:
+            self.options.saved = saved_formats(model_name)
+            # Else vLLM takes the embedding in its stead.
+            if hf_config is not None and has_own_output(model_name):
+                hf_config.get_text_config().tie_word_embeddings = False
+        self.tied = hf_config is not None and bool(hf_config.get_text_config().tie_word_embeddings)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        self.options.saved = hf_to_vllm_mapper.apply_dict(self.options.saved)
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Experts' planes are named as vLLM's own loader names fused experts, and then what our parameters
+        are called beyond that."""
+        import regex  # vLLM's own
+
+        self.tell()  # all layers are made, and loading begins
+        up, down = self.experts_names
+        names = {
+            r"\.experts\._gate_up_proj_(qdata|scale)$": rf".experts.{up}_\1",
+            r"\.experts\._down_proj_(qdata|scale)$": rf".experts.{down}_\1",
+        }
+        return WeightsMapper(orig_to_new_regex={regex.compile(old): new for old, new in names.items()})
+
+    def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding):  # an lm_head, too; Llama gives its embedding no name
+            return self._embedding_method(layer, prefix or "model.embed_tokens")
+        if not isinstance(layer, LinearBase):
+            return None
+        sizes = layer.input_size, layer.output_size, layer.params_dtype.itemsize
+        config = self.options.of_linear(prefix, self.packed_modules_mapping, *sizes)
+        return UnquantizedLinearMethod() if config is None else RTNLinearMethod(self, config, prefix)
+
+    def _embedding_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        config = self.options.of(prefix, by_default=False)
+        if not isinstance(layer, ParallelLMHead):
+            self.embedding = config
+        elif self.tied and config != self.embedding:
+            if config is not None and self.options.default is not None:
+                raise ValueError(
+                    f"{prefix} is the embedding, too, in this model; name the embedding in a "
+                    "rule like this one, or neither"
+                )
+            config = self.embedding
+        if config is not None and self.kernel == "vllm" and not isinstance(layer, ParallelLMHead):
+            raise ValueError(
+                f"{prefix}: vLLM has no kernel for a quantized embedding; leave it float, or "
+                "drop kernel='vllm'"
+            )
+        return None if config is None else RTNLinearMethod(self, config, prefix)
+
+    def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
+        configs = self.options.of_experts(prefix)
+        if configs is None:
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        if self.kernel == "vllm":
+            raise ValueError(
+                f"{prefix}: kernel='vllm' is not supported for experts; drop it, as this library's kernels "
+                f"run them, or name {prefix!r} in "
+                "ignore to keep them float"
+            )
+        if self.options.default is None and layer.is_fused_checkpoint_transposed:
+            raise ValueError(
+                f"{prefix}: quantized experts of this model cannot be loaded; serve the float "
+                "folder, with quantization='rtn'"
+            )
+        if layer.ckpt_gate_proj_name == "w1":
+            self.experts_names = ("w13", "w2")
+        return RTNExpertsMethod(self, configs, layer, prefix)
+
+    def tell(self) -> None:
+        """Says once, when all layers are made, what is quantized.
+
+        Raises:
+            ValueError: as `Options.check`.
+        """
+        if not self.told:
+            self.told = True
+            if get_pp_group().world_size == 1:  # else this rank has only some layers
+                self.options.check()
+            logger.info(self.options.summary())
