@@ -1,7 +1,7 @@
 """`Problem`, what an op is asked to do, and `Kernel`, what may do it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -118,3 +118,7 @@ class Kernel:
     embedding: Callable[..., Tensor] = _LACKING
     quantize: Callable[..., tuple[Tensor, Tensor]] = _LACKING
     dequantize: Callable[..., Tensor] = _LACKING
+
+
+# Each op that a kernel may have, in the order in which messages name them.
+OPS = [field.name for field in fields(Kernel) if field.default is _LACKING]

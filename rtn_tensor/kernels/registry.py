@@ -16,7 +16,7 @@ from torch import Tensor
 from rtn_tensor import reference
 from rtn_tensor.formats import FLOAT_DTYPES, check_format
 from rtn_tensor.kernels import cpu, dense, triton
-from rtn_tensor.kernels.problem import Kernel, Problem, bucket, capability, device_of, make_problem
+from rtn_tensor.kernels.problem import OPS, Kernel, Problem, bucket, capability, device_of, make_problem
 from rtn_tensor.text_table import table
 from rtn_tensor.wording import with_article
 
@@ -163,15 +163,8 @@ def explain(
         ValueError: there is no such op, format or device, or `RTN_KERNEL` names a kernel that cannot run
             this.
     """
-    if (
-        not isinstance(op, str)
-        or op not in Kernel.__dataclass_fields__
-        or op in ("name", "why_not", "rounds_weight")
-    ):
-        raise ValueError(
-            f"op={op!r} is not an op; use linear, linear_dx, grouped, grouped_dx, routed, "
-            "embedding, quantize or dequantize"
-        )
+    if op not in OPS:
+        raise ValueError(f"op={op!r} is not an op; use {', '.join(OPS[:-1])} or {OPS[-1]}")
     if x is not None and not (isinstance(x, Tensor) and x.dim()):
         raise TypeError(
             f"x is {'a scalar' if isinstance(x, Tensor) else with_article(type(x).__name__)}; give a "
