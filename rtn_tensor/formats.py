@@ -114,9 +114,10 @@ def check_planes(
     for name, plane, dtypes in (("qdata", qdata, (torch.uint8,)), ("scale", scale, FLOAT_DTYPES)):
         if not isinstance(plane, Tensor):
             raise TypeError(f"{name} is {with_article(type(plane).__name__)}; it must be a tensor")
-        if plane.dtype not in dtypes or plane.layout is not torch.strided:
+        if plane.dtype not in dtypes or plane.layout is not torch.strided or plane.is_nested:
+            layout = "nested" if plane.is_nested else plane.layout
             raise TypeError(
-                f"{name} is {plane.dtype}, {plane.layout}; it must be a strided tensor of "
+                f"{name} is {plane.dtype}, {layout}; it must be a strided tensor of "
                 f"{' or '.join(map(str, dtypes))}"
             )
     if qdata.device != scale.device:

@@ -139,6 +139,7 @@ OUTS = {
     "matmul": lambda x, w, out: torch.matmul(x, w.t(), out=out),
     "addmm": lambda x, w, out: torch.addmm(torch.ones(96), x, w.t(), beta=2, out=out),
     "bmm": lambda x, w, out: torch.bmm(x[None], w.t()[None], out=out),
+    "linear": lambda x, w, out: F.linear(x, w, torch.ones(96), out=out),
 }
 
 
@@ -150,7 +151,7 @@ def test_products_into_out(name):
         assert product(X, w, out) is out
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
     with pytest.raises(
-        ValueError, match=r"out is torch.float64 of shape .* but the product is " r"torch.float32"
+        ValueError, match=r"out is torch.float64 of shape .* but the product is torch.float32 .* make it so"
     ):
         product(X, w, torch.empty(expected.shape, dtype=torch.float64))
     named = weight(*expected.shape)

@@ -23,6 +23,7 @@ from rtn_tensor.tensor.quantized import (
     on_op,
     rebuilt,
 )
+from rtn_tensor.wording import with_article
 
 
 @on_op([aten.detach.default, aten.alias.default, aten.clone.default])
@@ -248,6 +249,17 @@ def get_data(func, types, args, kwargs):
 @on_function(Tensor.data.__set__)  # type: ignore[attr-defined]
 def set_data(func, types, args, kwargs):
     w, new = args
+    if not isinstance(new, Tensor):
+        raise named_error(
+            w, f"cannot set .data to {with_article(type(new).__name__)}; give a tensor", TypeError
+        )
+    if new.is_meta and not w.qdata.is_meta:
+        raise named_error(
+            w,
+            "cannot set .data to a tensor on meta, where tensors have no numbers; put a new parameter in the "
+            "place of this one, as module.to('meta') does",
+            RuntimeError,  # as torch raises of a dense weight
+        )
     if not isinstance(new, RTNQuantizedTensor):
         if new.shape != w.shape and (w.transposed or new.dim() != 2 or new.shape[1:] != w.shape[1:]):
             raise named_error(

@@ -102,7 +102,7 @@ def _check_bias(bias: Tensor, x: Tensor, w: RTNQuantizedTensor) -> Tensor:
     """`bias` in the dtype of `x`, which `_check_operand` has seen: cast under autocast, else refused if it is
     another."""
     _check_device("bias", bias, w)
-    if bias.dtype != x.dtype:
+    if bias.dtype != x.dtype or bias.layout is not torch.strided:
         _check_kind("bias", bias, w)
         bias = _cast_by_autocast(bias, _autocast_dtype(x))
         if bias.dtype != x.dtype:
@@ -163,12 +163,25 @@ def _plus(y: Tensor, bias: Tensor, w: RTNQuantizedTensor) -> Tensor:
     return y + bias
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    if out is not None:
+        return _into(out, _linear, input, weight, bias)
     if not isinstance(weight, RTNQuantizedTensor):
-        raise TypeError(
-            f"only the weight of a linear can be quantized; got input {input!r}: call .dequantize() on it"
-        )
+        raise _no_weight("linear", input=input, bias=bias)
     return _project(input, weight, bias, not weight.transposed)
+
+
+def _no_weight(name: str, **operands: Tensor | None) -> Exception:
+    """The error of a product that has a quantized tensor among `operands`, and none as its weight."""
+    what, w = next((what, t) for what, t in operands.items() if isinstance(t, RTNQuantizedTensor))
+    return named_error(
+        w,
+        f"{name} takes a quantized tensor as its weight only, and here it is the {what}; call .dequantize() "
+        "on that",
+        TypeError,
+    )
 
 
 def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -178,7 +191,7 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return _project(a, b, bias, b.transposed)
     assert isinstance(a, RTNQuantizedTensor)
     if a.dim() == 3:
-        return _bmm(b.mT, a.mT).mT
+        return _bmm(a, b)
     if bias is not None:  # a @ b + bias, with the weight first
         y = _matmul(a, b)
         return _plus(y, _check_bias(bias, y, a), a)
@@ -188,6 +201,8 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if not (isinstance(mat1, RTNQuantizedTensor) or isinstance(mat2, RTNQuantizedTensor)):
+        raise _no_weight("addmm", input=input)
     if beta == 1 and alpha == 1:
         return _matmul(mat1, mat2, input)
     y = _matmul(mat1, mat2)
@@ -197,15 +212,16 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    if isinstance(a, RTNQuantizedTensor):
-        return _bmm(b.mT, a.mT).mT
-    assert isinstance(b, RTNQuantizedTensor)
+    w = b if isinstance(b, RTNQuantizedTensor) else a
     if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0]:
         raise named_error(
-            b,
-            f"bmm needs x [E, M, K] and a weight of E experts, got shapes {tuple(a.shape)} "
-            f"and {tuple(b.shape)}",
+            w,
+            "bmm needs x [E, M, K] and a weight of E experts, or the weight first, got shapes "
+            f"{tuple(a.shape)} and {tuple(b.shape)}; give x a row of experts, or select one expert",
         )
+    if w is a:
+        return _bmm(b.mT, a.mT).mT
+    assert isinstance(b, RTNQuantizedTensor)
     experts, m = a.shape[:2]
     offs = torch.arange(1, experts + 1, dtype=torch.int32, device=a.device) * m
     return _grouped_mm(a.flatten(0, 1), b, offs).unflatten(0, (experts, m))
@@ -245,6 +261,8 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
+    if not isinstance(weight, RTNQuantizedTensor):
+        raise _no_weight("embedding", input=input)
     if max_norm is not None:
         raise named_error(
             weight, "embedding with max_norm rewrites the weight, which a quantized one cannot; drop max_norm"
@@ -276,9 +294,10 @@ def _into(out: Tensor | None, product: Callable[..., Tensor], *args: Any, **kwar
     if out is None:
         return y
     if out.dtype != y.dtype or (out.shape != y.shape and out.numel()):
-        raise ValueError(
+        raise named_error(
+            next((t for t in args if isinstance(t, RTNQuantizedTensor)), None),
             f"out is {out.dtype} of shape {tuple(out.shape)}, but the product is {y.dtype} of "
-            f"shape {tuple(y.shape)}"
+            f"shape {tuple(y.shape)}; make it so, or leave it out",
         )
     return out.resize_(y.shape).copy_(y)
 

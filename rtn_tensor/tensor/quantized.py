@@ -149,12 +149,24 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         """An uninitialized `[..., N, K]` tensor, for `copy_` to fill; on any device, meta included."""
         check_format(bits, group_size, scale_method)
         check_dtype(dtype)
+        if not shape or not all(isinstance(n, int | torch.SymInt) for n in shape):
+            raise TypeError(f"shape is {shape}; give its sizes one by one, as in empty(4096, 1024)")
         planes = new_planes(torch.empty, shape, bits, group_size, dtype, device=device)
         return cls(*planes, bits, group_size, scale_method, shape[-1])
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The plain tensor q * S, computed in fp32 and rounded once to `dtype` (by default the tensor's), in
-        its shape."""
+        its shape.
+
+        Raises:
+            TypeError: `dtype` is none of floats.
+        """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise named_error(
+                self,
+                f"dtype is {dtype!r}; dequantize gives floats, as torch.float32 or torch.bfloat16",
+                TypeError,
+            )
         w = ops.dequantize(
             self.qdata, self.scale, self.bits, self.group_size, self.in_features, dtype or self.scale.dtype
         )
@@ -305,6 +317,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
             return func(*args, **kwargs)
         w = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, RTNQuantizedTensor))
         way_out = f"call it on .dequantize(), which gives a plain tensor{or_float(w)}"
+        if func._schema.is_mutable:
+            way_out = "compute the new numbers on .dequantize(), and copy_ them into the weight"
         raise named_error(w, f"{cls.__name__} does not implement {func}; {way_out}", NotImplementedError)
 
 

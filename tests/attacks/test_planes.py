@@ -171,3 +171,14 @@ def test_numbers_that_begin_inside_a_number(dtype):
     assert torch.equal(RTNQuantizedTensor.from_float(misaligned(w), 4, 32).dequantize(), whole.dequantize())
     moved.copy_(w * 2)
     assert torch.equal(moved.dequantize(), RTNQuantizedTensor.from_float(w * 2, 4, 32).dequantize())
+
+
+@pytest.mark.parametrize("plane", ["qdata", "scale"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_plane_that_is_nested(plane):
+    """It is strided, too, by what torch says of its layout, and has no sizes."""
+    whole = RTNQuantizedTensor.from_float(torch.randn(8, 64), 4, 32)
+    planes = {"qdata": whole.qdata, "scale": whole.scale}
+    planes[plane] = torch.nested.nested_tensor([planes[plane]])
+    with pytest.raises(TypeError, match=rf"{plane} is torch\.\w+, nested; it must be a strided tensor"):
+        RTNQuantizedTensor(**planes, bits=4, group_size=32, scale_method="absmax", in_features=64)

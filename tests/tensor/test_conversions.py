@@ -81,6 +81,8 @@ def test_dtypes_that_cannot_be_raise_and_change_nothing():
         message(ValueError, module.half),
         message(TypeError, module.double),
         message(TypeError, lambda: module.weight.to(torch.int8)),
+        message(TypeError, lambda: module.weight.dequantize(torch.int8)),
+        message(TypeError, lambda: module.weight.dequantize("float32")),
     ]
     assert module.weight.dtype == module.bias.dtype == torch.float32
     assert_same(module.weight.dequantize(), torch.full((1, 32), module.weight.scale.item() * 7))
@@ -89,7 +91,9 @@ def test_dtypes_that_cannot_be_raise_and_change_nothing():
         """\
 up_proj.weight: a scale of 1.33e+08 overflows torch.float16; keep torch.float32, or use torch.bfloat16
 up_proj.weight: dtype torch.float64 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
-up_proj.weight: dtype torch.int8 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16""",
+up_proj.weight: dtype torch.int8 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
+up_proj.weight: dtype is torch.int8; dequantize gives floats, as torch.float32 or torch.bfloat16
+up_proj.weight: dtype is 'float32'; dequantize gives floats, as torch.float32 or torch.bfloat16""",
     )
 
 
@@ -221,6 +225,8 @@ def test_from_float_errors():
         message(ValueError, lambda: RTNQuantizedTensor.from_float(torch.tensor(1.0))),
         message(TypeError, lambda: RTNQuantizedTensor.empty(6, 96, dtype=torch.float64)),
         message(ValueError, lambda: RTNQuantizedTensor.empty(6, 96, bits=5)),
+        message(TypeError, lambda: RTNQuantizedTensor.empty()),
+        message(TypeError, lambda: RTNQuantizedTensor.empty((6, 96))),
     ]
     assert_expected_inline(
         "\n".join(errors),
@@ -234,7 +240,9 @@ group_size=48 is not supported; use a multiple of 32 (32, 64 and 128 are usual),
 scale_method='mse' is not supported; use one of 'absmax', 'signed', 'search'
 cannot quantize a tensor without dims; give a weight [..., N, K]
 dtype torch.float64 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
-bits=5 is not supported; use 4 or 8""",
+bits=5 is not supported; use 4 or 8
+shape is (); give its sizes one by one, as in empty(4096, 1024)
+shape is ((6, 96),); give its sizes one by one, as in empty(4096, 1024)""",
     )
 
 

@@ -114,6 +114,11 @@ def test_wrong_operands():
         "row in linear": message(ValueError, lambda: F.linear(x, w[0])),
         "quantized x": message(TypeError, lambda: F.linear(w, w)),
         "quantized input": message(TypeError, lambda: F.linear(w, x)),
+        "quantized bias": message(TypeError, lambda: F.linear(x, x, named[0])),
+        "quantized sum": message(TypeError, lambda: torch.addmm(named, x, x.mT)),
+        "quantized indices": message(TypeError, lambda: F.embedding(named, x)),
+        "sparse bias": message(TypeError, lambda: F.linear(x, named, torch.zeros(6).to_sparse())),
+        "experts times a row": message(ValueError, lambda: experts @ x[0]),
         "bmm of 2-D x": message(ValueError, lambda: x @ experts.mT),
         "grouped of 3-D x": message(
             ValueError, lambda: F.grouped_mm(x[None], experts.mT, offs=torch.tensor([3], dtype=torch.int32))
@@ -139,8 +144,13 @@ mm of untransposed: x of shape (3, 96) does not fit a weight of shape (6, 96): i
 experts in linear: linear needs a 2-D weight, got shape (2, 6, 96); for experts use bmm or grouped_mm, or select one
 row in linear: linear needs a 2-D weight, got shape (96,); for experts use bmm or grouped_mm, or select one
 quantized x: a quantized tensor cannot multiply a quantized tensor; call .dequantize() on the activation
-quantized input: only the weight of a linear can be quantized; got input RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, dtype=torch.float32, device='cpu'): call .dequantize() on it
-bmm of 2-D x: bmm needs x [E, M, K] and a weight of E experts, got shapes (3, 96) and (2, 96, 6)
+quantized input: linear takes a quantized tensor as its weight only, and here it is the input; call .dequantize() on that
+quantized bias: layers.3.mlp.down_proj.weight: linear takes a quantized tensor as its weight only, and here it is the bias; call .dequantize() on that
+quantized sum: layers.3.mlp.down_proj.weight: addmm takes a quantized tensor as its weight only, and here it is the input; call .dequantize() on that
+quantized indices: layers.3.mlp.down_proj.weight: embedding takes a quantized tensor as its weight only, and here it is the input; call .dequantize() on that
+sparse bias: layers.3.mlp.down_proj.weight: bias is of torch.sparse_coo, where a dense tensor is needed; use .to_dense()
+experts times a row: bmm needs x [E, M, K] and a weight of E experts, or the weight first, got shapes (2, 6, 96) and (96,); give x a row of experts, or select one expert
+bmm of 2-D x: bmm needs x [E, M, K] and a weight of E experts, or the weight first, got shapes (3, 96) and (2, 96, 6); give x a row of experts, or select one expert
 grouped of 3-D x: grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes (1, 3, 96), (2, 96, 6)
 grouped without offs: grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes (3, 96), (2, 96, 6)
 embedding of transposed: embedding needs a 2-D weight that is not transposed, got RTNQuantizedTensor(shape=(96, 6), bits=4, group_size=32, transposed=True, dtype=torch.float32, device='cpu')
@@ -161,8 +171,11 @@ def test_unknown_op_names_itself_and_the_way_out():
         message(NotImplementedError, lambda: w + 1),
         """RTNQuantizedTensor does not implement aten.add.Tensor; call it on .dequantize(), which gives a plain tensor""",
     )
-    for fn in (torch.sum, torch.abs, torch.ones_like, torch.zero_, nn.init.normal_):
-        with pytest.raises(NotImplementedError, match="dequantize"):
+    for fn in (torch.sum, torch.abs, torch.ones_like):
+        with pytest.raises(NotImplementedError, match=r"call it on .dequantize\(\)"):
+            fn(w)
+    for fn in (torch.zero_, nn.init.normal_, lambda w: torch.add(w.dequantize(), 1, out=w)):
+        with pytest.raises(NotImplementedError, match=r"on .dequantize\(\), and copy_ them into the weight"):
             fn(w)
 
 

@@ -263,13 +263,20 @@ def test_data_takes_a_cast_of_itself_and_a_vector():
 
 @pytest.mark.parametrize(
     ("new", "error"),
-    [(torch.ones(0), ValueError), (torch.ones(6, 96, dtype=torch.int8), TypeError)],
-    ids=["shape", "dtype"],
+    [
+        (torch.ones(0), ValueError),
+        (torch.ones(6, 96, dtype=torch.int8), TypeError),
+        (torch.ones(6, 96, device="meta"), RuntimeError),
+        (gaussian(6, 96).to("meta"), RuntimeError),
+        (None, TypeError),
+    ],
+    ids=["shape", "dtype", "meta", "quantized-on-meta", "none"],
 )
 def test_data_refuses(new, error):
     w = gaussian(6, 96)
+    w.fqn = "up"
     before = w.dequantize()
-    with pytest.raises(error, match=r"cannot set \.data|not supported"):
+    with pytest.raises(error, match=r"^up: (cannot set \.data to|dtype torch.int8 is not supported)"):
         w.data = new
     assert_same(w.dequantize(), before)
 
