@@ -14,7 +14,8 @@ SERVING := .venv-vllm/bin
 SERVING_INSTALLED := .venv-vllm/installed
 DOCS := .venv-docs/bin
 DOCS_INSTALLED := .venv-docs/installed
-INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -k "triton or interpreter" $(addprefix tests/test_,kernels.py triton.py gpu_benchmark.py)
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -k "triton or interpreter" \
+	tests/kernels/test_kernels.py tests/kernels/test_triton.py tests/benchmarks/test_gpu_benchmark.py
 
 .PHONY: demo test test-slow test-all test-serving test-versions docs wheels clean interpreted interpreted-earliest compiled-earliest
 
@@ -35,7 +36,7 @@ interpreted-earliest:
 	$(EARLIEST) $(INTERPRETED)
 
 compiled-earliest:
-	$(EARLIEST) $(BIN)/pytest tests/test_triton_sass.py -m "not slow"
+	$(EARLIEST) $(BIN)/pytest tests/kernels/test_triton_sass.py -m "not slow"
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow

@@ -109,7 +109,7 @@ def test_the_aarch64_library_under_emulation(tmp_path):
         "slow",
         "-k",
         "aarch64 and bfloat16",
-        "tests/test_cpu.py",
+        "tests/kernels/test_cpu.py",
     ]
     out = run(*command, cwd=ROOT, env=os.environ | {"RTN_AARCH64_LIBRARY": library})
     summary = out.splitlines()[-1]

@@ -125,8 +125,8 @@ DENSE_FROM = 2048
 
 
 def by_rule(shape: Shape, gpu: Gpu) -> Config | None:
-    """A configuration that the compiler makes well of on Hopper (see tests/test_triton_sass.py), sized to the
-    GPU. Not measured yet."""
+    """A configuration that the compiler makes well of on Hopper (see tests/kernels/test_triton_sass.py),
+    sized to the GPU. Not measured yet."""
     m, n, k = (max(size, 1) for size in (shape.M, shape.N, shape.K))
     if shape.itemsize == 4:  # no tensor cores for exact fp32
         config = Config(16 if m <= 16 else 32, 64, 32, 1, takes(32, shape.group_size, True), 4, 2)

@@ -4,7 +4,7 @@ along K.
 The plane is read as int16 words `[N, K * bits / 16]`; formats.py says which field of which word is which k. A
 plain 2-D tile of it becomes 16-byte cp.async, ldmatrix and, as the left-hand side of `tl.dot`, wgmma with the
 weights in registers: after the inline assembly everything is a renaming of registers.
-tests/test_triton_sass.py holds the compiler to that.
+tests/kernels/test_triton_sass.py holds the compiler to that.
 """
 
 import triton

@@ -25,7 +25,7 @@ from rtn_tensor import RTNQuantizedTensor, ops, reference
 from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups
 from rtn_tensor.kernels import cpu, registry
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
 setup = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup)
@@ -54,7 +54,7 @@ AARCH64_LIBRARY = os.environ.get("RTN_AARCH64_LIBRARY")  # one that was built al
 
 
 class Driver:
-    """In the place of `cpu.library()`: hands each call, with its buffers, to tests/cpu_driver.cpp in a
+    """In the place of `cpu.library()`: hands each call, with its buffers, to tests/kernels/cpu_driver.cpp in a
     process of its own."""
 
     def __init__(self, *command):
@@ -168,7 +168,7 @@ def command_of(tmp_path_factory):
     @functools.cache
     def command(how):
         folder = tmp_path_factory.mktemp(how)
-        driver, program = {"tests/cpu_driver.cpp": []}, str(folder / "driver")
+        driver, program = {"tests/kernels/cpu_driver.cpp": []}, str(folder / "driver")
         if how == "aarch64":
             need("aarch64-linux-gnu-g++", EMULATOR[0])
             compiler, flags, start = "aarch64-linux-gnu-g++", ["-O3"], EMULATOR

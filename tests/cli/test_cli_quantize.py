@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from test_new_folder import tree
+from file_tree import tree
 from tiny_llama import tiny_llama, tiny_tokenizer
 
 from rtn_tensor import load

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.dlpack
+from test_inputs import NAME, numbers, weight
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchao.quantization import quantize_ as torchao_quantize_
 
 from rtn_tensor import RTNQuantizedTensor, dequantize_, quantize_, report, rtn_int4, rtn_int8
 from rtn_tensor import save as rtn_save
-from tests.test_inputs import NAME, numbers, weight
 
 
 def model() -> nn.Sequential:
@@ -41,7 +41,7 @@ def test_bytes_are_those_of_the_planes(config):
 
 
 def test_memory_footprint_of_transformers():
-    from tests.tiny_llama import tiny_llama
+    from tiny_llama import tiny_llama
 
     m = tiny_llama()
     quantize_(m, rtn_int4(32))

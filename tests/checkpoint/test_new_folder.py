@@ -8,23 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from file_tree import tree
 from tiny_llama import tiny_llama
 from torch import nn
 
 from rtn_tensor import load, quantize_, rtn_int4, save
 from rtn_tensor.checkpoint.folders import new_folder
-
-
-def tree(folder):
-    """Every path below, with a file's content and a link's target."""
-    return {
-        str(path.relative_to(folder)): os.readlink(path)
-        if path.is_symlink()
-        else path.read_bytes()
-        if path.is_file()
-        else None
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def a_file(at):

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning"),
 ]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
