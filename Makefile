@@ -15,7 +15,7 @@ SERVING_INSTALLED := .venv-vllm/installed
 DOCS := .venv-docs/bin
 DOCS_INSTALLED := .venv-docs/installed
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -k "triton or interpreter" \
-	tests/kernels/test_kernels.py tests/kernels/test_triton.py tests/benchmarks/test_gpu_benchmark.py
+	$(addprefix tests/kernels/test_,kernels.py choice.py triton.py) tests/benchmarks/test_gpu_benchmark_checks.py
 
 .PHONY: demo test test-slow test-all test-serving test-versions docs wheels clean interpreted interpreted-earliest compiled-earliest
 
@@ -47,7 +47,7 @@ test-all: test test-slow
 test-serving: $(INSTALLED) $(SERVING_INSTALLED)
 	@$(BIN)/python -c "from benchmarks.real_model import smollm2; smollm2()"
 	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_sglang.py
-	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_vllm.py tests/serving/test_vllm_kernels.py
+	$(SERVING)/python -m pytest -q -W ignore tests/serving/test_vllm*.py
 
 # The tests with the oldest and the newest torch, which are CUDA builds of 5 GB each, and transformers. VERSIONED names the tests, if not all.
 VERSIONED ?= tests

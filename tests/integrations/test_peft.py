@@ -1,218 +1,38 @@
-"""Adapters of PEFT over quantized weights, trained by hand and by transformers' Trainer."""
+"""Adapters of PEFT over quantized weights: merged, saved and loaded."""
 
 import pytest
 import torch
+from adapters import (
+    BITS,
+    DOORS,
+    IDS,
+    adapted,
+    assert_untouched,
+    by_quantize_,
+    by_transformers,
+    logits,
+    lora,
+    planes,
+    train,
+)
 from peft_version import skip_if_transformers_refuses_it
 from tiny_llama import tiny_llama
 from torch import nn
 from torchao.quantization import FqnToConfig
-from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, rtn, rtn_int4, rtn_int8
+from rtn_tensor import RTNQuantizedTensor, dequantize_, quantize_, rtn, rtn_int4, rtn_int8
 
 peft = pytest.importorskip("peft")
 
 # PEFT still asks transformers for it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-IDS = torch.tensor([[5, 77, 130, 9, 201, 64], [8, 9, 64, 3, 17, 300]])
-BITS = pytest.mark.parametrize("bits", [4, 8])
-
 
 @pytest.fixture
 def folder(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "float")
     return tmp_path / "float"
-
-
-def by_transformers(folder, config):
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(config))
-
-
-def by_load(folder, config):
-    return load(folder, config)
-
-
-def by_quantize_(folder, config):
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    quantize_(model, config, lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head")
-    return model
-
-
-DOORS = pytest.mark.parametrize("door", [by_transformers, by_load, by_quantize_])
-
-
-def lora(**kwargs):
-    return peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **kwargs
-    )
-
-
-def adapted(model, config=None):
-    return peft.get_peft_model(model, config or lora())
-
-
-def planes(model):
-    """Copies of all that is quantized."""
-    found = [p for p in model.parameters() if isinstance(p, RTNQuantizedTensor)]
-    assert len(found) == 14
-    return [(w.qdata.clone(), w.scale.clone()) for w in found]
-
-
-def assert_untouched(model, before):
-    for (qdata, scale), (old_qdata, old_scale) in zip(planes(model), before, strict=True):
-        assert torch.equal(qdata, old_qdata)
-        assert torch.equal(scale, old_scale)
-
-
-def train(model, steps=6):
-    """The first loss and the last."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert trained
-    assert all("lora_" in name for name in trained)
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    losses = []
-    for _ in range(steps):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trained)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses[0], losses[-1]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
-
-
-# -------------------------------------------------------------------------------- training
-
-
-@BITS
-@DOORS
-def test_lora_trains_over_frozen_weights(folder, door, bits):
-    model = adapted(door(folder, rtn(bits, 64)))
-    before = planes(model)
-    first, last = train(model)
-    assert last < 0.9 * first
-    assert_untouched(model, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lora_over_half_precision(folder, dtype):
-    config = TorchAoConfig(rtn_int4(64))
-    model = adapted(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype))
-    # PEFT keeps adapters exact.
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
-    before = planes(model)
-    first, last = train(model)
-    assert last < 0.9 * first
-    assert_untouched(model, before)
-
-
-def test_gradients_are_those_of_the_dequantized_model(folder):
-    """The adapters of a model whose weights are q * S in plain float get the same gradients."""
-    quantized = adapted(by_transformers(folder, rtn_int4(64)), lora(init_lora_weights=False))
-    plain = AutoModelForCausalLM.from_pretrained(folder)
-    quantize_(plain, rtn_int4(64), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head")
-    dequantize_(plain)
-    plain = peft.get_peft_model(plain, lora())
-    peft.set_peft_model_state_dict(plain, peft.get_peft_model_state_dict(quantized))
-    for model in (quantized, plain):
-        model(IDS, labels=IDS).loss.backward()
-    gradients = {name: p.grad for name, p in quantized.named_parameters() if p.grad is not None}
-    assert len(gradients) == 8
-    for name, gradient in gradients.items():
-        assert gradient.abs().max() > 0
-        expected = plain.get_parameter(name).grad
-        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("init", ["olora", "pissa", "pissa_niter_4"])
-def test_initializations_from_the_weight_name_it(folder, init):
-    """They fail as they are attached, before anything is trained."""
-    model = by_quantize_(folder, rtn_int4(64))
-    with pytest.raises(
-        NotImplementedError,
-        match=r"q_proj.weight: .* call it on .dequantize\(\).* stays " r"float by the rule",
-    ):
-        peft.get_peft_model(model, lora(init_lora_weights=init))
-
-
-# ------------------------------------------------------------------- transformers' Trainer
-
-
-def trainer(model, folder, **kwargs):
-    data = [{"input_ids": ids, "labels": ids} for ids in IDS]
-    options = {
-        "max_steps": 6,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-    }
-    options |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True} | kwargs
-    return Trainer(model, TrainingArguments(str(folder / "trainer"), **options), train_dataset=data)
-
-
-def losses(trained):
-    found = [line["loss"] for line in trained.state.log_history if "loss" in line]
-    return found[0], found[-1]
-
-
-@BITS
-@DOORS
-def test_trainer(folder, door, bits):
-    """transformers goes by the name of the config: of its own door's models it trains adapters that PEFT put
-    there over int8 alone."""
-    model = adapted(door(folder, rtn(bits, 64)))
-    if door is by_transformers and bits == 4:
-        with pytest.raises(ValueError, match="that quantization method do not support training"):
-            trainer(model, folder)
-        return
-    before = planes(model)
-    trained = trainer(model, folder)
-    trained.train()
-    first, last = losses(trained)
-    assert last < 0.9 * first
-    assert_untouched(model, before)
-
-
-@BITS
-def test_trainer_over_an_adapter_that_transformers_put_there(folder, bits):
-    model = by_transformers(folder, rtn(bits, 64))
-    skip_if_transformers_refuses_it()
-    model.add_adapter(lora())
-    before = planes(model)
-    trained = trainer(model, folder)
-    trained.train()
-    first, last = losses(trained)
-    assert last < 0.9 * first
-    assert_untouched(model, before)
-    trained.save_model(folder / "adapter")
-    again = by_transformers(folder, rtn(bits, 64))
-    again.load_adapter(folder / "adapter")
-    assert torch.equal(logits(again), logits(model))
-
-
-def test_trainer_goes_on_from_its_checkpoint(folder):
-    def fresh():
-        torch.manual_seed(0)
-        return adapted(by_load(folder, rtn_int4(64)))
-
-    whole = trainer(fresh(), folder / "whole")
-    whole.train()
-    trainer(fresh(), folder / "parts", max_steps=6, save_strategy="steps", save_steps=3).train()
-    assert not list((folder / "parts").rglob("model*.safetensors"))  # the base is not written each time
-    rest = trainer(fresh(), folder / "parts")
-    rest.train(resume_from_checkpoint=str(folder / "parts" / "trainer" / "checkpoint-3"))
-    assert rest.state.global_step == 6
-    assert torch.equal(logits(rest.model), logits(whole.model))
-
-
-# ------------------------------------------------------------------------- merging, saving
 
 
 @BITS

@@ -1,36 +1,36 @@
 """The C++ library of the CPU kernels in every instruction set: as installed, under AddressSanitizer and
-UndefinedBehaviorSanitizer, and for aarch64 in an emulator. Then its threads."""
+UndefinedBehaviorSanitizer, and for aarch64 in an emulator."""
 
-import contextlib
-import ctypes
 import functools
-import importlib.util
 import os
 import platform
-import shutil
-import struct
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from bounds import Planes, activations, assert_linear_close, random_planes
+from cpu_library import (
+    AARCH64_LIBRARY,
+    DTYPES,
+    EMULATOR,
+    ROOT,
+    SANITIZERS,
+    WARNINGS,
+    Driver,
+    assert_same,
+    each_bits,
+    each_dtype,
+    isas,
+    need,
+    need_library,
+    setup,
+)
 
-from rtn_tensor import RTNQuantizedTensor, ops, reference
+from rtn_tensor import reference
 from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups
-from rtn_tensor.kernels import cpu, registry
+from rtn_tensor.kernels import cpu
 
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
-setup = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(setup)
-
-DTYPES = list(cpu.DTYPE_CODES)
 GROUP_SIZES = [32, 64, 96, 128, -1]
 # Tokens below, at and above a tile of every instruction set, then more than a block of them and than a block
 # of K.
@@ -38,127 +38,7 @@ SHAPES = [*product((0, 1, 2, 3, 12, 13, 17, 24, 25, 200), (1, 5, 33, 100), (32, 
 # Several steps along K; blocks of rows that share them, and runs of tokens.
 LONG = [(25, 300, 2100), (600, 33, 2100)]
 
-each_bits = pytest.mark.parametrize("bits", FORMATS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_group_size = pytest.mark.parametrize("group_size", GROUP_SIZES)
-
-
-# ------------------------------------------------------------------ where the library runs
-
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
-if platform.machine() == "x86_64":
-    WARNINGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 finds them in its own intrinsics
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-EMULATOR = ["qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
-AARCH64_LIBRARY = os.environ.get("RTN_AARCH64_LIBRARY")  # one that was built already, as tests/wheels has it
-
-
-class Driver:
-    """In the place of `cpu.library()`: hands each call, with its buffers, to tests/kernels/cpu_driver.cpp in a
-    process of its own."""
-
-    def __init__(self, *command):
-        self.errors = tempfile.TemporaryFile()
-        environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment
-        )
-        self.available = self._read(8) == bytes(8)
-
-    def close(self):
-        self.process.communicate()
-        self.errors.close()
-
-    def _read(self, size):
-        data = self.process.stdout.read(size)
-        if len(data) < size:
-            self.errors.seek(0)
-            raise AssertionError(
-                f"the driver ended: {self.process.wait()}\n{self.errors.read(10000).decode()}"
-            )
-        return data
-
-    def _call(self, function, fields, extents, written):
-        sizes = [extent if address else -1 for extent, address in zip(extents, fields, strict=False)]
-        request = [struct.pack(f"={len(fields) + 1}q", function, *sizes, *fields[len(sizes) :])]
-        request += [
-            ctypes.string_at(address, size) for address, size in zip(fields, sizes, strict=False) if size > 0
-        ]
-        with contextlib.suppress(BrokenPipeError):  # then reading says why
-            self.process.stdin.write(b"".join(request))
-            self.process.stdin.flush()
-        (status,) = struct.unpack("=q", self._read(8))
-        for b in written:
-            ctypes.memmove(fields[b], self._read(max(sizes[b], 0)), max(sizes[b], 0))
-        return status
-
-    def rtn_linear(self, arguments):
-        fields = cpu._LINEAR.unpack(arguments)
-        (
-            m,
-            n,
-            k,
-            experts,
-            bits,
-            group_size,
-            dtype,
-            scale_dtype,
-            x_stride,
-            y_stride,
-            q_stride,
-            q_expert,
-            s_stride,
-            s_expert,
-        ) = fields[6:20]
-        extents = [
-            _extent(dtype, (m, x_stride), (k, 1)),
-            _extent(None, (experts, q_expert), (n, q_stride), (FORMATS[bits].row_bytes(k), 1)),
-            _extent(scale_dtype, (experts, s_expert), (n, s_stride), (groups(k, group_size), 1)),
-            _extent(dtype, (n, 1)),
-            _extent(dtype, (m, y_stride), (n, 1)),
-            4 * experts,
-        ]
-        return self._call(0, fields, extents, [4])
-
-    def _planes(self, function, arguments, written):
-        fields = cpu._PLANES.unpack(arguments)
-        indices, rows, k, bits, group_size, dtype, scale_dtype, w_stride, q_stride, s_stride = fields[3:13]
-        plane_rows = 1 + max((ctypes.c_int64 * rows).from_address(indices)) if indices else rows
-        extents = [
-            _extent(dtype, (rows, w_stride), (k, 1)),
-            _extent(None, (plane_rows, q_stride), (FORMATS[bits].row_bytes(k), 1)),
-            _extent(scale_dtype, (plane_rows, s_stride), (groups(k, group_size), 1)),
-            8 * rows,
-        ]
-        return self._call(function, fields, extents, written)
-
-    def rtn_quantize(self, arguments):
-        return self._planes(1, arguments, [1, 2])
-
-    def rtn_dequantize(self, arguments):
-        return self._planes(2, arguments, [0])
-
-
-def _extent(dtype, *dims):
-    """Bytes from the first element to the last of dims (size, stride)."""
-    element = 1 if dtype is None else DTYPES[dtype].itemsize
-    return (
-        element * (1 + sum((size - 1) * stride for size, stride in dims))
-        if all(size for size, _ in dims)
-        else 0
-    )
-
-
-def isas(machine):
-    return [
-        Path(source).stem[4:] for source in setup.sources(machine) if Path(source).stem.startswith("isa_")
-    ]
-
-
-def need(*tools):
-    for tool in tools:
-        if not shutil.which(tool):
-            pytest.skip(f"{tool} is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +85,6 @@ def command_of(tmp_path_factory):
         return [*start, program]
 
     return command
-
-
-def need_library():
-    if not cpu.LIBRARY.exists():
-        pytest.skip("the C++ library was not built")
 
 
 @pytest.fixture(
@@ -268,9 +143,6 @@ def _poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-# -------------------------------------------------------------- products, within the bound
 
 
 def check(x, w, bias=None):
@@ -343,17 +215,6 @@ def test_grouped(library, dtype, bits, group_size):
         for e, (start, end) in enumerate(pairwise([0, *ends])):
             assert_linear_close(y[start:end], x[start:end], w.exact()[e])
         assert torch.equal(y[ends[-1] :], torch.zeros_like(y[ends[-1] :]))
-
-
-# ------------------------------------------------------------- ops without sums: bit-exact
-
-
-def assert_same(got, expected):
-    """Bit for bit, the sign of zero included; any NaN is a NaN."""
-    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
-    as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[got.itemsize]
-    same = (got.view(as_integers) == expected.view(as_integers)) | (got.isnan() & expected.isnan())
-    assert same.all(), f"{got[~same][:4]} instead of {expected[~same][:4]}"
 
 
 def awkward_weight(k, dtype):
@@ -456,249 +317,3 @@ def test_set_isa_refuses_what_there_is_not():
         with pytest.raises(ValueError, match=f"'{name}' is not available here; {before} is in use"):
             cpu.set_isa(name)
     assert cpu.isa() == before
-
-
-# ------------------------------------------------- from torch's dispatcher, without Python
-
-needs_library = pytest.mark.skipif(cpu.library() is None, reason="the C++ library was not built")
-
-
-@pytest.fixture
-def no_python(monkeypatch):
-    """Whatever would choose a kernel in Python fails."""
-
-    def fail(*args):
-        raise AssertionError("a kernel was chosen in Python")
-
-    monkeypatch.delenv("RTN_KERNEL", raising=False)
-    monkeypatch.setattr(ops, "make_problem", fail)
-
-
-@needs_library
-@pytest.mark.parametrize("call", [torch.ops.rtn.linear.default, ops.linear], ids=["dispatched", "eager"])
-@each_dtype
-def test_product_without_python(call, dtype, no_python):
-    w = random_planes(33, 100, group_size=32, dtype=dtype)
-    bias = torch.randn(33).to(dtype)
-    wide = activations(6, 116, dtype)
-    for x in (
-        wide[:, 8:108],
-        wide[:, :100].contiguous().view(2, 3, 100),
-        wide[0, :100],
-        wide[:0, :100],
-        wide[:5, :100].contiguous().view(5, 1, 1, 100),
-    ):
-        for b in (None, bias):
-            with torch.no_grad():
-                y = call(x, w.qdata, w.scale, b, 4, 32)
-            expected = cpu.linear(x.reshape(-1, 100), w.qdata, w.scale, b, 4, 32).view(*x.shape[:-1], 33)
-            assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), dtype)
-            assert torch.equal(y, expected)
-
-
-def interrupt(problem):
-    raise KeyboardInterrupt
-
-
-@needs_library
-def test_what_cpp_does_not_take_goes_through_python(monkeypatch):
-    monkeypatch.delenv("RTN_KERNEL", raising=False)
-    w, x = random_planes(33, 64, group_size=32), activations(6, 64, torch.float32)
-    planes = (w.qdata, w.scale, None, 4, 32)
-    expected = torch.ops.rtn.linear(x, *planes)
-    columns = x.t().contiguous().t()  # no row of it is dense
-    sliced = x.repeat(1, 2).view(2, 3, 128)[..., :64]
-    asked = []
-    monkeypatch.setattr(ops, "choose", lambda problem: asked.append(problem.M) or registry.choose(problem))
-    with torch.no_grad():
-        assert torch.equal(torch.ops.rtn.linear(columns, *planes), expected)
-        assert torch.equal(ops.linear(columns, *planes), expected)
-        assert torch.equal(torch.ops.rtn.linear(sliced, *planes), expected.view(2, 3, 33))
-        assert len(asked) == 3
-        qdata, scale = (t.t().contiguous().t() for t in (w.qdata, w.scale))
-        assert torch.equal(ops.linear(x, qdata, scale, None, 4, 32), expected)
-        asked.pop()
-        monkeypatch.setenv("RTN_KERNEL", "reference")
-        torch.ops.rtn.linear(x, *planes)
-        assert len(asked) == 4
-        monkeypatch.setenv("RTN_KERNEL", "nothing")
-        with pytest.raises(ValueError, match="RTN_KERNEL='nothing' names no kernel"):
-            ops.linear(x, *planes)
-        # The latter before torch 2.13.
-        with pytest.raises(RuntimeError, match="RTN_KERNEL='nothing' names no kernel|printed above"):
-            torch.ops.rtn.linear(x, *planes)
-        monkeypatch.setattr(ops, "choose", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            ops.linear(x, *planes)
-
-
-@needs_library
-def test_the_cpp_op_gives_its_tensors_back(monkeypatch):
-    """Each argument comes to it with a reference of its own."""
-    w, x, bias = random_planes(33, 64, group_size=32), activations(6, 64, torch.float32), torch.randn(33)
-    tensors = (x, w.qdata, w.scale, bias)
-
-    def uses():
-        return [torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in tensors]
-
-    before = uses()
-    for forced in ("", "reference"):
-        monkeypatch.setenv("RTN_KERNEL", forced) if forced else monkeypatch.delenv(
-            "RTN_KERNEL", raising=False
-        )
-        y = [torch.ops.rtn.linear(*tensors, 4, 32) for _ in range(3)]
-        assert torch._C._storage_Use_Count(y[0].untyped_storage()._cdata) <= 2  # ours, and the asking
-        assert uses() == before
-
-
-# ------------------------------------------------------------------- threads and processes
-
-
-@pytest.fixture
-def threads():
-    need_library()
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@each_bits
-@each_dtype
-def test_threads_do_not_change_a_bit(threads, dtype, bits):
-    w, offs = (
-        random_planes(3, 1000, 576, bits=bits, group_size=96, dtype=dtype),
-        torch.tensor([100, 101, 290], dtype=torch.int32),
-    )
-    x = activations(300, 576, dtype)
-
-    def results():
-        yield from (cpu.linear(x[:m], w.qdata[0], w.scale[0], None, bits, 96) for m in (1, 3, 20, 300))
-        yield cpu.grouped(x, w.qdata, w.scale, offs, bits, 96)
-        yield from cpu.quantize(x, bits, 96, "absmax", dtype)
-        yield cpu.dequantize(w.qdata, w.scale, bits, 96, 576, dtype)
-
-    threads(1)
-    alone = list(results())
-    threads(2)
-    for one, two in zip(alone, results(), strict=True):
-        assert_same(two, one)
-
-
-def test_python_threads_at_once(threads):
-    threads(2)
-    problems = []
-    for m, n, k, bits, dtype in product((1, 5, 40), (33, 300), (100, 640), FORMATS, DTYPES):
-        weight = RTNQuantizedTensor.from_float(torch.randn(n, k).to(dtype), bits, 32)
-        x = activations(m, k, dtype)
-        problems.append((x, weight, F.linear(x, weight)))
-
-    def run(seed):
-        order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(seed)).tolist()
-        for x, weight, expected in (problems[i] for i in order * 5):
-            assert torch.equal(F.linear(x, weight), expected)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(run, range(4)))
-
-
-def run_python(script, cwd=ROOT, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-
-START = """
-import os, signal
-import torch
-import torch.nn.functional as F
-from rtn_tensor import RTNQuantizedTensor
-from rtn_tensor.kernels import cpu
-
-def count():
-    return len(os.listdir("/proc/self/task"))
-
-torch.set_num_threads(1)
-weight = RTNQuantizedTensor.from_float(torch.randn(512, 96), 4, 32)
-x = torch.randn(8, 96)
-expected = F.linear(x, weight)
-
-def check():
-    assert torch.equal(F.linear(x, weight), expected)
-"""
-
-
-@needs_linux
-def test_one_openmp_runtime_and_its_threads():
-    """As many threads as torch was told, all of the runtime that torch itself uses."""
-    need_library()
-    out = run_python(
-        START
-        + """
-counts = [count()]
-for threads in (1, 3):
-    torch.set_num_threads(threads)
-    check()
-    counts.append(count())
-assert counts[1] == counts[0] and counts[2] == counts[0] + 2, counts
-(torch.randn(1000, 1000) @ torch.randn(1000, 1000)).sum()
-assert cpu.library().rtn_has_threads() == 1
-with open("/proc/self/maps") as maps:
-    paths = {line.split()[-1] for line in maps}
-print(*[name for name in map(os.path.basename, paths) if name.startswith(("libgomp", "libomp", "libiomp"))])
-"""
-    )
-    assert len(out.split()) == 1, out
-
-
-FORK = """
-def in_a_child():
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        torch.set_num_threads(2)
-        check()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-torch.set_num_threads(2)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.parametrize("used_by", ["the library", "torch alone"])
-def test_fork_after_threads(used_by):
-    """An OpenMP pool does not survive a fork: a child that asks the one it inherits would wait forever."""
-    need_library()
-    use = "check()" if used_by == "the library" else "torch.randn(10**6).exp_()"
-    run_python(START + FORK + use + "\nin_a_child()\ncheck()\nin_a_child()")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_dataloader_workers():
-    need_library()
-    run_python(
-        START
-        + """
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-    def __getitem__(self, i):
-        torch.set_num_threads(2)
-        return F.linear(x[i : i + 1], weight)[0]
-
-torch.set_num_threads(2)
-check()
-loader = torch.utils.data.DataLoader(Rows(), batch_size=4, num_workers=2, multiprocessing_context="fork", timeout=60)
-torch.testing.assert_close(torch.cat(list(loader)), expected)
-check()
-"""
-    )

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import Planes, activations, assert_linear_close
+from cpu_library import ROOT, isas, need, need_library, run_python, setup
 from expecttest import assert_expected_inline
-from test_cpu import ROOT, isas, need, need_library, run_python, setup
 
 import rtn_tensor
 from rtn_tensor import RTNQuantizedTensor, explain

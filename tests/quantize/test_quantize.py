@@ -5,25 +5,18 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-import torchao.quantization
 from expecttest import assert_expected_inline
-from tiny_model import Experts, Model, all_weights, formats, rejected
+from tiny_model import Experts, Model, all_weights, formats
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
-from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+from torchao.quantization import FqnToConfig
 
 from rtn_tensor import (
-    RTNQuantizedTensor,
     dequantize_,
-    load,
     quantize_,
-    report,
     rtn,
     rtn_int4,
     rtn_int8,
-    save,
 )
-from rtn_tensor.tensor.attributes import user_attributes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
@@ -148,143 +141,6 @@ def test_nothing_selected_warns():
     )
 
 
-# ------------------------------------------------------------------ check all, then change
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_inf_are_refused(value, dtype):
-    model = Model().to(dtype)
-    model.head.weight.data[7, 5] = value  # the last one: those before it must not have changed
-    assert_expected_inline(
-        rejected(model, rtn_int4()),
-        """\
-cannot quantize, and nothing was changed:
-  head.weight holds NaN or inf; repair the checkpoint, or leave the weight out""",
-    )
-    quantize_(model, rtn_int4(), select("up", "down"))
-    assert list(formats(model)) == ["up.weight", "down.weight"]
-
-
-def test_other_dtypes_are_refused():
-    assert_expected_inline(
-        rejected(Model().double(), rtn_int4()),
-        """\
-cannot quantize, and nothing was changed:
-  up.weight (and 2 more) is Parameter of torch.float64; only plain torch.float32, torch.bfloat16, torch.float16 weights can be quantized""",
-    )
-
-
-def test_quantized_weights_are_refused():
-    model = Model()
-    quantize_(model, rtn_int4(32), select("down"))
-    down = model.down.weight
-    with pytest.raises(ValueError, match="already") as caught:
-        quantize_(model, rtn_int8())
-    assert formats(model) == {"down.weight": (4, 32)}
-    assert model.down.weight is down
-    assert_expected_inline(
-        str(caught.value),
-        """\
-cannot quantize, and nothing was changed:
-  down.weight is already quantized (4 bits, group_size=32); leave it out, or dequantize_ the model first""",
-    )
-
-
-def test_torchao_weights_are_refused():
-    model = Model()
-    torchao.quantization.quantize_(model.down, Int8WeightOnlyConfig(version=2))
-    with pytest.raises(ValueError, match="down.weight is Int8Tensor of torch.float32; only plain"):
-        quantize_(model, rtn_int4())
-    assert formats(model) == {}
-
-
-def test_other_modules_are_refused():
-    assert_expected_inline(
-        rejected(
-            nn.Sequential(nn.Linear(32, 32), nn.Conv1d(32, 32, 3), nn.LayerNorm(32)),
-            rtn_int4(),
-            lambda module, fqn: True,
-        ),
-        """\
-cannot quantize, and nothing was changed:
-  1.weight belongs to an nn.Conv1d, which no kernel here computes with a quantized weight; leave it out
-  2.weight has shape (32,); a weight must be [N, K], or [E, N, K] for experts. Leave it out""",
-    )
-
-
-def test_parametrized_weights_are_refused():
-    model = nn.Sequential(nn.Linear(32, 32), weight_norm(nn.Linear(32, 32)))
-    assert_expected_inline(
-        rejected(model, rtn_int4()),
-        """\
-cannot quantize, and nothing was changed:
-  1.weight is computed by its module, not stored (a parametrization?); remove that first, or leave the module out""",
-    )
-
-
-def test_lazy_linears_are_refused():
-    model = nn.Sequential(nn.Linear(32, 32), nn.LazyLinear(32))
-    with pytest.raises(
-        ValueError, match=r"1\.weight is uninitialized until its module has run; call the " r"model once"
-    ):
-        quantize_(model, rtn_int4())
-    assert formats(model) == {}
-
-
-def test_conflicting_configs_of_a_shared_weight_are_refused():
-    assert_expected_inline(
-        rejected(Model(tied=True), FqnToConfig({"embed": rtn_int8(), "up": rtn_int4(), "head": rtn_int4()})),
-        """\
-cannot quantize, and nothing was changed:
-  head.weight shares its weight with embed.weight but has another config; give both the same""",
-    )
-
-
-def test_vectors_are_refused():
-    assert_expected_inline(
-        rejected(Model(), FqnToConfig({"up": rtn_int4(), "up.bias": rtn_int4()})),
-        """\
-cannot quantize, and nothing was changed:
-  up.bias has shape (96,); a weight must be [N, K], or [E, N, K] for experts. Leave it out""",
-    )
-
-
-def test_torchao_configs_are_refused():
-    assert_expected_inline(
-        rejected(Model(), FqnToConfig({"up": rtn_int4(), "down": Int8WeightOnlyConfig(version=2)})),
-        """\
-cannot quantize, and nothing was changed:
-  down.weight has an Int8WeightOnlyConfig as its config; use rtn_int4(), rtn_int8() or None here, or torchao's own quantize_""",
-    )
-
-
-def test_every_unfit_weight_is_named_at_once():
-    model = Model()
-    model.up.weight.data[0, 0] = float("nan")
-    model.head.weight.data[0, 0] = float("inf")
-    model.down.double()
-    assert_expected_inline(
-        rejected(model, rtn_int4()),
-        """\
-cannot quantize, and nothing was changed:
-  up.weight (and 1 more) holds NaN or inf; repair the checkpoint, or leave the weight out
-  down.weight is Parameter of torch.float64; only plain torch.float32, torch.bfloat16, torch.float16 weights can be quantized""",
-    )
-
-
-@pytest.mark.parametrize("config", [Int8WeightOnlyConfig(version=2), "int4", 4, None, rtn_int4])
-def test_other_configs_are_refused(config):
-    model = Model()
-    with pytest.raises(
-        TypeError,
-        match=r"^config is (a \w+|an (Int8\w+|int)); use rtn_int4\(\), rtn_int8\(\), rtn\(\.\.\.\), a list of rules, "
-        r"or FqnToConfig",
-    ):
-        quantize_(model, config)
-    assert formats(model) == {}
-
-
 # -------------------------------------------------------------------- devices and progress
 
 
@@ -367,102 +223,6 @@ def test_float_weights_are_freed_on_the_way():
 
     quantize_(model, rtn_int4(), lambda module, fqn: fqn in ("up", "down"), progress=progress)
     assert alive == [["embed.weight", "down.weight"], ["embed.weight"]]
-
-
-# -------------------------------------------------------------------------- shared weights
-
-
-def test_tied_weights_stay_tied():
-    model = Model(tied=True)
-    w = fake_quantized(model.embed.weight, 8)
-    result = quantize_(model, rtn_int8(), all_weights)
-    assert model.head.weight is model.embed.weight
-    assert isinstance(model.embed.weight, RTNQuantizedTensor)
-    torch.testing.assert_close(model.embed(IDS), F.embedding(IDS, w), rtol=0, atol=0)
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(model.head(x), x @ w.T)
-    assert_expected_inline(
-        str(result),
-        """\
-weight          shape   bits  group  bytes before  bytes after  note
-------------  -------  -----  -----  ------------  -----------  ------------------------
-embed.weight  20 x 64      8    128         5,120        1,360
-up.weight     96 x 64      8    128        24,576        6,528
-down.weight   64 x 96      8    128        24,576        6,400
-head.weight   20 x 64      8    128             0            0  shared with embed.weight
-3 vectors              float                1,152        1,152  norms and biases
-total                   8.91               55,424       15,440""",
-    )
-
-
-def test_linears_that_share_a_weight():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
-    model[2].weight = model[0].weight
-    quantize_(model, rtn_int4())
-    assert model[2].weight is model[0].weight
-    assert model[1].weight is not model[0].weight
-    assert [row.note for row in report(model).rows if row.bits] == ["", "", "shared with 0.weight"]
-
-
-@pytest.mark.parametrize(("quantized", "kept"), [("head", "embed"), ("embed", "head")])
-def test_one_of_a_tied_pair(quantized, kept):
-    model = Model(tied=True)
-    w, x = model.embed.weight, torch.randn(3, 64)
-    expected = {"embed": F.embedding(IDS, w), "head": x @ w.T}
-    fake = fake_quantized(w)
-    expected[quantized] = F.embedding(IDS, fake) if quantized == "embed" else x @ fake.T
-    result = quantize_(model, rtn_int4(), select(quantized))
-    assert formats(model) == {f"{quantized}.weight": (4, 128)}
-    assert model.get_submodule(kept).weight is w
-    torch.testing.assert_close(model.embed(IDS), expected["embed"])
-    torch.testing.assert_close(model.head(x), expected["head"])
-    notes = {row.name: row.note for row in result.rows}
-    assert notes[f"{quantized}.weight"] == f"untied from {kept}.weight"
-    assert notes[f"{kept}.weight"] == f"untied from {quantized}.weight"
-
-
-def test_two_of_three_that_share():
-    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(3)))
-    model[1].weight = model[2].weight = model[0].weight
-    result = quantize_(model, rtn_int4(32), select("0", "2"))
-    assert model[0].weight is model[2].weight
-    assert [(row.note, row.bytes_before) for row in result.rows] == [
-        ("untied from 1.weight", 0),
-        ("untied from 0.weight", 4096),
-        ("shared with 0.weight", 0),
-    ]
-
-
-def test_attributes_of_the_parameter_are_kept():
-    model = Model(tied=True)
-    loader = object()
-    model.up.weight.weight_loader = loader
-    model.embed.weight.tag = "tied"
-    quantize_(model, rtn_int4(), all_weights)
-    assert model.up.weight.weight_loader is loader
-    assert model.head.weight.tag == "tied"
-
-
-def test_attributes_of_users_and_those_of_the_tensor_are_apart(tmp_path):
-    """A float weight may have attributes that are called like a quantized one's own."""
-    model, plain = Model(), Model()
-    for name, value in {"fqn": 3, "untied_from": 5, "scale": 2.0, "bits": 16, "kept": "yes"}.items():
-        setattr(model.up.weight, name, value)
-    plain.load_state_dict(model.state_dict())
-    assert str(quantize_(model, rtn_int4(32))) == str(quantize_(plain, rtn_int4(32)))
-    torch.testing.assert_close(model(IDS), plain(IDS), rtol=0, atol=0)
-    w = model.up.weight
-    assert user_attributes(w) == {"kept": "yes"}
-    for copied in (copy.deepcopy(w), w[2:], w.t(), nn.Parameter(w), w.to(torch.bfloat16)):
-        assert (copied.fqn, copied.kept) == ("up.weight", "yes")
-    model.up.weight.bits_of_users = 16
-    folder = tmp_path / "model"
-    save(model, folder)
-    load(folder, model=model)
-    assert (model.up.weight.fqn, user_attributes(model.up.weight)) == (
-        "up.weight",
-        {"kept": "yes", "bits_of_users": 16},
-    )
 
 
 # ----------------------------------------------------------------------------- dequantize_

@@ -1,0 +1,169 @@
+"""Folders of other libraries' formats, and of models with code of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_load_folders import configured
+from tiny_llama import tiny_llama
+from torch import nn
+
+from rtn_tensor import RTNQuantizedTensor, load, rtn_int4, save
+from rtn_tensor.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = tiny_llama(layers=1)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# ------------------------------------------------------------------------- others' formats
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_no_quantization_after_all(folder, nothing):
+    configured(folder, quantization_config=nothing)
+    model = load(folder, rtn_int4(32))
+    assert not hasattr(load(folder).config, "quantization_config")
+    save(model, folder.with_name("out"))
+    assert isinstance(load(folder.with_name("out")).model.layers[0].mlp.up_proj.weight, RTNQuantizedTensor)
+    assert main(["quantize", str(folder), str(folder.with_name("command"))]) == 0
+
+
+METHODS = {
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 with a scale for each block"),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+    "awq": ({"quant_method": "awq"}, "AWQ"),
+    "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+    "bitsandbytes of old": ({"load_in_8bit": True}, "bitsandbytes"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+    "modelopt": ({"quant_method": "modelopt"}, "NVIDIA's ModelOpt"),
+    "something new": ({"quant_method": "vapour"}, "vapour"),
+}
+
+
+@pytest.mark.parametrize(("config", "kind"), METHODS.values(), ids=METHODS)
+def test_other_libraries_by_their_config(folder, config, kind):
+    for place in ("quantization_config", "compression_config"):
+        configured(folder, **{"quantization_config": ..., "compression_config": ..., place: config})
+        for make in (None, lambda: tiny_llama(layers=1)):
+            with pytest.raises(ValueError, match="which load does not read; give the float model") as caught:
+                load(folder, model=make)
+            assert str(caught.value).startswith(
+                f"{folder / 'config.json'} ({place}): the weights are quantized by {kind}, which"
+            )
+
+
+NAMES = {
+    "GPTQ or AWQ": ["qweight", "qzeros", "scales", "g_idx"],
+    "fp8 with a scale for each block": ["weight", "weight_scale_inv"],
+    "compressed-tensors": ["weight_packed", "weight_scale", "weight_shape"],
+    "HQQ": ["W_q", "meta"],
+}
+
+
+@pytest.mark.parametrize(("kind", "names"), NAMES.items())
+def test_other_libraries_by_their_tensors(tmp_path, kind, names):
+    """Where no config says it, as beside a module that is not transformers'."""
+    save_file({f"0.{name}": torch.ones(2) for name in names}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"quantized by {kind}, which load does not read"):
+        load(tmp_path, model=lambda: nn.Sequential(nn.Linear(4, 4, bias=False)))
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ"), ("hf_quant_config.json", "Model")],
+)
+def test_other_libraries_by_their_files(tmp_path, file, kind):
+    save_file({"0.packed": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=kind):
+        load(tmp_path, model=lambda: nn.Sequential(nn.Linear(4, 4, bias=False)))
+
+
+def test_other_libraries_in_torch_files(tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import quantize_ as torchao_quantize_
+
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    torchao_quantize_(model, Int8WeightOnlyConfig(version=2))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError,
+        match="model.pt: 0.weight is an Int8Tensor; load takes plain tensors, and those that "
+        "rtn-tensor quantized",
+    ):
+        load(tmp_path / "model.pt", model=lambda: nn.Sequential(nn.Linear(64, 64, bias=False)))
+
+
+# -------------------------------------------------------------------------- code of others
+
+
+CODE = 'import pathlib\npathlib.Path(__file__).with_name("ran").touch()\n'
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mine", "architectures": ["MineForCausalLM"]},
+        {"architectures": ["MineForCausalLM"]},
+        {"model_type": "mine"},
+        {"attn_implementation": "somebody/kernel"},
+    ],
+)
+def test_code_in_a_folder_is_never_run(folder, changes):
+    """Nor is anybody asked, who might not be there."""
+    configured(
+        folder,
+        auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"},
+        **changes,
+    )
+    (folder / "mine.py").write_text(CODE)
+    program = f"from rtn_tensor import load\ntry:\n    load({str(folder)!r})\nexcept ValueError as error:\n    print('said:', error)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        input="y\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.startswith(f"said: {folder / 'config.json'}: "), done
+    assert "y/N" not in done.stdout
+    assert not (folder / "ran").exists()
+
+
+def test_code_that_is_not_needed(folder):
+    configured(
+        folder, auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    )
+    (folder / "mine.py").write_text(CODE)
+    load(folder)
+    assert not (folder / "ran").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_an_unsafe_pickle(folder, zipped, monkeypatch):
+    monkeypatch.chdir(folder)
+    torch.save(
+        {"a": torch.ones(2), "b": Evil()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
+    )
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError,
+        match=r"pytorch_model.bin holds more than tensors \(posix.system\), and to read that "
+        r"could run any code",
+    ) as caught:
+        load(folder)
+    assert "weights_only" not in str(caught.value)
+    assert not (folder / "ran").exists()

