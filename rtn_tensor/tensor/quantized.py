@@ -31,7 +31,9 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         qdata: `[..., N, B]` uint8, the packed integers (`rtn_tensor.formats` gives the order); B = 16 *
             ceil(K * bits / 128).
         scale: `[..., N, G]`, G = ceil(K / group_size), in the dtype that the tensor shows as its own.
-        bits, group_size, scale_method: as in `RTNConfig`.
+        bits: as in `RTNConfig`.
+        group_size: as there.
+        scale_method: as there.
         in_features: K.
         transposed: whether the tensor's last two dims stand swapped, as after `t()`; the planes never move.
         version: of what the planes mean; a later one than this library's is refused.
