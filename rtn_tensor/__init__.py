@@ -10,6 +10,7 @@ from rtn_tensor.kernels.registry import explain
 from rtn_tensor.quantize.allocation import plan
 from rtn_tensor.quantize.api import dequantize_, quantize_
 from rtn_tensor.quantize.by_layer import select_layers, select_modules
+from rtn_tensor.quantize.refine import refine_
 from rtn_tensor.quantize.report import report
 from rtn_tensor.quantize.selection import bits_per_weight
 from rtn_tensor.tensor import RTNQuantizedTensor
@@ -27,6 +28,7 @@ __all__ = [
     "load_from_rank0",
     "plan",
     "quantize_",
+    "refine_",
     "report",
     "rtn",
     "rtn_int4",

@@ -139,6 +139,17 @@ def parser() -> argparse.ArgumentParser:
         "--rules", metavar="FILE", type=_path, help='JSON of such rules, as in [["*.down_proj", {"bits": 8}]]'
     )
     sub.add_argument("--embedding", action="store_true", help="quantize the embedding and lm_head too")
+    sub.add_argument(
+        "--refine",
+        action="store_true",
+        help="round so that errors make up for one another, on text that the model writes itself; minutes",
+    )
+    sub.add_argument(
+        "--refine-on",
+        metavar="FILE",
+        type=_path,
+        help="with --refine, a UTF-8 text to use in place of its own",
+    )
     sub.add_argument("--force", action="store_true", help="replace dst, once the new folder is whole")
 
     sub = command("inspect", run_inspect, "List every weight of a model: shape, bits, bytes.")

@@ -36,12 +36,14 @@ from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.integrations.transformers.folders import check_model_folder, empty_model, read_config
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.kernels.registry import explain
+from rtn_tensor.quantize.refine import refine_
 from rtn_tensor.quantize.report import report
 from rtn_tensor.quantize.selection import parse_rule, rules_from_json
 from rtn_tensor.text_table import table
 from rtn_tensor.tuning import tune, tuned_folder
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+REFINED_ON = 16384  # tokens of a given text at most
 FORESEEN = OSError, ValueError, TypeError  # kinds whose messages are for a user
 
 
@@ -132,9 +134,20 @@ def _rules(args: argparse.Namespace) -> Any:
     return [*rules, ("*", rest)]
 
 
+def _sequences(tokenizer: Any, text: str) -> torch.Tensor:
+    """The first tokens of `text`, [S, 256]."""
+    ids = _ids(tokenizer, text[: 20 * REFINED_ON], REFINED_ON)
+    if ids.numel() < 256:
+        raise ValueError(f"--refine-on has {ids.numel()} tokens; give a text of 256 or more, best thousands")
+    return ids[: ids.numel() // 256 * 256].view(-1, 256)
+
+
 def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
     rules = _rules(args)
     source, destination = Path(args.src), Path(args.dst)
+    if args.refine_on and not args.refine:
+        raise ValueError("--refine-on FILE is for --refine; add that, or leave it out")
+    text = _read_text(args.refine_on, "--refine-on takes a UTF-8 text file") if args.refine_on else None
     if os.path.lexists(destination) and not args.force:
         raise FileExistsError(f"{destination} exists; choose another name, or replace it with --force")
     model = empty_model(source)
@@ -148,9 +161,14 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
             # It is said below, of all that is left out.
             warnings.filterwarnings("ignore", ".*(has no place for|is of an adapter)", UserWarning)
             load(source, rules, model, filter_fn=_selects(model, args.embedding))
+        if args.refine:
+            say("Refining" + (f" on {args.refine_on}" if text else ": the model writes some text first"))
+            tokens = None if text is None else _sequences(_tokenizer(args.src), text)
+            result = refine_(model, source=source, tokens=tokens, progress=progress("module"))
+        else:
+            result = report(model)
         say(f"Writing {destination}")
         write(model, folder)
-        result = report(model)
         for file in kept:
             to = folder / file.relative_to(source)
             if not to.exists():  # its config is the quantized model's

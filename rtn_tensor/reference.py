@@ -46,6 +46,7 @@ def quantize(
     scale_method: str,
     scale_dtype: torch.dtype,
     out: tuple[Tensor, Tensor] | None = None,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rounds `w [..., N, K]` to (qdata, scale), in fp32 whatever its dtype, so bit-exact on every device.
 
@@ -56,7 +57,8 @@ def quantize(
         least q = clamp(rint(w / S), -2^(b-1), 2^(b-1) - 1), with the S that `scale_dtype` holds
 
     An all-zero group gets S = 1; one that holds a NaN or inf gets S = NaN and q = 0. `out`: planes,
-    contiguous, that are filled and given back in the place of new ones.
+    contiguous, that are filled and given back in the place of new ones. `importance [K]`: what "search"
+    multiplies the squared error of each column by; equal numbers change nothing.
     """
     fmt = FORMATS[bits]
     k = w.shape[-1]
@@ -84,6 +86,10 @@ def quantize(
         scale, levels, q = rounded(extreme / fmt.qmin)
         if scale_method == "search":
             share = (w_groups / extreme.unsqueeze(-1)).abs()
+            if importance is not None:
+                of_group = F.pad(importance.float(), (0, n_groups * g - k)).unflatten(-1, (n_groups, g))
+                most = of_group.amax(-1, keepdim=True)
+                share = share * torch.where(most > 0, of_group / most, 1.0)
             least = _loss(share, levels, q, SEARCHED[0])
             for twentieths in SEARCHED[1:]:
                 other, levels, other_q = rounded(extreme / fmt.qmin * (twentieths / 20))

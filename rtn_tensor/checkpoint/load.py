@@ -232,6 +232,31 @@ def _pieces(
     return [Piece(*place) for place in placed(model, found)]
 
 
+def reader(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
+    """A function that reads one weight of a float checkpoint, by its name in `model`, a transformers model
+    that was made of the same folder, in the dtype that the model has it in.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`; the checkpoint is quantized, or does not fit the model.
+    """
+    state = {fqn: t for fqn, _, _, t in tensors_of(model, buffers=True)}
+    pieces, _ = check(_pieces(path, model, {}, {}), state, ignored(model), strict=False)
+    if quantized := [p.source for p in pieces if p.source.quantized]:
+        raise quantized[0].error("is quantized; give the float checkpoint that the model was made of")
+    fills: dict[int, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        fills[id(state[piece.target])].append(piece)
+    found = {fqn: (fills[id(t)], t.shape, t.dtype, t.device) for fqn, t in state.items()}
+
+    def read(fqn: str) -> Tensor:
+        some_pieces, shape, dtype, device = found[fqn]
+        to = torch.empty(shape, dtype=dtype, device=device)
+        stream(some_pieces, dict.fromkeys((piece.target for piece in some_pieces), [to]), lambda nbytes: None)
+        return to
+
+    return read
+
+
 def without_place(path: Path, model: nn.Module) -> tuple[list[str], set[Path]]:
     """The names of the tensors in a folder that its `model` has no place for, and so leaves out; and the
     files of all that `load` reads."""

@@ -20,83 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig, rtn
-from rtn_tensor.integrations.transformers.models import but_the_output, is_pretrained
+from rtn_tensor.integrations.transformers.models import but_the_output
 from rtn_tensor.quantize.plan import Measured, Plan, last_part
 from rtn_tensor.quantize.selection import FilterFn, bits_of, check_module, unmatched
-from rtn_tensor.quantize.targets import Target, is_finite, targets_of
+from rtn_tensor.quantize.targets import Target, targets_of
+from rtn_tensor.quantize.written import check_tokens, finite_logits, written
 from rtn_tensor.tensor import RTNQuantizedTensor
-from rtn_tensor.wording import with_article
 
 OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("signed", "search")), rtn(8, 128))
 Fuse = Mapping[str, Sequence[str]]
 
 
 # ----------------------------------------------------------------------------- sensitivity
-
-
-def _check_tokens(model: Any, given: Any, sequences: int, length: int) -> None:
-    if given is not None:
-        if (
-            not isinstance(given, Tensor)
-            or given.dim() != 2
-            or given.is_floating_point()
-            or not given.numel()
-        ):
-            what = (
-                f"{given.dtype} {list(given.shape)}"
-                if isinstance(given, Tensor)
-                else with_article(type(given).__name__)
-            )
-            raise ValueError(
-                f"text is {what}; give int64 tokens [sequences, length], as a tokenizer's input_ids"
-            )
-    elif not (is_pretrained(model) and model.can_generate()):
-        raise TypeError(
-            f"{type(model).__name__} is no causal language model of transformers, which could "
-            "write; give tokens as text"
-        )
-    elif sequences < 1 or length < 2:
-        raise ValueError(
-            f"sequences={sequences}, length={length}; give one sequence or more, of two tokens or more"
-        )
-
-
-def _written(model: Any, sequences: int, length: int, seed: int) -> Tensor:
-    """What the model writes, drawn from its own distribution: after its first token, or where it has none,
-    after any."""
-    from transformers import GenerationConfig
-
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randint(0, model.get_input_embeddings().num_embeddings, (sequences, 1), generator=generator)
-    first = getattr(model.config.get_text_config(), "bos_token_id", None)
-    if first is not None:
-        start.fill_(first)
-    start = start.to(next(model.parameters()).device)
-    _logits(model, start[:1])  # or `generate` fails with no advice
-    before = model.generation_config
-    # What it says of beams, penalties or smallest probabilities would be merged with arguments.
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
-    )
-    # The end of a text is not drawn, or sequences would be of unequal lengths.
-    model.generation_config.update(
-        eos_token_id=before.eos_token_id, min_new_tokens=length - 1, max_new_tokens=length - 1
-    )
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            return model.generate(start, attention_mask=torch.ones_like(start))
-    finally:
-        model.generation_config = before
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits = model(ids, use_cache=False).logits
-    if not is_finite(logits.detach()):
-        raise ValueError(
-            f"the model's logits hold NaN or inf in {logits.dtype}; load it in bfloat16 or float32"
-        )
-    return logits.float()
 
 
 @contextmanager
@@ -126,7 +61,7 @@ def _fisher(
     generator = torch.Generator().manual_seed(seed)
     for row in progress(list(ids)) if progress else ids:
         with torch.enable_grad():
-            logits = _logits(model, row[None].to(device))[0]
+            logits = finite_logits(model, row[None].to(device))[0]
             # Positions' scores are uncorrelated, as labels are drawn from the model: the square of their sum
             # is the sum of their squares.
             drawn = torch.multinomial(logits.detach().cpu().softmax(-1), 1, generator=generator)[:, 0]
@@ -204,12 +139,12 @@ def plan(
     options = list(options)
     if not options or not all(isinstance(option, RTNConfig) for option in options):
         raise TypeError(f"options is {options}; give formats to choose among, as [rtn_int4(), rtn_int8()]")
-    _check_tokens(model, text, sequences, length)
+    check_tokens(model, text, sequences, length, "text", "tokens as text")
     targets, sizes = _sizes(
         targets_of(model, options[0], filter_fn or but_the_output(model)), options, fuse or {}
     )
     Plan(bits_per_weight, sizes)  # what it raises, it raises before all is measured
-    ids = _written(model, sequences, length, seed) if text is None else text.long()
+    ids = written(model, sequences, length, seed) if text is None else text.long()
     tokens = f"{ids.numel()} {'tokens of its own' if text is None else 'given tokens'}"
     parameters: list[Any] = [t.parameter for t in targets]
     with _only(model, parameters):

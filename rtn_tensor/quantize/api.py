@@ -1,7 +1,7 @@
 """`quantize_`, which checks every weight before it changes one, and its undoing."""
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,18 +27,53 @@ from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.tensor.attributes import user_attributes
 
 
-def _quantized(target: Target, **known: Any) -> nn.Parameter:
-    """The quantized weight, with what users set on the float one, and `known` of it."""
-    w, config = target.parameter, target.config
+def _rounded(w: Tensor, config: RTNConfig) -> RTNQuantizedTensor:
+    return RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
+
+
+def _parameter(target: Target, q: RTNQuantizedTensor) -> nn.Parameter:
+    """`q`, [..., N, K], as the parameter that goes in the place of the target's, with what users set on
+    that."""
+    w = target.parameter
     assert w is not None
-    part = held(w).detach()
-    q = RTNQuantizedTensor.from_float(
-        part.mT if target.transposed else part, config.bits, config.group_size, config.scale_method
-    )
-    vars(q).update(known)
     new = nn.Parameter(as_part(q.mT if target.transposed else q, w), requires_grad=False)
     vars(new).update(user_attributes(w))
     return new
+
+
+def float_weight(target: Target) -> Tensor:
+    """This rank's part of the weight, [..., N, K]."""
+    assert target.parameter is not None
+    part = held(target.parameter).detach()
+    return part.mT if target.transposed else part
+
+
+class Exchange:
+    """Puts quantized weights in the places of a model's float ones: a shared weight is quantized once, and
+    where only some of its places are selected, the others keep the float one."""
+
+    def __init__(self, model: nn.Module, targets: Sequence[Target]):
+        places: dict[int, list[str]] = defaultdict(list)
+        for fqn, _, _, parameter in tensors_of(model):
+            places[id(parameter)].append(fqn)
+        # By name from here on: a move may give a module other parameter objects.
+        self._sharing = {fqn: names for names in places.values() for fqn in names}
+        self._selected = {t.fqn for t in targets}
+        self._done: dict[str, nn.Parameter] = {}
+
+    def put(
+        self, target: Target, rounded: Callable[[Tensor, RTNConfig], RTNQuantizedTensor] = _rounded
+    ) -> None:
+        """Quantizes the target's weight by `rounded`, of it as [..., N, K], unless it was at another
+        place."""
+        names = self._sharing[target.fqn]
+        if names[0] not in self._done:
+            q = rounded(float_weight(target), target.config)
+            q.fqn = target.fqn  # for the errors of a later slice or product
+            if rest := [name for name in names if name not in self._selected]:
+                q.untied_from = rest
+            self._done[names[0]] = _parameter(target, q)
+        setattr(target.module, target.parameter_name, self._done[names[0]])
 
 
 def quantize_(
@@ -86,23 +121,11 @@ def quantize_(
             "the model is sharded by fully_shard, which would look for the float weights' "
             "memory; quantize_ it first"
         )
-    places: dict[int, list[str]] = defaultdict(list)
-    for fqn, _, _, parameter in tensors_of(model):
-        places[id(parameter)].append(fqn)
-    # By name from here on: a move may give a module other parameter objects.
-    sharing = {fqn: names for names in places.values() for fqn in names}
-    selected = {t.fqn for t in targets}
-    done: dict[str, nn.Parameter] = {}
+    exchange = Exchange(model, targets)
     for target in targets if progress is None else progress(targets):
         if device is not None:
             target.module.to(device)
-        names = sharing[target.fqn]
-        if names[0] not in done:
-            rest = [name for name in names if name not in selected]
-            # The name is for the errors of a later slice or product.
-            known: dict[str, Any] = {"fqn": target.fqn} | ({"untied_from": rest} if rest else {})
-            done[names[0]] = _quantized(target, **known)
-        setattr(target.module, target.parameter_name, done[names[0]])
+        exchange.put(target)
     if device is not None:
         model.to(device)
     on_quantized(model)
@@ -123,7 +146,7 @@ def _quantize_module(
         module, parameter_name, fqn or f"{type(module).__name__}.{parameter_name}", config, by_name=True
     )
     check_targets([target])
-    setattr(module, parameter_name, _quantized(target))
+    setattr(module, parameter_name, _parameter(target, _rounded(float_weight(target), config)))
     on_quantized(module)
     return module
 

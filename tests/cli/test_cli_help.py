@@ -50,7 +50,8 @@ def test_help_quantize(capsys):
         """\
 usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
                            [--scale-method {absmax,signed,search}] [--skip PATTERN]
-                           [--rule PATTERN=FORMAT] [--rules FILE] [--embedding] [--force]
+                           [--rule PATTERN=FORMAT] [--rules FILE] [--embedding] [--refine]
+                           [--refine-on FILE] [--force]
                            src dst
 
 Quantize a transformers folder into another.
@@ -75,6 +76,9 @@ options:
                         matches counts
   --rules FILE          JSON of such rules, as in [["*.down_proj", {"bits": 8}]]
   --embedding           quantize the embedding and lm_head too
+  --refine              round so that errors make up for one another, on text that the model
+                        writes itself; minutes
+  --refine-on FILE      with --refine, a UTF-8 text to use in place of its own
   --force               replace dst, once the new folder is whole
 """,
     )

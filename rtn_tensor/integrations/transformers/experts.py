@@ -2,6 +2,8 @@
 `rtn`."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +103,21 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         0, pairs.long(), torch.arange(len(pairs), device=pairs.device)
     )
     return y[back].view(tokens, top_k, y.shape[-1]).sum(1).to(x.dtype)
+
+
+@contextmanager
+def one_by_one(module: Any) -> Iterator[None]:
+    """Meanwhile transformers runs the float experts of `module` as the module itself does, a product for
+    each."""
+    if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
+        yield
+        return
+    before = module.config._experts_implementation
+    module.config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        module.config._experts_implementation = before
 
 
 def use_experts(model: nn.Module) -> None:
