@@ -14,7 +14,11 @@ from typing import Any
 from rtn_tensor.checkpoint.companions import companion_folders
 from rtn_tensor.checkpoint.files import read_json
 
-FILE_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")
+# Of files with weights, whose names no folder is meant to have.
+FILE_ENDS = (
+    *(".safetensors", ".bin", ".pt", ".pt2", ".pth", ".ckpt", ".gguf", ".json", ".pkl", ".pickle"),
+    *(".h5", ".msgpack", ".npz", ".onnx", ".tar", ".gz", ".zip"),
+)
 
 
 OWN_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -33,12 +37,17 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
     Raises:
         FileExistsError: there is something at `path`, at first or at the end, and not `force`, or something
             other than a model folder.
-        ValueError: `path` and `source` are one, or one lies in the other.
+        ValueError: `path` and `source` are one, or one lies in the other; `path` is named as a file is.
         OSError: nothing can be written there.
     """
     path = Path(path)
     if path.name in ("", ".."):  # which no folder beside it can be named for
         path = path.resolve()
+    if path.suffix.lower() in FILE_ENDS:
+        raise ValueError(
+            f"{path} is named as a file is, and it is to be a folder; leave out {path.suffix} (torch.save "
+            "writes one file)"
+        )
     if source is not None:
         _check_apart(path, source)
     _remove_stale(path)
@@ -59,8 +68,13 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
         lock = _locked(partial)
-        with _signals_raise():
-            yield partial
+        try:
+            with _signals_raise():
+                yield partial
+        except OSError as error:
+            if error.filename is None or partial not in ((there := Path(error.filename)), *there.parents):
+                raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
         # By the umask; safetensors' own files are their owner's only.
         readable = partial.stat().st_mode & 0o666
         for file in partial.rglob("*"):

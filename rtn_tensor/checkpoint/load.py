@@ -136,6 +136,8 @@ def load(
             stacklevel=2,
         )
     if left_out:
+        if why := foreign(path, left_out):  # else what it belongs to would be taken for plain numbers
+            raise ValueError(why)
         warnings.warn(
             f"{path}: {type(model).__name__} has no place for, and load left out, {some(left_out)}",
             stacklevel=2,

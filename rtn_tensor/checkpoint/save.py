@@ -5,6 +5,7 @@ line of JSON in the file's metadata, as torchao flattens a tensor subclass; so t
 what `save` writes.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rtn_tensor.checkpoint.folders import FILE_ENDS, new_folder
+from rtn_tensor.checkpoint.folders import new_folder
 from rtn_tensor.checkpoint.sources import flattened
 from rtn_tensor.integrations.transformers.description import described
 from rtn_tensor.integrations.transformers.models import is_pretrained
@@ -71,11 +72,6 @@ def save(model: Any, path: str | os.PathLike, max_shard_size: str | int = "5GB",
         TypeError: `model` is no module.
     """
     check_module(model)
-    if Path(path).suffix.lower() in FILE_ENDS:
-        raise ValueError(
-            f"save makes a folder, and {path} is named as a file is; leave out "
-            f"{Path(path).suffix}, or use torch.save"
-        )
     with new_folder(path, force) as folder:
         write(model, folder, max_shard_size)
 
@@ -91,4 +87,10 @@ def write(model: Any, folder: Path, max_shard_size: str | int = "5GB") -> None:
         else:
             _write(model, folder, max_shard_size)
     except SafetensorError as error:
-        raise OSError(f"{folder} could not be written ({error}); nothing was left there") from error
+        raise OSError(errno.EIO, f"could not be written ({error})", str(folder)) from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(
+            error.errno, error.strerror or str(error), str(folder)
+        ) from error  # a disk that is full

@@ -218,6 +218,15 @@ def _quantized_source(qdata: Source, scale: Source, fqn: str, attributes: dict) 
     return Source(qdata.file, fqn, tuple(shape), scale.dtype, private, private, quantized=True)
 
 
+def _unreadable(file: Path, why: str) -> ValueError:
+    """The error of a file that torch does not read, for the reason `why`, of which a user gets the first
+    sentence: some of torch's go on to advise `weights_only=False`, which runs whatever the file holds."""
+    lines = why.splitlines()
+    first = lines[0].partition(". ")[0].removesuffix(".") if lines and lines[0] else ""
+    why = first or ("it is empty" if not file.stat().st_size else "torch did not write it")
+    return ValueError(f"{file} cannot be read ({why}); give a state_dict that torch.save wrote")
+
+
 def _torch_file(file: Path) -> list[Source]:
     """The tensors of what torch.save wrote. An older file, which is no zip archive, is read at once."""
     check_regular(file)
@@ -233,12 +242,9 @@ def _torch_file(file: Path) -> list[Source]:
                 "save the state_dict alone: "
                 "torch.save(model.state_dict(), file), or better as safetensors"
             ) from None
-        why = str(error).rpartition("WeightsUnpickler error: ")[2].splitlines()[0]
-        raise ValueError(f"{file} cannot be read ({why}); give a state_dict that torch.save wrote") from None
+        raise _unreadable(file, str(error).rpartition("WeightsUnpickler error: ")[2]) from None
     except Exception as error:  # torch raises many kinds, and names no file
-        raise ValueError(
-            f"{file} cannot be read ({str(error).splitlines()[0]}); give a state_dict that torch.save wrote"
-        ) from error
+        raise _unreadable(file, str(error)) from error
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
     if not isinstance(state, Mapping):

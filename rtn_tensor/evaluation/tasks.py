@@ -69,7 +69,7 @@ class Score:
         if mine != other:
             raise ValueError(
                 f"{mine[0]} {mine[1]} over {mine[2]} items cannot be compared with {other[0]} "
-                f"{other[1]} over {other[2]}"
+                f"{other[1]} over {other[2]}; score both models by the same task and limit"
             )
         pairs = list(zip(self.items, reference.items, strict=True))
         if self.metric == "perplexity":
@@ -120,6 +120,7 @@ def run_tasks(
         ValueError: no task, or no such, one without any of METRICS, a limit or a batch_size below 1; a model
             that is not causal, or has not all tokens of the tokenizer.
         FileNotFoundError: `data` lacks a task's file.
+        ConnectionError: a dataset is to come from the hub, which is not reached.
         ImportError: the harness is not installed.
     """
     names, members = check_tasks(tasks, limit, data, batch_size)
@@ -130,7 +131,12 @@ def run_tasks(
     check_causal(model)
     check_ahead(model, torch.arange(PROBE, device=next(model.parameters()).device))
     # A group is the harness's way to change some fields of its tasks.
-    loaded = _manager().load({"group": "rtn", "task": members})
+    try:
+        loaded = _manager().load({"group": "rtn", "task": members})
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}; the rows of a task can be read from a folder, too (--data, or data=)"
+        ) from error
     for task, name in names.items():
         listed = [entry["metric"] for entry in loaded["tasks"][name].config.metric_list or ()]
         if not set(METRICS) & set(listed):
@@ -185,7 +191,8 @@ def check_tasks(
             near = difflib.get_close_matches(task, [*NAMES, *manager.all_subtasks])
             raise ValueError(
                 "lm-evaluation-harness has no task "
-                f"{task!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+                f"{task!r}"
+                + (f"; did you mean {' or '.join(near)}?" if near else "; `lm_eval ls tasks` lists them")
             )
     return names, [
         {"task": name, "num_fewshot": 0, **(_local(Path(data), task) if data else {})}

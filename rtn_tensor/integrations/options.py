@@ -97,8 +97,10 @@ class Options:
         given = {key: config[key] for key in FORMAT_KEYS if key in config}
         default = config_from_json(base | given, rtn(), "quantization_config")
         ignore = config.get("ignore") or []
-        if not isinstance(ignore, Sequence) or isinstance(ignore, str):
-            raise ValueError(f"quantization_config: ignore is {ignore!r}; it takes a list")
+        if isinstance(ignore, str) or not (
+            isinstance(ignore, Sequence) and all(isinstance(pattern, str) for pattern in ignore)
+        ):
+            raise ValueError(f"quantization_config: ignore is {ignore!r}; it takes a list of names")
         rules = rules_from_json([[pattern, None] for pattern in ignore]) + rules_from_json(
             config.get("rules") or [], default
         )

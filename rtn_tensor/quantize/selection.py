@@ -362,7 +362,7 @@ def bits_per_weight(model: nn.Module, rules: Rules, filter_fn: FilterFn | None =
         for w, config in resolve(rules, list(weights(model, filter_fn or products(model))))
     }.values()
     if not chosen:
-        raise ValueError("the rules quantize no weight")
+        raise ValueError("the rules quantize no weight; give some of the model's a config in place of None")
     count = sum(parameter_of(w).numel() for w, _ in chosen)
     return sum(bits_of(shape_of(w), config, scale_bits_of(w)) for w, config in chosen) / count
 

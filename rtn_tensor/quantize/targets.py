@@ -193,7 +193,7 @@ def _why_unfit(target: Target) -> str | None:
     if w.dtype not in FLOAT_DTYPES or type(w) not in (Tensor, nn.Parameter):
         return (
             f"is {type(w).__name__} of {w.dtype}; only plain {', '.join(map(str, FLOAT_DTYPES))} "
-            "weights can be quantized"
+            "weights can be quantized. Convert it, or leave it out"
         )
     if w.dim() > 1 and (why := _why_no_product(target.module, target.parameter_name)):
         return why
@@ -260,6 +260,10 @@ def targets_of(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: Filter
     """The weights that `quantize_` would quantize, checked; it says what it raises."""
     check_module(model, "give a module, or quantize a folder by load(path, config)")
     check_idle(model)
+    if not (filter_fn is None or callable(filter_fn)):
+        raise TypeError(
+            f"filter_fn is {filter_fn!r}; give a function of a module and its name, or choose by rules"
+        )
     if isinstance(config, FqnToConfig):
         if filter_fn is not None:
             raise ValueError("FqnToConfig says itself which weights to quantize; leave filter_fn out")

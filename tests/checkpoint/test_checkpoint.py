@@ -380,8 +380,14 @@ def test_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
     for name, why in [
-        ("file", "it is a file"),
-        ("empty", "it has no config.json"),
+        (
+            "file",
+            "it is a file; give the folder that it lies in, or to load() the module to fill, as model=",
+        ),
+        (
+            "empty",
+            "it has no config.json; add its model's, or give load() the module to fill, as model=",
+        ),
         ("missing", "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"),
     ]:
         with pytest.raises(FileNotFoundError) as caught:

@@ -125,6 +125,7 @@ for _ in range(2):
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("could not be written") == 2
+    assert done.stdout.count("could not be written (") == 2
+    assert done.stdout.count(f"'{tmp_path / 'model'}'") == 2
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
     assert load(tmp_path / "model", model=nn.Linear(64, 64)).weight.shape == (64, 64)

@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_load_folders import configured
+from test_load_folders import configured, more
 from tiny_llama import tiny_llama
 from torch import nn
 
@@ -74,6 +75,14 @@ def test_other_libraries_by_their_tensors(tmp_path, kind, names):
     save_file({f"0.{name}": torch.ones(2) for name in names}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"quantized by {kind}, which load does not read"):
         load(tmp_path, model=lambda: nn.Sequential(nn.Linear(4, 4, bias=False)))
+
+
+@pytest.mark.parametrize("end", ["weight_scale_inv", "input_scale", "qzeros", "weight_packed"])
+def test_other_libraries_by_tensors_that_the_model_has_no_place_for(folder, end):
+    """All that it has a place for is there; without its scales it would be taken for plain numbers."""
+    more(folder, **{f"model.layers.0.mlp.up_proj.{end}": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=rf"as its model\S+{end} says\): the weights are quantized by"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -167,3 +176,50 @@ def test_an_unsafe_pickle(folder, zipped, monkeypatch):
         load(folder)
     assert "weights_only" not in str(caught.value)
     assert not (folder / "ran").exists()
+
+
+# ------------------------------------------------------------------- files that are no such
+
+
+def torchscript(file):
+    torch.jit.script(nn.Linear(2, 2)).save(file)
+
+
+def tar(file):
+    tarfile.open(file, "w").close()
+
+
+UNREADABLE = {
+    "empty": (lambda file: file.write_bytes(b""), "it is empty"),
+    "text": (lambda file: file.write_bytes(b"<html>404</html>"), ""),
+    "a pointer of Git LFS": (
+        lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+        "",
+    ),
+    "a zip that is cut off": (lambda file: file.write_bytes(b"PK\3\4garbage"), "PytorchStreamReader failed"),
+    "tar": (tar, "Cannot use ``weights_only=True`` with files saved in the legacy .tar format"),
+    "TorchScript": (torchscript, "Cannot use ``weights_only=True`` with TorchScript archives"),
+}
+
+
+@pytest.mark.parametrize(("make", "why"), UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torch_files_that_cannot_be_read(folder, make, why):
+    """With the file's name and a reason; what torch goes on to advise would run whatever it holds."""
+    (folder / "model.safetensors").unlink()
+    make(file := folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="give a state_dict that torch.save wrote") as caught:
+        load(folder)
+    assert str(caught.value).startswith(f"{file} cannot be read ({why}")
+    assert "()" not in str(caught.value)
+    assert "`weights_only` set to `False`" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"GGUF\3\0\0\0" + b"\xff" * 50, None])
+@pytest.mark.filterwarnings("ignore")
+def test_gguf_files_that_cannot_be_read(tmp_path, content):
+    file = tmp_path / "x.gguf"
+    file.mkdir() if content is None else file.write_bytes(content)
+    why = "is a folder and no regular file" if content is None else ": transformers makes no model of it"
+    with pytest.raises(ValueError, match=rf"^{file}( ?){why}.*(re|or re)place it$"):
+        load(file)

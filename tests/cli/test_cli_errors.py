@@ -57,7 +57,10 @@ def _own_choice_of_kernel(monkeypatch):
             "{nan}/model.safetensors: model.layers.1.mlp.up_proj.weight holds NaN or inf; "
             "the checkpoint is damaged, copy or download it again",
         ),
-        (["inspect", "{empty}"], "{empty} is not a model folder: it has no config.json"),
+        (
+            ["inspect", "{empty}"],
+            "{empty} is not a model folder: it has no config.json; add its model's, or give load() the module to fill, as model=",
+        ),
         (
             ["perplexity", "{source}", "--text", "{missing}"],
             "cannot read {missing} (No such file or directory); --text takes a UTF-8 text file",

@@ -146,12 +146,16 @@ def test_usage(run, command, message):
     assert run(*command) == (2, "", f"rtn-tensor {message}\n")
 
 
+A_FILE = "it is a file; give the folder that it lies in, or to load() the module to fill, as model="
+NO_CONFIG = "it has no config.json; add its model's, or give load() the module to fill, as model="
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["inspect", "text"], "text is not a model folder: it is a file"),
-        (["inspect", "/dev/null"], "/dev/null is not a model folder: it has no config.json"),
-        (["generate", "text", "We"], "text is not a model folder: it is a file"),
+        (["inspect", "text"], f"text is not a model folder: {A_FILE}"),
+        (["inspect", "/dev/null"], f"/dev/null is not a model folder: {NO_CONFIG}"),
+        (["generate", "text", "We"], f"text is not a model folder: {A_FILE}"),
         (
             ["inspect", "HuggingFaceTB/SmolLM2-135M"],
             "HuggingFaceTB/SmolLM2-135M is not a model folder: it is not there; a model of the hub is "
@@ -358,6 +362,8 @@ def test_no_code_of_the_folders_is_run_or_asked_for(run, copy, tmp_path, monkeyp
         status, out, err = run(*command)
         assert (status, out) == (1, "")
         assert err.count("\n") == 1
+        # What transformers advises no command takes.
+        assert "its model is code of the folder's own (auto_map), which is never run here; read it" in err
     assert not (tmp_path / "ran").exists()
 
 

@@ -219,6 +219,15 @@ def test_tensors_that_have_no_place_are_said(run, models):
     )
 
 
+@pytest.mark.parametrize("name", ["new.safetensors", "new.GGUF", "new.bin"])
+def test_a_destination_that_is_named_as_a_file_is(run, models, name):
+    before = tree(models)
+    status, out, err = run("quantize", "models/a", name, "--group-size", "32")
+    assert (status, out) == (1, "")
+    assert f"error: {name} is named as a file is, and it is to be a folder; leave out" in err
+    assert tree(models) == before
+
+
 # ---------------------------------------------------------------------------- an early end
 
 

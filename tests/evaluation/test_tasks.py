@@ -97,7 +97,10 @@ def test_recovery_of_a_perplexity():
 
 
 def test_scores_of_other_items_are_not_compared():
-    with pytest.raises(ValueError, match=r"^t acc over 2 items cannot be compared with t acc over 3$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^t acc over 2 items cannot be compared with t acc over 3; score both models by the same task and limit$",
+    ):
         Score("t", "acc", (1.0, 0.0)).recovery(Score("t", "acc", (1.0, 0.0, 1.0)))
 
 

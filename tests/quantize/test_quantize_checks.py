@@ -36,7 +36,7 @@ def test_other_dtypes_are_refused():
         rejected(Model().double(), rtn_int4()),
         """\
 cannot quantize, and nothing was changed:
-  up.weight (and 2 more) is Parameter of torch.float64; only plain torch.float32, torch.bfloat16, torch.float16 weights can be quantized""",
+  up.weight (and 2 more) is Parameter of torch.float64; only plain torch.float32, torch.bfloat16, torch.float16 weights can be quantized. Convert it, or leave it out""",
     )
 
 
@@ -134,8 +134,16 @@ def test_every_unfit_weight_is_named_at_once():
         """\
 cannot quantize, and nothing was changed:
   up.weight (and 1 more) holds NaN or inf; repair the checkpoint, or leave the weight out
-  down.weight is Parameter of torch.float64; only plain torch.float32, torch.bfloat16, torch.float16 weights can be quantized""",
+  down.weight is Parameter of torch.float64; only plain torch.float32, torch.bfloat16, torch.float16 weights can be quantized. Convert it, or leave it out""",
     )
+
+
+@pytest.mark.parametrize("config", [rtn_int4(32), [("up", rtn_int4(32))]])
+def test_a_filter_that_is_no_function(config):
+    model = Model()
+    with pytest.raises(TypeError, match=r"^filter_fn is 'up'; give a function of a module and its name, or"):
+        quantize_(model, config, "up")
+    assert formats(model) == {}
 
 
 @pytest.mark.parametrize("config", [Int8WeightOnlyConfig(version=2), "int4", 4, None, rtn_int4])

@@ -80,7 +80,8 @@ def test_one_layer_at_a_time_is_float(tmp_path, monkeypatch):
             {"bits": 4, "groupsize": 64},
             "quantization_config has 'groupsize'; it takes 'quant_method', 'bits', 'group_size'",
         ),
-        ({"ignore": "lm_head"}, "ignore is 'lm_head'; it takes a list"),
+        ({"ignore": "lm_head"}, "ignore is 'lm_head'; it takes a list of names"),
+        ({"ignore": [3]}, "ignore is [3]; it takes a list of names"),
         ({"rules": [["*.o_proj", {"bits": 5}]]}, "rules[0]: bits=5 is not supported"),
         (
             {"rules": [["*.o_proj"]]},

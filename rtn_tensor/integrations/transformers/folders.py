@@ -97,24 +97,30 @@ def _class(path: Path, about: Mapping[str, Any]) -> Any:
     if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
         return kind
     if about.get("auto_map"):
-        raise ValueError(
-            f"{file}: {names[0]} is code of the folder's own (auto_map), which is never run here; read it, "
-            "and make the model yourself: "
-            "AutoModel.from_config(config, trust_remote_code=True), and load(path, model=it)"
-        )
+        raise _own_code(file, names[0])
     raise ValueError(
         f"{path}: transformers has no class {names[0]}, which config.json names; give the model to fill"
     )
 
 
+def _own_code(file: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{file}: {what} is code of the folder's own (auto_map), which is never run here; read it, "
+        "and make the model yourself: "
+        "AutoModel.from_config(config, trust_remote_code=True), and load(path, model=it)"
+    )
+
+
 @contextmanager
-def _of_transformers(file: Path, what: str) -> Iterator[None]:
+def of_transformers(file: Path, what: str) -> Iterator[None]:
     """Names the file from which transformers makes `what`: it raises errors of any kind, and names none."""
     try:
         yield
     except ImportError:
         raise
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise _own_code(file, f"its {what}") from error
         why = " ".join(str(error).split()) or "no reason is given"
         raise ValueError(
             f"{file}: transformers makes no {what} of it ({type(error).__name__}: {why[:500]}); "
@@ -136,7 +142,7 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with _of_transformers(path / "config.json", "model"), parameters_on_meta(MOST_PARAMETERS):
+        with of_transformers(path / "config.json", "model"), parameters_on_meta(MOST_PARAMETERS):
             config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
             if not about.get("quantization_config") and "quantization_config" in vars(config):
                 del config.quantization_config  # null or {}: transformers asks only whether it is there
@@ -153,7 +159,7 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
     file = path / "generation_config.json"
     if model.can_generate() and (file.exists() or file.is_symlink()):
         read_json(file)
-        with _of_transformers(file, "generation config"):
+        with of_transformers(file, "generation config"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
 
@@ -162,11 +168,11 @@ def check_model_folder(path: Path) -> None:
     """Raises FileNotFoundError, which says what there is instead, unless `path` is a transformers folder."""
     if not ((path / "config.json").exists() or (path / "config.json").is_symlink()):
         there = (
-            "it is a file"
+            "it is a file; give the folder that it lies in, or to load() the module to fill, as model="
             if path.is_file()
             else "it holds an adapter; merge that into its model, and give the folder of that"
             if (path / "adapter_config.json").exists()
-            else "it has no config.json"
+            else "it has no config.json; add its model's, or give load() the module to fill, as model="
             if path.exists()
             else "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"
         )
