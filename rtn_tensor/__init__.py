@@ -5,6 +5,7 @@ from rtn_tensor.checkpoint.load import load
 from rtn_tensor.checkpoint.rank0 import load_from_rank0
 from rtn_tensor.checkpoint.save import save
 from rtn_tensor.config import RTNConfig, rtn, rtn_int4, rtn_int8
+from rtn_tensor.evaluation.comparison import compare
 from rtn_tensor.integrations.transformers.on_the_fly import fqn_config
 from rtn_tensor.kernels.registry import explain
 from rtn_tensor.quantize.allocation import plan
@@ -21,6 +22,7 @@ __all__ = [
     "RTNConfig",
     "RTNQuantizedTensor",
     "bits_per_weight",
+    "compare",
     "dequantize_",
     "explain",
     "fqn_config",

@@ -78,6 +78,7 @@ LAYERS = [
     "checkpoint",
     "evaluation.decoding",
     "evaluation.perplexity",
+    "evaluation.comparison",
     "evaluation.generation",
     "evaluation.tasks",
     "evaluation",

@@ -67,6 +67,34 @@ def check_ahead(model: Any, ids: Tensor) -> None:
         )
 
 
+def scored(model: Any, input_ids: Tensor, window: int) -> Tensor:
+    """The tokens [T] on the model's device. Raises ValueError where `model` cannot score them, `window`
+    tokens at once."""
+    if model.training:
+        raise ValueError(
+            "the model is in training mode, where dropout makes its loss random; call model.eval() first"
+        )
+    if input_ids.ndim not in (1, 2) or input_ids.shape[:-1].numel() != 1:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; pass one sequence, [T] or [1, T]")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids has dtype {input_ids.dtype}; pass int64 tokens")
+    if window < 2 or input_ids.numel() < 2:
+        raise ValueError(
+            f"got {input_ids.numel()} tokens and window={window}; both must be at least 2, as a "
+            "token is scored given another"
+        )
+    check_causal(model)
+    ids = input_ids.reshape(-1).long().to(next(model.parameters()).device)
+    check_tokens(model, ids)
+    if (most := positions(model)) is not None and min(window, ids.numel()) > most:
+        raise ValueError(
+            f"window={window}, and {type(model).__name__} has {most} positions (max_position_embeddings); "
+            f"use a window of {most} or less, and a stride no larger"
+        )
+    check_ahead(model, ids)
+    return ids
+
+
 @torch.inference_mode()
 def token_losses(
     model: nn.Module,
@@ -96,33 +124,10 @@ def token_losses(
             or dtype, a token that the model does not have; not 1 <= stride <= window, or a window of more
             tokens than the model has positions.
     """
-    if model.training:
-        raise ValueError(
-            "the model is in training mode, where dropout makes its loss random; call model.eval() first"
-        )
-    if input_ids.ndim not in (1, 2) or input_ids.shape[:-1].numel() != 1:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; pass one sequence, [T] or [1, T]")
-    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise ValueError(f"input_ids has dtype {input_ids.dtype}; pass int64 tokens")
+    ids = scored(model, input_ids, window)
     if not 1 <= stride <= window:
         raise ValueError(f"stride={stride} with window={window}; it must be at least 1 and at most window")
-    if window < 2 or input_ids.numel() < 2:
-        raise ValueError(
-            f"got {input_ids.numel()} tokens and window={window}; both must be at least 2, as a "
-            "token is scored given another"
-        )
-
-    check_causal(model)
-    ids = input_ids.reshape(-1).long().to(next(model.parameters()).device)
     length = ids.numel()
-    check_tokens(model, ids)
-    if (most := positions(model)) is not None and min(window, length) > most:
-        raise ValueError(
-            f"window={window}, and {type(model).__name__} has {most} positions (max_position_embeddings); "
-            f"use a window of {most} or less, "
-            "and a stride no larger"
-        )
-    check_ahead(model, ids)
     last = max(0, -(-(length - window) // stride))  # index of the first window that reaches the end
     starts = [stride * i for i in range(last + 1)]
 
