@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "../rtn_tensor/kernels/csrc/rtn.h"
+#include "../../rtn_tensor/kernels/csrc/rtn.h"
 
 namespace {
 
