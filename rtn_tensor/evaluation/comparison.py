@@ -1,5 +1,6 @@
 """How far a model's predictions are from those of the model that it was made of."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -86,5 +87,4 @@ def compare(
             sums += torch.stack([x.double() for x in found]).cpu()
     count = sum(len(pair[0]) - 1 for pair in windows)
     divergence, agreement, loss, reference_loss = (sums / count).tolist()
-    perplexities = (float(torch.tensor(x, dtype=torch.float64).exp()) for x in (loss, reference_loss))
-    return Comparison(divergence, agreement, *perplexities, count)
+    return Comparison(divergence, agreement, math.exp(loss), math.exp(reference_loss), count)

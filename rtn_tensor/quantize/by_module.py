@@ -92,7 +92,14 @@ class Refining:
         plain: the names of weights that kept plain rounding.
     """
 
-    def __init__(self, targets: Sequence[Target], weights: InModel | InFiles, progress: Progress | None):
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        weights: InModel | InFiles,
+        masks: Sequence[Tensor | None],
+        progress: Progress | None,
+    ):
+        self._masks = masks
         self.notes: dict[str, str] = {}
         self.plain: list[str] = []
         self._weights = weights
@@ -112,7 +119,7 @@ class Refining:
     def error(self) -> float:
         return math.exp(sum(self._logs) / len(self._logs)) if self._logs else 1.0
 
-    def reached(self, module: nn.Module, calls: list[Call]) -> None:
+    def reached(self, module: nn.Module, calls: dict[int, Call]) -> None:
         targets = [t for t in self._left[module] if t.fqn in self._places]
         with self._weights.floats(targets):
             for t, found in self._found(module, targets, calls):
@@ -131,29 +138,30 @@ class Refining:
             pass
 
     def _found(
-        self, module: nn.Module, targets: Sequence[Target], calls: list[Call]
+        self, module: nn.Module, targets: Sequence[Target], calls: dict[int, Call]
     ) -> Iterator[tuple[Target, dict[int, Moments]]]:
         """The moments of each weight's inputs, by expert."""
         if type(module).forward is nn.Linear.forward:
-            moments = self._moments([args[0] if args else kwargs["input"] for args, kwargs in calls])
+            moments = self._moments({i: (*args, *kwargs.values())[0] for i, (args, kwargs) in calls.items()})
             yield from ((t, {0: moments}) for t in targets)
             return
         weights = {t.fqn: (t.parameter, t.transposed) for t in targets if t.parameter is not None}
         with one_by_one(module), Watch(weights) as watch:
-            for args, kwargs in calls:
+            for args, kwargs in calls.values():
                 module(*args, **kwargs)
         for t in targets:
             yield t, {e: moments for (fqn, e), moments in watch.moments.items() if fqn == t.fqn}
 
-    def _moments(self, inputs: list[Tensor]) -> Moments:
-        same = [(x, 0 if x.is_inference() else x._version) for x in inputs]
+    def _moments(self, inputs: dict[int, Tensor]) -> Moments:
+        same = [(x, 0 if x.is_inference() else x._version) for x in inputs.values()]
         before, moments = self._last
         if len(before) != len(same) or any(
             x is not y or v != u for (x, v), (y, u) in zip(before, same, strict=True)
         ):
             moments = Moments()
-            for x in inputs:
-                moments.add(x)
+            for i, x in inputs.items():
+                mask = self._masks[i]
+                moments.add(x if mask is None or mask.shape != x.shape[:-1] else x[mask])
             self._last = same, moments
         return moments
 
@@ -198,12 +206,10 @@ class Refining:
 
 
 def _finite(fqn: str, moments: Moments, dtype: torch.dtype) -> Tensor:
-    total = moments.sum()
-    assert total is not None
-    if not is_finite(total):
+    if not is_finite(estimate := moments.estimate()):
         raise ValueError(
             f"{fqn}: its inputs hold NaN or inf in {dtype}; load the model in bfloat16 or float32, or look "
             "for what is "
             "wrong with the inputs that were given"
         )
-    return total
+    return estimate

@@ -64,7 +64,7 @@ class _Pass:
 def run_in_step(
     calls: Sequence[Callable[[], Any]],
     modules: Sequence[nn.Module],
-    reached: Callable[[nn.Module, list[Call]], None],
+    reached: Callable[[nn.Module, dict[int, Call]], None],
 ) -> list[nn.Module]:
     """Runs `calls`, forward passes of one model, each up to the first of `modules` that it would run; hands
     that module, with what each pass would call it with, to `reached`, which may exchange its weights; and
@@ -92,10 +92,10 @@ def run_in_step(
             one.resume()
         while left and (waiting := [one for one in passes if one.module is not None]):
             module = min((one.module for one in waiting if one.module), key=left.__getitem__)
-            here = [one for one in waiting if one.module is module]
-            reached(module, [one.call for one in here])
+            here = {i: one for i, one in enumerate(passes) if one.module is module}
+            reached(module, {i: one.call for i, one in here.items()})
             del left[module]
-            for one in here if left else ():
+            for one in here.values() if left else ():
                 one.resume()
     finally:
         for hook in hooks:

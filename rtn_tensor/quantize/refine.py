@@ -110,7 +110,7 @@ def refine_(
         source: the transformers folder of the float model, of which `model` is a quantized one.
         tokens: int64 `[sequences, length]` to refine on, in the place of those that the model writes.
         batches: of a model that is no causal language model, a list of keyword arguments to call it with, as
-            [{"pixel_values": ...}, ...].
+            [{"pixel_values": ...}, ...]. What an attention_mask says is padding does not count.
         sequences, length: that a causal language model of transformers writes; more are better, and take
             longer.
         seed: of what it writes.
@@ -135,11 +135,9 @@ def refine_(
         if held(t.parameter) is not t.parameter or t.parameter.is_meta:
             raise ValueError(
                 f"{t.fqn} is {'on meta' if t.parameter.is_meta else 'sharded'}, and refine_ needs it whole; "
-                "refine "
-                "the model before it is sharded or offloaded"
+                "refine the model before it is sharded or offloaded"
             )
     weights = InModel(model, targets) if source is None else InFiles(reader(Path(source), model))
-    refining = Refining(targets, weights, progress)
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -148,6 +146,7 @@ def refine_(
         inputs = _inputs(model, tokens, batches, sequences, length, seed)
         held_out = inputs.held_out if source is None else []  # of the float model nothing runs there
         references = [_log_probabilities(model, ids) for ids in held_out]
+        refining = Refining(targets, weights, [_mask(call) for call in inputs.calls], progress)
         run_in_step(
             [partial(_run, model, refining.modules, call) for call in inputs.calls],
             refining.modules,
@@ -159,8 +158,8 @@ def refine_(
     if divergence is not None and divergence > MUCH:
         warnings.warn(
             "the quantized model's next-token distributions differ from the float model's by "
-            f"{divergence:.2f} nats "
-            f"per token on {inputs.measured}, more than {MUCH}; use smaller groups, plan(), or 8 bits",
+            f"{divergence:.2f} nats per token on {inputs.measured}, more than {MUCH}; use smaller groups, "
+            "plan(), or 8 bits",
             stacklevel=2,
         )
     rows = [replace(row, note=refining.notes.get(row.name, row.note)) for row in report(model).rows]
@@ -235,6 +234,12 @@ def _inputs(
     return _Inputs(
         [((part,), {}) for part in ids.split(max(1, TOKENS // ids.shape[1]))], told, held_out, measured
     )
+
+
+def _mask(call: Call) -> Tensor | None:
+    """Which of the tokens [sequences, length] are no padding, where the call says it."""
+    mask = call[1].get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _run(model: Any, modules: Sequence[nn.Module], call: Call) -> None:

@@ -142,7 +142,7 @@ def test_each_weight_has_its_own_format(model):
     result = refine_(model, rules, **SMALL)
     formats = {name: (w.bits, w.group_size, w.scale_method) for name, w in quantized(model).items()}
     assert formats["model.layers.0.mlp.up_proj.weight"] == (8, 32, "absmax")
-    assert formats["model.layers.1.mlp.down_proj.weight"] == (4, -1, "absmax")
+    assert formats["model.layers.1.mlp.down_proj.weight"] == (4, -1, "search")
     assert "model.layers.1.mlp.up_proj.weight" not in formats
     assert result.plain == ["model.embed_tokens.weight"]  # it is multiplied by nothing
 
@@ -244,6 +244,23 @@ def test_batches_of_an_encoder():
         TypeError, match="BertModel is no causal language model of transformers.*tokens, or batches"
     ):
         refine_(BertModel(model.config).eval(), CONFIG)
+
+
+def test_padding_does_not_count():
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(
+            hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=99
+        )
+    ).eval()
+    ids, mask = torch.randint(99, (4, 40)), torch.ones(4, 40, dtype=torch.long)
+    mask[:, 30:] = 0
+    one, two, three = (copy.deepcopy(model) for _ in range(3))
+    refine_(one, CONFIG, batches=[{"input_ids": ids, "attention_mask": mask}])
+    refine_(two, CONFIG, batches=[{"input_ids": ids.where(mask > 0, 7), "attention_mask": mask}])
+    refine_(three, CONFIG, batches=[{"input_ids": ids}])
+    assert same_weights(one, two)
+    assert not same_weights(one, three)
 
 
 def test_batches_of_an_encoder_and_decoder_and_of_several_lengths():
