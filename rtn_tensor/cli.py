@@ -108,8 +108,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--group-size",
             type=int,
-            default=128,
-            help="weights that share a scale: a multiple of 32, or -1 for a whole row",
+            help="weights that share a scale: a multiple of 32, or -1 for a whole row (default: 64 at 4 "
+            "bits, 128 at 8)",
         )
 
     sub = command("quantize", run_quantize, "Quantize a transformers folder into another.")
@@ -117,7 +117,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("dst", type=_path, help="folder to write; must not exist, unless --force is given")
     add_format(sub)
     sub.add_argument(
-        "--scale-method", choices=SCALE_METHODS, default="absmax", help="how a group's scale is found"
+        "--scale-method",
+        choices=SCALE_METHODS,
+        help="how a group's scale is found (default: search at 4 bits, absmax at 8)",
     )
     sub.add_argument(
         "--skip",

@@ -27,9 +27,12 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Format:
-    """Two's complement integers of `bits` bits, packed into 16-byte chunks."""
+    """Two's complement integers of `bits` bits, packed into 16-byte chunks; and the group size and scale
+    method of weights of which nothing else is said."""
 
     bits: int
+    group_size: int = 128
+    scale_method: str = "absmax"
 
     @property
     def qmin(self) -> int:
@@ -53,7 +56,18 @@ class Format:
         return CHUNK_BYTES * -(-k // self.chunk)
 
 
-FORMATS = {bits: Format(bits) for bits in (4, 8)}
+# Of what costs 4.25 bits per weight without data, groups of 64 with searched scales lose least in four
+# models; at 8 bits no scale method loses less than another, and "absmax" is the fastest.
+FORMATS = {4: Format(4, 64, "search"), 8: Format(8)}
+
+
+def or_default(bits: int, group_size: int | None, scale_method: str | None) -> tuple[int, str]:
+    """The group size and the scale method; where one is None, that of `bits`."""
+    of_bits = FORMATS.get(bits, Format(bits))
+    return (
+        of_bits.group_size if group_size is None else group_size,
+        of_bits.scale_method if scale_method is None else scale_method,
+    )
 
 
 def check_version(version: int) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rtn_tensor.formats import FORMATS, check_format, groups
+from rtn_tensor.formats import FORMATS, check_format, groups, or_default
 from rtn_tensor.kernels import registry
 from rtn_tensor.kernels.problem import bucket, device_of
 from rtn_tensor.kernels.triton import config as configs
@@ -108,7 +108,7 @@ def _check_writable(folder: Path) -> None:
 def tune(
     sizes: Iterable[tuple[int, int]],
     bits: int = 4,
-    group_size: int = 128,
+    group_size: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     tokens: Iterable[int] = TOKENS,
     device: str | torch.device = "cuda",
@@ -128,7 +128,8 @@ def tune(
     Raises:
         ValueError: there is no GPU for Triton, or the format is none.
     """
-    check_format(bits, group_size, "absmax")
+    group_size, scale_method = or_default(bits, group_size, None)
+    check_format(bits, group_size, scale_method)
     if measure is graph_seconds and not (torch.cuda.is_available() and str(device).startswith("cuda")):
         raise ValueError(f"device={str(device)!r}: tuning measures kernels on a CUDA GPU, and there is none")
     device = device_of(device)

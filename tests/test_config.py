@@ -15,9 +15,11 @@ from rtn_tensor.formats import FORMATS
 
 
 def test_defaults():
-    assert RTNConfig() == RTNConfig(bits=4, group_size=128, scale_method="absmax", version=1)
+    assert RTNConfig() == RTNConfig(bits=4, group_size=64, scale_method="search", version=1)
     assert rtn() == rtn_int4() == RTNConfig()
-    assert rtn_int8() == RTNConfig(bits=8)
+    assert rtn(8) == rtn_int8() == RTNConfig(bits=8)
+    assert rtn_int8() == RTNConfig(8, 128, "absmax")
+    assert rtn(4, 32) == RTNConfig(4, 32, "search")
     assert rtn(8, 64, "signed") == rtn_int8(64, "signed") == RTNConfig(8, 64, "signed")
     assert rtn_int4(-1, "signed") == RTNConfig(4, -1, "signed")
 
@@ -32,7 +34,7 @@ def test_is_a_value():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.bits = 8
     assert_expected_inline(
-        repr(config), """RTNInt4WeightConfig(bits=4, group_size=64, scale_method='absmax', version=1)"""
+        repr(config), """RTNInt4WeightConfig(bits=4, group_size=64, scale_method='search', version=1)"""
     )
     assert eval(repr(config)) == config
 

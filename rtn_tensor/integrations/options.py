@@ -45,15 +45,15 @@ def _from_environment(name: str, default: int) -> int:
         raise ValueError(f"{name}={text!r} is no number; use {name}={default}, or unset it") from None
 
 
-def _default_format() -> dict[str, int]:
-    """What RTN_NUM_BITS and RTN_GROUP_SIZE say, or their defaults."""
+def _default_format() -> dict[str, Any]:
+    """What RTN_NUM_BITS and RTN_GROUP_SIZE say, or their defaults, with the scales of vLLM's own `rtn`."""
     bits, group_size = _from_environment("RTN_NUM_BITS", 8), _from_environment("RTN_GROUP_SIZE", 128)
     for name, asked in (("RTN_NUM_BITS", (bits, 128)), ("RTN_GROUP_SIZE", (8, group_size))):
         try:
             rtn(*asked)
         except ValueError as error:
             raise ValueError(f"{name}={os.environ[name]}: {error}, or unset {name}") from None
-    return {"bits": bits, "group_size": group_size}
+    return {"bits": bits, "group_size": group_size, "scale_method": "absmax"}
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Options:
             )
         base = _default_format()
         given = {key: config[key] for key in FORMAT_KEYS if key in config}
-        default = config_from_json(base | given, rtn(), "quantization_config")
+        default = config_from_json(base | given, None, "quantization_config")
         ignore = config.get("ignore") or []
         if isinstance(ignore, str) or not (
             isinstance(ignore, Sequence) and all(isinstance(pattern, str) for pattern in ignore)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.formats import FLOAT_DTYPES, check_format
+from rtn_tensor.formats import FLOAT_DTYPES, check_format, or_default
 from rtn_tensor.kernels import cpu, dense, triton
 from rtn_tensor.kernels.problem import OPS, Kernel, Problem, bucket, capability, device_of, make_problem
 from rtn_tensor.text_table import table
@@ -143,7 +143,7 @@ def explain(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     bits: int = 4,
-    group_size: int = 128,
+    group_size: int | None = None,
     M: int = 1,
     N: int = 4096,
     K: int = 4096,
@@ -191,7 +191,8 @@ def explain(
         device = device_of(device)
         if x is not None:
             device, dtype, K = x.device, x.dtype, x.shape[-1]
-        check_format(bits, group_size, "absmax")
+        group_size, scale_method = or_default(bits, group_size, None)
+        check_format(bits, group_size, scale_method)
         if dtype not in FLOAT_DTYPES:
             allowed = ", ".join(map(str, FLOAT_DTYPES))
             raise ValueError(

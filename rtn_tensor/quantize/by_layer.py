@@ -70,8 +70,8 @@ def select_layers(
     """Rules that give whole layers `config`; their `str()` says what that costs. Put them before a rule for
     the rest:
 
-        quantize_(model, select_layers(model, first=2) + select_modules(model, ["down_proj"]) + [("*",
-        rtn_int4())])
+        rules = select_layers(model, first=2) + select_modules(model, ["down_proj"])
+        quantize_(model, rules + [("*", rtn_int4())])
 
     Args:
         model: one whose layers are in an nn.ModuleList; of several (an encoder's and a decoder's), the layers

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rtn_tensor.config import RTNConfig, rtn
+from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.quantize.experts import routers, transposed_experts
 from rtn_tensor.wording import with_article
@@ -249,23 +249,24 @@ def resolve(rules: Rules, found: Sequence[Weight]) -> list[tuple[Weight, RTNConf
 # --------------------------------------------------------------------------------- as text
 
 
-def config_from_json(given: Any, default: RTNConfig, where: str) -> RTNConfig:
-    """The format that a mapping of some of `FORMAT_KEYS` gives, the others as in `default`; `where` begins
-    the message of a ValueError."""
+def config_from_json(given: Any, default: RTNConfig | None, where: str) -> RTNConfig:
+    """The format that a mapping of some of `FORMAT_KEYS` gives, the others as in `default`, or as `rtn` has
+    them; `where` begins the message of a ValueError."""
     if not isinstance(given, Mapping) or (unknown := set(given) - set(FORMAT_KEYS)):
         got = (
             f"has {', '.join(map(repr, sorted(unknown)))}" if isinstance(given, Mapping) else f"is {given!r}"
         )
         raise ValueError(f"{where} {got}; it takes {', '.join(map(repr, FORMAT_KEYS))}")
     try:
-        return RTNConfig(**{key: getattr(default, key) for key in FORMAT_KEYS} | dict(given))
+        others = {} if default is None else {key: getattr(default, key) for key in FORMAT_KEYS}
+        return RTNConfig(**others | dict(given))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
 def rules_from_json(given: Any, default: RTNConfig | None = None) -> list[tuple[str, RTNConfig | None]]:
     """Rules from a list of [pattern, {"bits": 8, "group_size": 64, "scale_method": "signed"}], or [pattern,
-    null] for float; keys left out are those of `default`, or else of `rtn_int4()`.
+    null] for float; keys left out are as in `default`, or else as `rtn` has them.
 
     Raises:
         ValueError: another form, an unknown key, an unfit value; it says which rule.
@@ -286,7 +287,7 @@ def rules_from_json(given: Any, default: RTNConfig | None = None) -> list[tuple[
                 f'rules[{i}] is {rule!r}; give [pattern, {{"bits": 8}}], or [pattern, null] for float'
             )
         rules.append(
-            (rule[0], None if rule[1] is None else config_from_json(rule[1], default or rtn(), f"rules[{i}]"))
+            (rule[0], None if rule[1] is None else config_from_json(rule[1], default, f"rules[{i}]"))
         )
     check_rules(rules)
     return rules
@@ -303,7 +304,7 @@ def rules_to_json(rules: Rules) -> list[list[Any]]:
 
 def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNConfig | None]:
     """A rule from "PATTERN=BITS[,GROUP_SIZE[,SCALE_METHOD]]" or "PATTERN=float"; what is left out is as in
-    `default`, or `rtn_int4()`.
+    `default`, or as `rtn` has it.
 
     Raises:
         ValueError: another form, or an unfit value.
@@ -320,7 +321,7 @@ def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNCon
         raise ValueError(
             f"{text!r} is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or PATTERN=float"
         )
-    return pattern, config_from_json(dict(zip(FORMAT_KEYS, values, strict=False)), default or rtn(), text)
+    return pattern, config_from_json(dict(zip(FORMAT_KEYS, values, strict=False)), default, text)
 
 
 # ------------------------------------------------------------------------------ selections

@@ -12,7 +12,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import is_batchedtensor, tree_leaves, tree_map_only
-from rtn_tensor.formats import FLOAT_DTYPES, VERSION, check_format, check_planes
+from rtn_tensor.formats import FLOAT_DTYPES, VERSION, check_format, check_planes, or_default
 from rtn_tensor.tensor import sharding
 from rtn_tensor.tensor.attributes import FORMAT, PLANES, ParameterLike, carried
 from rtn_tensor.tensor.callers import is_computed_anew
@@ -101,12 +101,12 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         cls,
         w: Tensor,
         bits: int = 4,
-        group_size: int = 128,
-        scale_method: str = "absmax",
+        group_size: int | None = None,
+        scale_method: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "RTNQuantizedTensor":
         """Quantizes `w [..., N, K]` (float32, bfloat16 or float16). `dtype`, by default `w`'s, is that of the
-        scale and so the tensor's.
+        scale and so the tensor's; `group_size` and `scale_method` by default those of `rtn`.
 
         A NaN or inf in `w` is not looked for: it makes its group NaN. `quantize_` looks.
 
@@ -114,6 +114,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
             ValueError: an unknown format, `w` has no dims, or is a sample inside `torch.vmap`.
             TypeError: `w` is already quantized or not of a float dtype above.
         """
+        group_size, scale_method = or_default(bits, group_size, scale_method)
         check_format(bits, group_size, scale_method)
         if not isinstance(w, Tensor):
             raise TypeError(
@@ -143,12 +144,13 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         cls,
         *shape: int,
         bits: int = 4,
-        group_size: int = 128,
-        scale_method: str = "absmax",
+        group_size: int | None = None,
+        scale_method: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ) -> "RTNQuantizedTensor":
         """An uninitialized `[..., N, K]` tensor, for `copy_` to fill; on any device, meta included."""
+        group_size, scale_method = or_default(bits, group_size, scale_method)
         check_format(bits, group_size, scale_method)
         check_dtype(dtype)
         if not shape or not all(isinstance(n, int | torch.SymInt) for n in shape):

@@ -160,7 +160,7 @@ def test_numbers_that_begin_inside_a_number(dtype):
     """The sanitizers, which run this too, see a read of one."""
     w, bias, x = torch.randn(48, 100).to(dtype), torch.randn(48).to(dtype), torch.randn(3, 100).to(dtype)
     whole = RTNQuantizedTensor.from_float(w, 4, 32)
-    moved = RTNQuantizedTensor(misaligned(whole.qdata), misaligned(whole.scale), 4, 32, "absmax", 100)
+    moved = RTNQuantizedTensor(misaligned(whole.qdata), misaligned(whole.scale), 4, 32, "search", 100)
     assert moved.scale.data_ptr() % dtype.itemsize
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():

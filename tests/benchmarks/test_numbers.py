@@ -44,6 +44,8 @@ ALIASES = {  # what a row is called elsewhere
         for method in ("absmax", "signed", "search")
     },
     "int4, group_size 64, the paper's formula": "int4 g64 absmax",
+    "int4, group_size 64, refined": "int4 g64 refined",
+    "int4, group_size 64, search (the default)": "int4 g64 search",
     "GPTQ, group_size 64, calibrated": "GPTQ g64",
     "GPTQ g64, calibrated": "GPTQ g64",
     "HQQ g64, asymmetric": "HQQ g64",
@@ -83,6 +85,26 @@ def test_accuracy(page):
             kept, error = cells["kept, %"].split(" ± ")
             assert is_rounded(kept, 100 * row["average_recovery"]), name
             assert is_rounded(error, 100 * row["average_recovery_stderr"]), name
+
+
+def test_four_bits():
+    rows = {(row["model"], row["method"]): row for row in results("four_bits.json")["rows"]}
+    found = table("docs/refine.md", "Whisper base, KL", "bits per weight")
+    assert len(found) == 11
+    columns = {
+        "Whisper base, KL": ("whisper", "kl"),
+        "MiniLM, 1 - cosine": ("minilm", "distance"),
+        "SmolLM2, KL": ("smollm2", "kl"),
+        "SmolLM2, perplexity": ("smollm2", "perplexity"),
+        "gemma, KL": ("gemma", "kl"),
+        "gemma, perplexity": ("gemma", "perplexity"),
+    }
+    for name, cells in found.items():
+        for column, (model, metric) in columns.items():
+            if cells[column]:
+                assert is_rounded(cells[column], rows[model, name][metric]), (name, column)
+        if name != "float":
+            assert is_rounded(cells["bits per weight"], rows["whisper", name]["bits_per_weight"]), name
 
 
 def test_selective():
@@ -145,7 +167,7 @@ def test_loading():
     rows = {row["way"]: row for row in results("load.json")["rows"]}
     ways = {"`load`, int4": "rtn_tensor.load int4", "`load`, int8": "rtn_tensor.load int8"}
     ways |= {
-        "transformers, `TorchAoConfig(rtn_int4())`": "transformers, rtn_int4",
+        "transformers, `TorchAoConfig` with the same int4": "transformers, rtn_int4",
         "transformers, torchao's int8": "transformers, torchao int8",
     }
     found = table("docs/load-and-save.md", "seconds, cached")

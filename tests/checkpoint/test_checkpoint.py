@@ -206,7 +206,7 @@ model.norm.weight""",
     assert metadata["model.norm.weight"] == '{"_type": "Tensor"}'
     assert_expected_inline(
         metadata["model.layers.0.self_attn.q_proj.weight"],
-        """{"_type": "RTNQuantizedTensor", "_data": {"bits": 4, "group_size": 64, "scale_method": "absmax", "in_features": 96, "transposed": false, "version": 1}, "_tensor_data_names": ["qdata", "scale"]}""",
+        """{"_type": "RTNQuantizedTensor", "_data": {"bits": 4, "group_size": 64, "scale_method": "search", "in_features": 96, "transposed": false, "version": 1}, "_tensor_data_names": ["qdata", "scale"]}""",
     )
     assert_expected_inline(
         metadata["model.layers.0.mlp.down_proj.weight"],
@@ -246,7 +246,7 @@ def test_config_on_disk(tmp_path):
    "_data": {
     "bits": 4,
     "group_size": 64,
-    "scale_method": "absmax"
+    "scale_method": "search"
    },
    "_type": "RTNInt4WeightConfig",
    "_version": 1
@@ -272,7 +272,7 @@ def test_mixed_config_on_disk(tmp_path):
         """\
 lm_head: {"bits": 8, "group_size": 128, "scale_method": "absmax"}
 model.embed_tokens: {"bits": 8, "group_size": 128, "scale_method": "absmax"}
-model.layers.1.mlp.up_proj: {"bits": 4, "group_size": 64, "scale_method": "absmax"}""",
+model.layers.1.mlp.up_proj: {"bits": 4, "group_size": 64, "scale_method": "search"}""",
     )
 
 

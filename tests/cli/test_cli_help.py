@@ -66,9 +66,9 @@ options:
   --bits {4,8}          bits per weight (default: 4)
   --group-size GROUP_SIZE
                         weights that share a scale: a multiple of 32, or -1 for a whole row
-                        (default: 128)
+                        (default: 64 at 4 bits, 128 at 8)
   --scale-method {absmax,signed,search}
-                        how a group's scale is found (default: absmax)
+                        how a group's scale is found (default: search at 4 bits, absmax at 8)
   --skip PATTERN        layers to keep float, as in 'model.layers.0.*'; may repeat
   --rule PATTERN=FORMAT
                         a format of their own for some layers, as in '*.down_proj=8',
@@ -193,7 +193,7 @@ options:
   --bits {4,8}          bits per weight (default: 4)
   --group-size GROUP_SIZE
                         weights that share a scale: a multiple of 32, or -1 for a whole row
-                        (default: 128)
+                        (default: 64 at 4 bits, 128 at 8)
   --op OP               linear, linear_dx, grouped, embedding, quantize, ... (default: linear)
   --device DEVICE       device of the weight (default: cpu)
   --dtype {float32,bfloat16,float16}

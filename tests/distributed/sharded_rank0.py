@@ -183,9 +183,9 @@ def unfit_states():
         ValueError,
         r"up.bias has shape \[2\], the model's up.bias \[192\]",
     )
-    kind = "bits=4, group_size=32, scale_method='absmax'"
+    kind = "bits=4, group_size=32, scale_method='search'"
     for state, got in (
-        (other(group_size=64), "bits=4, group_size=64, scale_method='absmax'"),
+        (other(group_size=64), "bits=4, group_size=64, scale_method='search'"),
         (other(scale_method="signed"), "bits=4, group_size=32, scale_method='signed'"),
         (
             quantized(mlp(), rtn_int8(group_size=32)).state_dict(),

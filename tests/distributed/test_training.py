@@ -77,7 +77,7 @@ def linear(config=None):
 @COMPILED
 def test_a_linear_keeps_its_planes_and_nothing_else(bits, compiled):
     x = torch.randn(64, 512, dtype=torch.bfloat16, requires_grad=True)
-    layer = linear(rtn(bits))
+    layer = linear(rtn(bits, 128))
     found = saved(lambda x: torch.compile(layer, disable=not compiled)(x).mul(1.0), x)
     assert found == {
         plane.untyped_storage().data_ptr(): plane.nbytes for plane in (layer.weight.qdata, layer.weight.scale)

@@ -87,7 +87,7 @@ def test_int4_perplexity_is_that_of_fake_quantization(folder, tokens, group_size
     fake, model = float_model(folder), float_model(folder)
     float_value = perplexity(model, tokens, 1024, 1024)
     fake_quantize_(fake, 4, group_size)
-    quantize_(model, rtn_int4(group_size=group_size), is_layer)
+    quantize_(model, rtn_int4(group_size, "absmax"), is_layer)
     rounded, expected = perplexity(fake, tokens, 1024, 1024), perplexity(fake.float(), tokens, 1024, 1024)
     value = perplexity(model, tokens, 1024, 1024)
     monkeypatch.setenv("RTN_KERNEL", "dense")
@@ -105,7 +105,7 @@ def test_fp32_perplexity_is_that_of_fake_quantization(folder, tokens):
     tokens = tokens[:1024]
     fake, model = float_model(folder, torch.float32), float_model(folder, torch.float32)
     fake_quantize_(fake, 4, 64)
-    quantize_(model, rtn_int4(group_size=64), is_layer)
+    quantize_(model, rtn_int4(64, "absmax"), is_layer)
     assert perplexity(model, tokens) == pytest.approx(perplexity(fake, tokens), rel=1e-5)
 
 
@@ -138,7 +138,7 @@ def compiled_forward(model):
 
 def test_compiled_model_generates_the_same(folder, prompt):
     model = float_model(folder, torch.float32)
-    quantize_(model, rtn_int4(group_size=32), is_layer)
+    quantize_(model, rtn_int4(32, "absmax"), is_layer)
     assert decode(compiled_forward(model), prompt)[0].tolist() == decode(model.forward, prompt)[0].tolist()
 
 
@@ -151,7 +151,7 @@ def test_compiled_bf16_model_generates_the_same(folder, prompt):
     bf16's rounding (with `torch._inductor.config.emulate_precision_casts` they are equal bit for bit): tokens
     are the same until two logits are that close."""
     model = float_model(folder)
-    quantize_(model, rtn_int4(group_size=32), is_layer)
+    quantize_(model, rtn_int4(32, "absmax"), is_layer)
     eager_ids, eager = decode(model.forward, prompt)
     compiled_ids, compiled = decode(compiled_forward(model), prompt)
     with torch.inference_mode():
@@ -173,7 +173,23 @@ def test_compiled_bf16_model_generates_the_same(folder, prompt):
 
 def test_command_line(folder, tokenizer, tmp_path, capsys):
     out = tmp_path / "int4"
-    assert main(["quantize", str(folder), str(out), "--bits", "4", "--group-size", "32", "--json"]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                str(folder),
+                str(out),
+                "--bits",
+                "4",
+                "--group-size",
+                "32",
+                "--scale-method",
+                "absmax",
+                "--json",
+            ]
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     layers = [row for row in report["weights"] if row["bits"]]
     assert len(layers) == 30 * 7
@@ -186,7 +202,7 @@ def test_command_line(folder, tokenizer, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == report
 
     model = float_model(folder)
-    quantize_(model, rtn_int4(group_size=32), is_layer)
+    quantize_(model, rtn_int4(32, "absmax"), is_layer)
     assert main(["generate", str(out), "Why is the sky blue?", "--max-new-tokens", "16"]) == 0
     text = capsys.readouterr().out
     assert text == generate(model, tokenizer, "Why is the sky blue?", 16).text + "\n"
@@ -223,7 +239,7 @@ from transformers.models.llama import modeling_llama
 torch.ones(512, 512).bfloat16() @ torch.ones(512, 512).bfloat16()  # the thread pools
 used = 1024 * int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0])
 resource.setrlimit(resource.RLIMIT_DATA, (used + 200_000_000,) * 2)
-model = rtn_tensor.load({str(folder)!r}, rtn_tensor.rtn_int4(group_size=32))
+model = rtn_tensor.load({str(folder)!r}, rtn_tensor.rtn_int4(32, "absmax"))
 ids = torch.tensor({prompt.tolist()})
 print(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=2).tolist())
 """
@@ -236,7 +252,7 @@ print(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8,
     assert done.returncode == 0, done.stderr[-3000:]
     model = float_model(folder)
     quantize_(
-        model, rtn_int4(group_size=32), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head"
+        model, rtn_int4(32, "absmax"), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head"
     )
     expected = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=2

@@ -76,7 +76,7 @@ def test_perplexity_is_that_of_fake_quantization(folder, tokens, bits):
     fake = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     fake_quantize_(fake, bits)
     expected = measured(fake, tokens, "grouped_mm", f"fake-quantized to int{bits} g{GROUP_SIZE}")
-    model = load(folder, rtn(bits, GROUP_SIZE)).float().eval()
+    model = load(folder, rtn(bits, GROUP_SIZE, "absmax")).float().eval()
     experts = model.model.layers[29].mlp.experts
     assert isinstance(experts.gate_up_proj, RTNQuantizedTensor)
     assert model.config._experts_implementation == "rtn"
@@ -104,7 +104,7 @@ def test_bf16_perplexity(folder, tokens):
     assert measured(load(folder, rtn(8, GROUP_SIZE)).eval(), tokens, "rtn", "int8") == pytest.approx(
         before, rel=5e-3
     )
-    model = load(folder, rtn(4, GROUP_SIZE)).eval()
+    model = load(folder, rtn(4, GROUP_SIZE, "absmax")).eval()
     value = measured(model, tokens, "rtn", "int4")
     assert value > 1.05 * before  # or it was not quantized
     for implementation in ("eager", "grouped_mm"):

@@ -38,7 +38,7 @@ def test_what_is_left_out_is_the_old_variables(monkeypatch):
     assert Options.read({}).default == rtn(8, 128)
     monkeypatch.setenv("RTN_NUM_BITS", "4")
     monkeypatch.setenv("RTN_GROUP_SIZE", "-1")
-    assert Options.read({}).default == rtn(4, -1)
+    assert Options.read({}).default == rtn(4, -1, "absmax")
     assert Options.read({"bits": 8, "scale_method": "signed"}).default == rtn(8, -1, "signed")
     monkeypatch.setenv("RTN_NUM_BITS", "four")
     with pytest.raises(ValueError, match="RTN_NUM_BITS='four' is no number; use RTN_NUM_BITS=8, or unset it"):
@@ -67,7 +67,7 @@ def test_the_first_rule_that_matches_counts():
     assert options.of("lm_head") is None
     assert options.of("model.layers.3.mlp.down_proj") == rtn_int8()
     assert options.of("model.layers.4.self_attn.q_proj") is None
-    assert options.of("model.layers.4.mlp.down_proj") == rtn_int4(32)
+    assert options.of("model.layers.4.mlp.down_proj") == rtn_int4(32, "absmax")
     options.check()
 
 
@@ -80,19 +80,19 @@ def test_wildcards_reach_what_is_quantized_by_default():
         ValueError, match=r"no layer matches '\*', or only such as stay float unless named in " r"full"
     ):
         options.check()
-    assert options.of("model.layers.4.mlp.up_proj") == rtn_int4()
+    assert options.of("model.layers.4.mlp.up_proj") == rtn_int4(128, "absmax")
     options.check()
 
 
 def test_by_default():
     options = Options.read({"bits": 4})
-    assert options.of("a") == rtn_int4()
+    assert options.of("a") == rtn_int4(128, "absmax")
     assert options.of("a", by_default=False) is None
 
 
 def test_a_plan_names_weights():
     names = {
-        part: rtn_int8() if i < 2 else rtn_int4(32)
+        part: rtn_int8() if i < 2 else rtn_int4(32, "absmax")
         for i, part in enumerate([*PARTS[:2], "model.layers.0.mlp.down_proj"])
     }
     plan = [
@@ -101,13 +101,13 @@ def test_a_plan_names_weights():
     ]
     options = Options.read({"bits": 4, "rules": plan})
     assert options.of("qk", PARTS[:2]) == rtn_int8()
-    assert options.of("model.layers.0.mlp.down_proj") == rtn_int4(32)
+    assert options.of("model.layers.0.mlp.down_proj") == rtn_int4(32, "absmax")
     options.check()
 
 
 def test_parts_of_a_fused_layer():
     assert Options.read({"ignore": ["*.[qkv]_proj"]}).of(NAME, PARTS) is None
-    assert Options.read({"rules": [[NAME, {"bits": 4}]]}).of(NAME, PARTS) == rtn_int4()
+    assert Options.read({"rules": [[NAME, {"bits": 4}]]}).of(NAME, PARTS) == rtn_int4(128, "absmax")
     options = Options.read(
         {"rules": [["*.v_proj", {"bits": 4, "scale_method": "signed"}], ["*.k_proj", None]]}
     )
@@ -134,7 +134,7 @@ def test_experts():
             "rules": [["a.experts.down_proj", {"bits": 8}], ["b.experts", None], ["c.*.down_proj", None]],
         }
     )
-    assert options.of_experts("a.experts") == (rtn_int4(), rtn_int8())
+    assert options.of_experts("a.experts") == (rtn_int4(128, "absmax"), rtn_int8())
     assert options.of_experts("b.experts") is None
     with pytest.raises(ValueError, match="c.experts: down_proj would stay float, and the other not"):
         options.of_experts("c.experts")
@@ -151,7 +151,7 @@ def test_layers_that_stay_float():
 def test_summary():
     options = Options.read({})
     for layer in range(2):
-        options.note(f"model.layers.{layer}.mlp.down_proj", rtn_int4(128), 96 * 512, 96, 2)
+        options.note(f"model.layers.{layer}.mlp.down_proj", rtn_int4(128, "absmax"), 96 * 512, 96, 2)
         options.note(f"model.layers.{layer}.mlp.gate", None, 4 * 512, 4, 2)
     options.note("lm_head", rtn_int8(-1, "signed"), 1000 * 512, 1000, 2)
     assert options.summary() == (

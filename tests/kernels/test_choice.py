@@ -313,7 +313,7 @@ reference        It could, but small is preferred.""",
     assert_expected_inline(
         str(explain(op="linear_dx", M=0)),
         """\
-linear_dx on cpu: torch.bfloat16 x [0, 4096], int4 weight [4096, 4096] with group_size 128
+linear_dx on cpu: torch.bfloat16 x [0, 4096], int4 weight [4096, 4096] with group_size 64
 kernel           why not
 ---------  ----  ---------------------------------
 gpu              It has no linear_dx.
@@ -321,7 +321,7 @@ small            It has no linear_dx.
 dense      runs
 reference        It could, but dense is preferred.""",
     )
-    assert explain(x=torch.zeros(7, 64)).problem[3:10] == (torch.float32, torch.float32, 4, 128, 7, 4096, 64)
+    assert explain(x=torch.zeros(7, 64)).problem[3:10] == (torch.float32, torch.float32, 4, 64, 7, 4096, 64)
 
 
 def test_explain_when_forced(use, monkeypatch):
@@ -330,7 +330,7 @@ def test_explain_when_forced(use, monkeypatch):
     assert_expected_inline(
         str(explain(M=3)),
         """\
-linear on cpu: torch.bfloat16 x [3, 4096], int4 weight [4096, 4096] with group_size 128
+linear on cpu: torch.bfloat16 x [3, 4096], int4 weight [4096, 4096] with group_size 64
 kernel           why not
 ---------  ----  ------------------------------------------------
 gpu              It needs a GPU.

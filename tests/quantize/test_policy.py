@@ -85,7 +85,7 @@ def test_quantize_by_rules():
 def test_order_counts():
     model = tiny_llama()
     quantize_(model, [("*.down_proj", rtn_int8()), ("*", rtn_int4()), ("model.layers.0.*", None)])
-    assert formats(model)["model.layers.0.mlp.up_proj.weight"] == (4, 128)
+    assert formats(model)["model.layers.0.mlp.up_proj.weight"] == (4, 64)
     assert formats(model)["model.layers.0.mlp.down_proj.weight"] == (8, 128)
 
 
@@ -299,9 +299,9 @@ def test_what_a_selection_costs_is_what_the_report_finds():
     model = tiny_llama(layers=5, dtype=torch.bfloat16)
     selected = select_layers(model, last=2)
     said = float(str(selected).rpartition("+")[2].split()[0])
-    rules = [*selected, ("*", rtn_int4())]
+    rules = [*selected, ("*", rtn_int4(128))]
     predicted = bits_per_weight(model, rules)
-    assert predicted - bits_per_weight(model, [("*", rtn_int4())]) == pytest.approx(said, abs=6e-4)
+    assert predicted - bits_per_weight(model, [("*", rtn_int4(128))]) == pytest.approx(said, abs=6e-4)
     rows = [row for row in quantize_(model, rules).rows if row.bits]
     assert predicted == 8 * sum(row.bytes_after for row in rows) / sum(
         torch.Size(row.shape).numel() for row in rows

@@ -47,7 +47,7 @@ def test_linears_are_quantized_and_run(dtype, bits, group_size):
     for linear in (expected.up, expected.down, expected.head):
         linear.weight.data = fake_quantized(linear.weight, bits, group_size)
     embedding, norm, bias = model.embed.weight, model.norm.weight, model.up.bias
-    quantize_(model, rtn(bits, group_size))
+    quantize_(model, rtn(bits, group_size, "absmax"))
     assert formats(model) == dict.fromkeys(["up.weight", "down.weight", "head.weight"], (bits, group_size))
     assert (model.embed.weight, model.norm.weight, model.up.bias) == (embedding, norm, bias)
     for name in ("up", "down", "head"):
@@ -72,7 +72,7 @@ def test_scale_method_reaches_the_weight():
 
 def test_short_names():
     for config, expected in [
-        (rtn_int4(), (4, 128)),
+        (rtn_int4(), (4, 64)),
         (rtn_int4(group_size=32), (4, 32)),
         (rtn_int8(64), (8, 64)),
         (rtn(8), (8, 128)),
@@ -115,14 +115,14 @@ def test_embedding_where_selected():
 def test_a_lone_linear():
     model = nn.Linear(64, 16)
     result = quantize_(model, rtn_int4())
-    assert formats(model) == {"weight": (4, 128)}
+    assert formats(model) == {"weight": (4, 64)}
     assert [row.name for row in result.rows] == ["weight", "bias"]
 
 
 def test_expert_parameters_by_name():
     model = nn.ModuleDict({"mlp": Experts()})
     w = model["mlp"].gate_up_proj.detach()
-    quantize_(model, FqnToConfig({"mlp.gate_up_proj": rtn_int4(32)}))
+    quantize_(model, FqnToConfig({"mlp.gate_up_proj": rtn_int4(32, "absmax")}))
     assert formats(model) == {"mlp.gate_up_proj": (4, 32)}
     assert model["mlp"].gate_up_proj.shape == (3, 40, 64)
     torch.testing.assert_close(
@@ -253,7 +253,7 @@ def test_dequantize_undoes(dtype):
 def test_dequantize_undoes_experts():
     model = Experts()
     expected = fake_quantized(model.gate_up_proj, 4, 32)
-    quantize_(model, FqnToConfig({"gate_up_proj": rtn_int4(32)}))
+    quantize_(model, FqnToConfig({"gate_up_proj": rtn_int4(32, "absmax")}))
     dequantize_(model)
     torch.testing.assert_close(model.gate_up_proj.detach(), expected, rtol=0, atol=0)
 

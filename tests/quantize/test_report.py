@@ -13,7 +13,7 @@ def test_report_table():
         {"layer": Model(tied=True), "conv": nn.Conv1d(4, 4, 3), "experts": Experts()}
     ).bfloat16()
     config = FqnToConfig(
-        {"layer.head": rtn_int8(32), "layer.up": rtn_int4(), "experts.gate_up_proj": rtn_int4(-1)}
+        {"layer.head": rtn_int8(32), "layer.up": rtn_int4(128), "experts.gate_up_proj": rtn_int4(-1)}
     )
     result = quantize_(model, config)
     assert_expected_inline(

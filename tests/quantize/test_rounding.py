@@ -85,7 +85,7 @@ def test_no_weight_comes_out_worse_than_plain(bits, method, rows, group_size):
 
 def test_plain_rounding_is_kept_where_it_is_better(monkeypatch):
     monkeypatch.setattr("rtn_tensor.quantize.rounding.round_columns", lambda w, *others: torch.zeros_like(w))
-    w, config = torch.randn(4, 64), rtn(4, 32)
+    w, config = torch.randn(4, 64), rtn(4, 32, "absmax")
     done = refine(w, config, spread(moments(64)))
     qdata, scale = reference.quantize(w, 4, 32, "absmax", w.dtype)
     assert torch.equal(done.qdata, qdata)

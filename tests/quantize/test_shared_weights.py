@@ -61,7 +61,7 @@ def test_one_of_a_tied_pair(quantized, kept):
     expected = {"embed": F.embedding(IDS, w), "head": x @ w.T}
     fake = fake_quantized(w)
     expected[quantized] = F.embedding(IDS, fake) if quantized == "embed" else x @ fake.T
-    result = quantize_(model, rtn_int4(), select(quantized))
+    result = quantize_(model, rtn_int4(128, "absmax"), select(quantized))
     assert formats(model) == {f"{quantized}.weight": (4, 128)}
     assert model.get_submodule(kept).weight is w
     torch.testing.assert_close(model.embed(IDS), expected["embed"])

@@ -60,7 +60,7 @@ def test_linear():
     layer.weight_loader(layer.bias, bias)
     layer.quant_method.process_weights_after_loading(layer)
     assert isinstance(layer.weight, RTNQuantizedTensor)
-    expected = RTNQuantizedTensor.from_float(w, 4, 32)
+    expected = RTNQuantizedTensor.from_float(w, 4, 32, "absmax")
     assert layer.weight.equal(expected)
     y, _ = layer(x)
     torch.testing.assert_close(y, nn.functional.linear(x, expected, bias), rtol=0, atol=0)
@@ -126,7 +126,7 @@ def test_experts(about, gate):
     got = layer.quant_method.apply(
         layer, StandardDispatchOutput(x, None, StandardTopKOutput(weights, ids, None))
     ).hidden_states
-    up, down = (RTNQuantizedTensor.from_float(w, 4, 32).dequantize() for w in (w13, w2))
+    up, down = (RTNQuantizedTensor.from_float(w, 4, 32, "absmax").dequantize() for w in (w13, w2))
     expected = torch.zeros(3, 64)
     for t in range(3):
         for e, weight in zip(ids[t].tolist(), weights[t], strict=True):

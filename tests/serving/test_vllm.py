@@ -48,7 +48,7 @@ def test_what_a_model_sets_of_its_activation(folder, monkeypatch, kind, settings
     path = folder("mixtral")
     with engine(path, **rtn(bits=4, group_size=64)) as llm:
         generated = greedy(llm, new=8)
-    model = reference(path, rtn_int4(64))
+    model = reference(path, rtn_int4(64, "absmax"))
     assert difference(model, generated) > 100 * ROUNDING["float32"]
     for layer in model.model.layers:
         layer.mlp.experts._apply_gate = gate
@@ -117,8 +117,8 @@ def test_rules_and_ignore(folder, calls):
         {
             r"re:.*\.down_proj": rtn_int8(-1),
             "model.layers.1.self_attn.o_proj": None,
-            r"re:model\.layers\.0\..*_proj": rtn_int4(32),
-            r"re:.*\.layers\..*_proj": rtn_int4(64),
+            r"re:model\.layers\.0\..*_proj": rtn_int4(32, "absmax"),
+            r"re:.*\.layers\..*_proj": rtn_int4(64, "absmax"),
         }
     )
     assert calls["linear"] >= 16 * 7
@@ -136,7 +136,10 @@ def test_experts_of_two_precisions_and_what_is_said(folder, calls, monkeypatch):
         assert sorted(experts.values()) == [4, 8]
         assert not any(name.endswith("mlp.gate.weight") for name in weights(llm))
     config = FqnToConfig(
-        {r"re:.*experts\.down_proj": rtn_int8(-1), r"re:.*(experts\.gate_up|[qkvo])_proj": rtn_int4(32)}
+        {
+            r"re:.*experts\.down_proj": rtn_int8(-1),
+            r"re:.*(experts\.gate_up|[qkvo])_proj": rtn_int4(32, "absmax"),
+        }
     )
     assert difference(reference(path, config), generated) < ROUNDING["float32"]
     assert difference(reference(path), generated) > 100 * ROUNDING["float32"]
@@ -163,7 +166,7 @@ def test_embedding_and_lm_head_by_request(folder, name):
         assert ("lm_head.weight" in weights(llm)) == (name == "llama")
     parts = {
         "model.embed_tokens": rtn_int8(),
-        "lm_head": rtn_int8() if name == "tied" else rtn_int4(),
+        "lm_head": rtn_int8() if name == "tied" else rtn_int4(128, "absmax"),
         r"re:.*\.layers\..*_proj": rtn_int8(),
     }
     assert difference(reference(path, FqnToConfig(parts)), generated) < ROUNDING["float32"]

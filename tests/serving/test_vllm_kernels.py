@@ -147,7 +147,9 @@ def test_tokens_and_reload(llama, tmp_path, calls):
         assert packed == {
             name: p.data_ptr() for name, p in model.named_parameters() if name.endswith("weight_packed")
         }
-    config = FqnToConfig({"lm_head": rtn_int4(32), r"re:.*\.layers\..*_proj": rtn_int4(64)})
+    config = FqnToConfig(
+        {"lm_head": rtn_int4(32, "absmax"), r"re:.*\.layers\..*_proj": rtn_int4(64, "absmax")}
+    )
     for path, generated in ((llama, before), (tmp_path / "other", after)):
         assert difference(load(path, config, dtype=torch.float16).float(), generated) < ROUNDING["float16"]
         assert difference(load(path), generated) > 10 * ROUNDING["float16"]

@@ -147,7 +147,7 @@ def test_saved_parts_that_differ_are_refused(folder, tmp_path):
     path = saved(
         folder("llama"),
         tmp_path / "saved",
-        config=FqnToConfig({r"re:.*\.q_proj": rtn_int8(), r"re:.*\.k_proj": rtn_int4()}),
+        config=FqnToConfig({r"re:.*\.q_proj": rtn_int8(), r"re:.*\.k_proj": rtn_int4(128, "absmax")}),
     )
     with (
         pytest.raises(ValueError, match=r"qkv_proj is one layer here.*quantize the folder " r"again"),

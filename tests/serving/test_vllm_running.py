@@ -37,7 +37,7 @@ def test_compiled_and_reload_takes_other_weights(folder, tmp_path, name):
         assert where == places(llm)
     assert before != after
     for path, generated in ((first, before), (second, after)):
-        assert difference(reference(path, rtn_int4(64)), generated) < ROUNDING["float32"]
+        assert difference(reference(path, rtn_int4(64, "absmax")), generated) < ROUNDING["float32"]
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts.get("rtn::linear", 0) >= 2 * 4
     assert name == "llama" or counts.get("rtn::routed", 0) >= 2 * 4
@@ -72,7 +72,7 @@ def test_lora(folder, tmp_path):
     with engine(path, enable_lora=True, max_lora_rank=8, **rtn(bits=4, group_size=64)) as llm:
         base = greedy(llm)
         adapted = greedy(llm, lora_request=LoRARequest("adapter", 1, str(tmp_path)))
-    model = reference(path, rtn_int4(64))
+    model = reference(path, rtn_int4(64, "absmax"))
     assert difference(model, base) < ROUNDING["float32"]
     assert difference(model, adapted) > 0.1
     for name, a in adapter.items():
@@ -92,7 +92,7 @@ def test_two_ranks(folder, tmp_path):
     dense, experts = folder("llama"), folder("qwen3_moe")
     cases = [
         [str(dense), rtn(bits=4, group_size=64)],
-        [str(saved(experts, tmp_path / "saved", config=rtn_int4(64), dtype=torch.float32)), {}],
+        [str(saved(experts, tmp_path / "saved", config=rtn_int4(64, "absmax"), dtype=torch.float32)), {}],
     ]
     done = subprocess.run(
         [sys.executable, str(HERE / "ranks.py"), json.dumps(cases)],
@@ -105,7 +105,7 @@ def test_two_ranks(folder, tmp_path):
     ]
     assert len(results) == 2, done.stdout + done.stderr
     for path, generated in zip((dense, experts), results, strict=True):
-        assert difference(reference(path, rtn_int4(64)), generated) < ROUNDING["float32"]
+        assert difference(reference(path, rtn_int4(64, "absmax")), generated) < ROUNDING["float32"]
 
 
 def test_server(folder, tmp_path):
@@ -159,7 +159,9 @@ def test_server(folder, tmp_path):
     (choice,) = answer.choices
     tokens, logprobs = choice.model_extra["token_ids"], [step.logprob for step in choice.logprobs.content]
     assert len(tokens) == 8
-    assert difference(reference(path, rtn_int4(64)), [(tokens, logprobs)], [ids]) < ROUNDING["float32"]
+    assert (
+        difference(reference(path, rtn_int4(64, "absmax")), [(tokens, logprobs)], [ids]) < ROUNDING["float32"]
+    )
 
 
 def ask(server, client, messages):

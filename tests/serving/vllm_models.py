@@ -46,4 +46,4 @@ def places(llm) -> dict:
 
 # An engine takes seconds to start, so int4 and int8 share one: layers take turns.
 ODD = r"re:.*\.layers\.\d*[13579]\..*(_proj|experts)"
-BY_TURNS = FqnToConfig({ODD: rtn_int8(-1), r"re:.*\.layers\..*_proj": rtn_int4(64)})
+BY_TURNS = FqnToConfig({ODD: rtn_int8(-1), r"re:.*\.layers\..*_proj": rtn_int4(64, "absmax")})

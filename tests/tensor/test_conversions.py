@@ -69,13 +69,13 @@ def test_to_dtype_by_method():
 
 
 def test_subnormal_scale_survives_half():
-    w = RTNQuantizedTensor.from_float(torch.full((1, 32), 1e-9), 4, 32)
+    w = RTNQuantizedTensor.from_float(torch.full((1, 32), 1e-9), 4, 32, "absmax")
     assert w.half().scale.item() > 0
 
 
 def test_dtypes_that_cannot_be_raise_and_change_nothing():
     module = nn.Linear(32, 1)
-    module.weight = nn.Parameter(RTNQuantizedTensor.from_float(torch.full((1, 32), 1e9), 4, 32))
+    module.weight = nn.Parameter(RTNQuantizedTensor.from_float(torch.full((1, 32), 1e9), 4, 32, "absmax"))
     module.weight.fqn = "up_proj.weight"
     errors = [
         message(ValueError, module.half),
@@ -193,7 +193,7 @@ def test_module_share_memory():
 @pytest.mark.parametrize("shape", [(5, 300), (2, 5, 32), (300,), (0, 64), (1, 1)])
 def test_from_float(bits, group_size, dtype, shape):
     w = torch.randn(shape).to(dtype)
-    q = RTNQuantizedTensor.from_float(w, bits, group_size)
+    q = RTNQuantizedTensor.from_float(w, bits, group_size, "absmax")
     assert (q.shape, q.dtype, q.device, q.is_floating_point()) == (w.shape, dtype, w.device, True)
     qdata, scale = reference.quantize(w, bits, group_size, "absmax", dtype)
     assert_same(q.qdata, qdata)
@@ -260,11 +260,11 @@ def test_repr():
             )
         ),
         """\
-RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, dtype=torch.float32, device='cpu')
-RTNQuantizedTensor(shape=(96, 6), bits=4, group_size=32, transposed=True, dtype=torch.float32, device='cpu')
+RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu')
+RTNQuantizedTensor(shape=(96, 6), bits=4, group_size=32, scale_method='search', transposed=True, dtype=torch.float32, device='cpu')
 RTNQuantizedTensor(shape=(2, 5, 300), bits=8, group_size=-1, scale_method='signed', dtype=torch.bfloat16, device='cpu')
-RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, dtype=torch.float32, device='meta')
-RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, dtype=torch.float32, device='cpu')""",
+RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='meta')
+RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu')""",
     )
 
 

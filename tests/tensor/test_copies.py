@@ -118,11 +118,11 @@ index columns: cannot index 2 dim(s) of shape (6, 300) by tensors: only the firs
 index t: cannot index 1 dim(s) of shape (300, 6) by tensors: only the first 0 can be
 mask: cannot index 2 dim(s) of shape (6, 300) by tensors: only the first 1 can be
 index_select: cannot index_select along dim 1 of (6, 300): it is packed; dequantize() first
-cat with float: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float32, device='cpu') with a plain torch.float32 tensor of shape (6, 300): format and dtype must be the same
-cat of bits: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(6, 300), bits=8, group_size=32, dtype=torch.float32, device='cpu'): format and dtype must be the same
-cat of groups: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=64, dtype=torch.float32, device='cpu'): format and dtype must be the same
-cat of dtypes: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, dtype=torch.float16, device='cpu'): format and dtype must be the same
-cat of a transpose: cannot cat RTNQuantizedTensor(shape=(32, 32), bits=4, group_size=32, dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(32, 32), bits=4, group_size=32, transposed=True, dtype=torch.float32, device='cpu'): format and dtype must be the same
+cat with float: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu') with a plain torch.float32 tensor of shape (6, 300): format and dtype must be the same
+cat of bits: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(6, 300), bits=8, group_size=32, dtype=torch.float32, device='cpu'): format and dtype must be the same
+cat of groups: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=64, scale_method='search', dtype=torch.float32, device='cpu'): format and dtype must be the same
+cat of dtypes: cannot cat RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(6, 300), bits=4, group_size=32, scale_method='search', dtype=torch.float16, device='cpu'): format and dtype must be the same
+cat of a transpose: cannot cat RTNQuantizedTensor(shape=(32, 32), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu') with RTNQuantizedTensor(shape=(32, 32), bits=4, group_size=32, scale_method='search', transposed=True, dtype=torch.float32, device='cpu'): format and dtype must be the same
 cat of widths: cannot cat weights of in_features [300, 268] along dim 0; they must be the same
 cat after a part group: cannot cat parts of 300 columns; all but the last must be multiples of group_size=32
 cat of single groups: cannot cat along in_features with group_size=-1: every part has a scale of its own; dequantize() first
@@ -263,10 +263,10 @@ shape: cannot copy_ a tensor of shape (6, 64) into one of shape (6, 96)
 broadcast: cannot copy_ a tensor of shape (96,) into one of shape (6, 96)
 quantized shape: cannot copy_ a tensor of shape (5, 96) into one of shape (6, 96)
 into a float shape: cannot copy_ a tensor of shape (6, 96) into one of shape (6,)
-bits: cannot copy_ RTNQuantizedTensor(shape=(6, 96), bits=8, group_size=32, dtype=torch.float32, device='cpu') into RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, dtype=torch.float32, device='cpu'): the formats differ; copy_ from src.dequantize() to requantize
-groups: cannot copy_ RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=96, dtype=torch.float32, device='cpu') into RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, dtype=torch.float32, device='cpu'): the formats differ; copy_ from src.dequantize() to requantize
-transposed: cannot copy_ RTNQuantizedTensor(shape=(6, 6), bits=4, group_size=32, transposed=True, dtype=torch.float32, device='cpu') into RTNQuantizedTensor(shape=(6, 6), bits=4, group_size=32, dtype=torch.float32, device='cpu'): the formats differ; copy_ from src.dequantize() to requantize
+bits: cannot copy_ RTNQuantizedTensor(shape=(6, 96), bits=8, group_size=32, dtype=torch.float32, device='cpu') into RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu'): the formats differ; copy_ from src.dequantize() to requantize
+groups: cannot copy_ RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=96, scale_method='search', dtype=torch.float32, device='cpu') into RTNQuantizedTensor(shape=(6, 96), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu'): the formats differ; copy_ from src.dequantize() to requantize
+transposed: cannot copy_ RTNQuantizedTensor(shape=(6, 6), bits=4, group_size=32, scale_method='search', transposed=True, dtype=torch.float32, device='cpu') into RTNQuantizedTensor(shape=(6, 6), bits=4, group_size=32, scale_method='search', dtype=torch.float32, device='cpu'): the formats differ; copy_ from src.dequantize() to requantize
 double: dtype torch.float64 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
 integers: dtype torch.int8 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
-scale: a scale of 1.33e+08 overflows torch.float16; keep torch.float32, or use torch.bfloat16""",
+scale: a scale of 1.25e+08 overflows torch.float16; keep torch.float32, or use torch.bfloat16""",
     )

@@ -28,7 +28,7 @@ def model() -> nn.Sequential:
 # ----------------------------------------------------------------------------------- bytes
 
 
-@pytest.mark.parametrize("config", [rtn_int4(32), rtn_int8(64)])
+@pytest.mark.parametrize("config", [rtn_int4(32, "absmax"), rtn_int8(64)])
 def test_bytes_are_those_of_the_planes(config):
     w = RTNQuantizedTensor.from_float(numbers(64, 96), config.bits, config.group_size)
     assert w.nbytes == w.qdata.nbytes + w.scale.nbytes < 64 * 96 * 4
@@ -44,7 +44,7 @@ def test_memory_footprint_of_transformers():
     from tiny_llama import tiny_llama
 
     m = tiny_llama()
-    quantize_(m, rtn_int4(32))
+    quantize_(m, rtn_int4(32, "absmax"))
     expected = report(m).bytes_after + sum(b.nbytes for b in m.buffers())
     assert m.get_memory_footprint() == pytest.approx(expected, abs=1)
 
@@ -82,7 +82,7 @@ def test_flops_of_experts_and_of_a_compiled_model():
         torch.ops.rtn.routed(x, w.qdata, w.scale, None, experts.int(), None, None, None, 1, "", 4, 32)
     assert counter.get_total_flops() == 2 * 5 * 96 * 64
     m = model()
-    quantize_(m, rtn_int4(32))
+    quantize_(m, rtn_int4(32, "absmax"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         m(torch.arange(7))
     assert counter.get_total_flops() == 2 * 7 * 96 * (64 + 32)
@@ -114,7 +114,7 @@ def test_a_profile_shows_every_product(mode):
 def test_a_printed_model_names_what_is_quantized():
     m = model()
     before = repr(m)
-    quantize_(m, rtn_int4(32), lambda module, name: name != "1")
+    quantize_(m, rtn_int4(32, "absmax"), lambda module, name: name != "1")
     assert (
         repr(m[3]) == "Linear(in_features=96, out_features=32, bias=False, weight=RTNQuantizedTensor(bits=4, "
         "group_size=32))"
@@ -141,11 +141,14 @@ def test_a_printed_model_names_what_is_quantized():
 
 def test_a_printed_model_after_torchaos_quantize_():
     m = model()
-    torchao_quantize_(m, rtn_int4(32))
+    torchao_quantize_(m, rtn_int4(32, "absmax"))
     assert repr(m[3]).count("weight=RTNQuantizedTensor(bits=4, group_size=32)") == 1
     experts = nn.Module()
     experts.gate_up_proj = nn.Parameter(weight(2, 64, 96), requires_grad=False)
-    assert repr(experts) == "Module(gate_up_proj=RTNQuantizedTensor(bits=4, group_size=32))"
+    assert (
+        repr(experts)
+        == "Module(gate_up_proj=RTNQuantizedTensor(bits=4, group_size=32, scale_method='search'))"
+    )
 
 
 # ------------------------------------------------------------------------------ raw memory
@@ -196,7 +199,7 @@ def test_safetensors_of_a_quantized_weight(tmp_path):
     from safetensors.torch import save, save_file, save_model
 
     m = model()
-    quantize_(m, rtn_int4(32))
+    quantize_(m, rtn_int4(32, "absmax"))
     for call in (
         lambda: save_file(m.state_dict(), tmp_path / "x.safetensors"),
         lambda: save_model(m, str(tmp_path / "x.safetensors")),

@@ -153,7 +153,7 @@ experts times a row: bmm needs x [E, M, K] and a weight of E experts, or the wei
 bmm of 2-D x: bmm needs x [E, M, K] and a weight of E experts, or the weight first, got shapes (3, 96) and (2, 96, 6); give x a row of experts, or select one expert
 grouped of 3-D x: grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes (1, 3, 96), (2, 96, 6)
 grouped without offs: grouped_mm needs x [M, K], a quantized weight [E, K, N] and offs [E]; got shapes (3, 96), (2, 96, 6)
-embedding of transposed: embedding needs a 2-D weight that is not transposed, got RTNQuantizedTensor(shape=(96, 6), bits=4, group_size=32, transposed=True, dtype=torch.float32, device='cpu')
+embedding of transposed: embedding needs a 2-D weight that is not transposed, got RTNQuantizedTensor(shape=(96, 6), bits=4, group_size=32, scale_method='search', transposed=True, dtype=torch.float32, device='cpu')
 embedding with max_norm: embedding with max_norm rewrites the weight, which a quantized one cannot; drop max_norm
 half x in grouped: x is torch.float16 but the weight is torch.float32; use x.to(torch.float32) or weight.to(torch.float16)""",
     )
