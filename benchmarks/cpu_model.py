@@ -35,7 +35,7 @@ Run = Callable[[], float]  # tokens per second
 CONFIGS = {
     "bf16": (None, "BF16"),
     "int8 g128": (rtn_int8(group_size=128), "Q8_0"),
-    "int4 g32": (rtn_int4(group_size=32), "Q4_0"),
+    "int4 g32": (rtn_int4(32, "absmax"), "Q4_0"),
 }
 PROMPT = 512
 

@@ -1,4 +1,4 @@
-"""What int8 and int4 do to a real model: size, perplexity and speed, in a few minutes on two CPU cores.
+"""What int8 and int4 do to a real model: size, perplexity and speed, in some minutes on two CPU cores.
 
     python -m benchmarks.demo [--tokens N] [--new-tokens N] [--json FILE]
 
@@ -11,8 +11,10 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -23,16 +25,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
 from benchmarks.real_model import MODEL, TEXT, smollm2, state_of_the_union
-from rtn_tensor import quantize_, report, rtn_int4, rtn_int8
+from rtn_tensor import quantize_, refine_, report, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.generation import generate
 from rtn_tensor.evaluation.perplexity import perplexity
+from rtn_tensor.quantize.report import Report
 from rtn_tensor.text_table import table
 
-CONFIGS = {
-    "bf16": None,
-    "int8 g128": rtn_int8(group_size=128),
-    "int4 g128": rtn_int4(group_size=128),
-    "int4 g32": rtn_int4(group_size=32),
+
+class Weights(NamedTuple):
+    quantize: Callable[[nn.Module], Report]
+    what: str  # for whoever reads the table
+
+
+WEIGHTS = {
+    "bf16": Weights(report, "as they come"),
+    "int8": Weights(
+        lambda model: quantize_(model, rtn_int8(), is_linear_layer), "rtn_int8(): no visible loss, in seconds"
+    ),
+    "int4": Weights(
+        lambda model: quantize_(model, rtn_int4(), is_linear_layer),
+        "rtn_int4(): groups of 64 weights, each with the scale that loses least, in seconds",
+    ),
+    "int4 refined": Weights(
+        lambda model: refine_(model, rtn_int4(), is_linear_layer),
+        "refine_(model, rtn_int4()): the same size, but rounded so that errors make up for one another, on "
+        "text that "
+        "the model writes itself, in minutes",
+    ),
 }
 WINDOW, STRIDE = 1024, 512
 PROMPT = "Why is the sky blue?"
@@ -54,15 +73,16 @@ class CountLinear(TorchDispatchMode):
 
 
 def measure(name: str, model, tokenizer, input_ids: torch.Tensor, new_tokens: int) -> dict:
-    """One row: quantizes `model` in place as `CONFIGS[name]` says, and measures it."""
+    """One row: quantizes `model` in place as `WEIGHTS[name]` says, and measures it."""
     linears = {f"{fqn}.weight" for fqn, module in model.named_modules() if is_linear_layer(module, fqn)}
-    config = CONFIGS[name]
-    size = report(model) if config is None else quantize_(model, config, filter_fn=is_linear_layer)
+    clock = time.perf_counter()
+    size = WEIGHTS[name].quantize(model)
+    seconds = time.perf_counter() - clock
     linear_bytes = sum(row.bytes_after for row in size.rows if row.name in linears)
     linear_weights = sum(math.prod(row.shape) for row in size.rows if row.name in linears)
     with torch.inference_mode(), CountLinear() as counted:
         model(input_ids[None, :8])
-    if counted.calls != (0 if config is None else len(linears)):
+    if counted.calls != (0 if name == "bf16" else len(linears)):
         raise RuntimeError(f"{name}: {counted.calls} of {len(linears)} linear layers ran rtn::linear")
     progress = partial(tqdm, desc=f"      {name}", unit="window", leave=False, disable=None)
     ppl = perplexity(model, input_ids, WINDOW, STRIDE, progress)
@@ -74,6 +94,7 @@ def measure(name: str, model, tokenizer, input_ids: torch.Tensor, new_tokens: in
         "linear_bytes": linear_bytes,
         "linear_bits_per_weight": 8 * linear_bytes / linear_weights,
         "perplexity": ppl,
+        "seconds": seconds,
         "tokens_per_second": written.tokens_per_second,
         "quantized_layers": counted.calls,
         "text": written.text,
@@ -122,7 +143,7 @@ def main() -> None:
     print(f"[1/3] {how} SmolLM2-135M-Instruct and the text", flush=True)
     folder, text = smollm2(), state_of_the_union()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     # Ten characters are more than a token has on average, and all 12 million would take a while.
     input_ids = torch.tensor(tokenizer(text[: 10 * args.tokens])["input_ids"][: args.tokens])
 
@@ -130,10 +151,11 @@ def main() -> None:
     what = f"perplexity over {tokens}, and greedy decoding"
     print(f"[2/3] Measuring {what}", flush=True)
     rows = []
-    for name in CONFIGS:
+    for name in WEIGHTS:
         clock = time.perf_counter()
         rows.append(measure(name, copy.deepcopy(model), tokenizer, input_ids, args.new_tokens))
-        ran = f", {rows[-1]['quantized_layers']} quantized layers" if CONFIGS[name] else ""
+        layers = rows[-1]["quantized_layers"]
+        ran = f", of which {rows[-1]['seconds']:.0f} to quantize {layers} layers" if layers else ""
         print(f"      {name}: {time.perf_counter() - clock:.0f} s{ran}", flush=True)
 
     print(
@@ -150,6 +172,9 @@ def main() -> None:
     print(
         table(["weights", *columns], [[r["weights"], *(show(r) for show in columns.values())] for r in rows])
     )
+    print()
+    for name, weights in WEIGHTS.items():
+        print(f"{name}: {weights.what}")
     print(f'\n"{PROMPT}"')
     for r in rows:
         print(f"  {r['weights']}: {' '.join(r['text'].split())}")

@@ -51,7 +51,11 @@ def refresh(runs: int) -> list[dict]:
     config = LlamaConfig(**LLAMA)
 
     def quantized(model: nn.Module) -> nn.Module:
-        quantize_(model, rtn_int4(), lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
+        quantize_(
+            model,
+            rtn_int4(128, "absmax"),
+            lambda module, name: isinstance(module, nn.Linear) and name != "lm_head",
+        )
         return model.eval()
 
     def on_meta(state: dict) -> nn.Module:
@@ -123,7 +127,7 @@ def refresh(runs: int) -> list[dict]:
 # ----------------------------------------------------------------------------------- FSDP2
 
 RANKS, WIDTH, INNER, BLOCKS, TOKENS = 2, 2048, 5632, 4, 64
-KINDS = {"bf16": None, "int8, group_size 128": rtn(8), "int4, group_size 128": rtn(4)}
+KINDS = {"bf16": None, "int8, group_size 128": rtn(8), "int4, group_size 128": rtn(4, 128, "absmax")}
 
 
 class Block(nn.Module):

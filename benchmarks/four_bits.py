@@ -45,7 +45,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.machine import add_threads, machine
 from benchmarks.real_model import gemma, minilm, smollm2, speech, state_of_the_union, whisper, wikipedia
-from rtn_tensor import dequantize_, quantize_, rtn_int4, rtn_int8
+from rtn_tensor import dequantize_, quantize_, refine_, rtn_int4, rtn_int8
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import SCALE_METHODS
 from rtn_tensor.integrations.transformers.models import but_the_output
@@ -59,6 +59,10 @@ def plain(config: RTNConfig) -> Method:
     return lambda model, inputs: quantize_(model, config, but_the_output(model))
 
 
+def refined(config: RTNConfig) -> Method:
+    return lambda model, inputs: refine_(model, config, but_the_output(model), **inputs())
+
+
 METHODS: dict[str, Method] = {
     "float": lambda model, inputs: None,
     **{
@@ -67,6 +71,7 @@ METHODS: dict[str, Method] = {
         for method in SCALE_METHODS
     },
     **{f"int8 g128 {method}": plain(rtn_int8(128, method)) for method in SCALE_METHODS},
+    **{f"int4 g{size} refined": refined(rtn_int4(size)) for size in (128, 64, 32)},
 }
 WINDOW, TOKENS = 1024, 2048
 SENTENCES, CALIBRATION_SENTENCES, BATCH = 512, 256, 32

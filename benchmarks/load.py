@@ -20,6 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,9 +77,9 @@ def torchao_int4():  # the one int4 of torchao's that runs on a CPU
 
 
 WAYS = {
-    "rtn_tensor.load int4": lambda folder: load(folder, rtn_int4()),
+    "rtn_tensor.load int4": lambda folder: load(folder, rtn_int4(128, "absmax")),
     "rtn_tensor.load int8": lambda folder: load(folder, rtn_int8()),
-    "transformers, rtn_int4": by_transformers(rtn_int4),
+    "transformers, rtn_int4": by_transformers(partial(rtn_int4, 128, "absmax")),
     "transformers, torchao int4": by_transformers(torchao_int4),
     "transformers, torchao int8": by_transformers(torchao_int8),
     "transformers, bf16": bf16,

@@ -26,11 +26,12 @@ from rtn_tensor import load, quantize_, report, rtn_int4
 from rtn_tensor.kernels import cpu
 
 INTERVAL = 0.005
+INT4 = rtn_int4(128, "absmax")
 
 
 def float_first(folder: str):
     model = bf16(folder)
-    quantize_(model, rtn_int4(), filter_fn=but_lm_head)
+    quantize_(model, INT4, filter_fn=but_lm_head)
     return model
 
 
@@ -40,7 +41,7 @@ def copied_first(folder: str):
     model = bf16(folder)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    quantize_(model, rtn_int4(), filter_fn=but_lm_head)
+    quantize_(model, INT4, filter_fn=but_lm_head)
     return model
 
 
@@ -50,7 +51,7 @@ def but_lm_head(module: torch.nn.Module, name: str) -> bool:
 
 
 WAYS: dict[str, Callable] = {
-    "load(folder, rtn_int4())": lambda folder: load(folder, rtn_int4()),
+    "load(folder, int4)": lambda folder: load(folder, INT4),
     "float weights in memory, then quantize_": copied_first,
     "float weights mapped, then quantize_": float_first,
 }

@@ -133,8 +133,8 @@ PEERS: dict[str, Make] = {
     "bf16 eager": partial(bf16, "eager"),
     "bf16 batched_mm": partial(bf16, "batched_mm"),
     "bf16 grouped_mm": partial(bf16, "grouped_mm"),
-    "rtn int4 g128": partial(ours, rtn_int4(), False),
-    "rtn int4 g128 compiled": partial(ours, rtn_int4(), True),
+    "rtn int4 g128": partial(ours, rtn_int4(128, "absmax"), False),
+    "rtn int4 g128 compiled": partial(ours, rtn_int4(128, "absmax"), True),
     "rtn int8 g128": partial(ours, rtn_int8(), False),
     "torchao int8": torchao_int8,
 }

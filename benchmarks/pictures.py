@@ -39,7 +39,7 @@ STYLE = {
     "legend.frameon": False,
 }
 WIDTH = 6.25  # inches of 96 pixels: 600 pixels
-DENSE, INT4, INT8, PLAN, SIGNED, ABSMAX, PEER = (
+DENSE, INT4, INT8, PLAN, SIGNED, ABSMAX, PEER, REFINED = (
     "#555555",
     "#1f6fb2",
     "#d9822b",
@@ -47,6 +47,7 @@ DENSE, INT4, INT8, PLAN, SIGNED, ABSMAX, PEER = (
     "#6aa6d6",
     "#a9cbe8",
     "#8b5fbf",
+    "#c0392b",
 )
 
 
@@ -100,12 +101,19 @@ def formats(data: dict) -> Figure:
         "signed": ("int4 signed", SIGNED, "o-"),
         "search": ("int4 search", INT4, "o-"),
         "plan": ("plan, some layers at int8", PLAN, "s-"),
+        "int4 refined": ("int4 refined, on its own text", REFINED, "o-"),
         "int8": ("int8", INT8, "D"),
         "GPTQ": ("GPTQ, calibrated", PEER, "^"),
         "HQQ": ("HQQ, asymmetric", PEER, "v"),
     }
     for key, (label, color, style) in lines.items():
-        points = sorted(point for name, point in found.items() if key in name.replace(",", "").split())
+        wanted = {*key.split()}
+        points = sorted(
+            point
+            for name, point in found.items()
+            if wanted <= (words := {*name.replace(",", "").split()})
+            and ("refined" in words) == ("refined" in wanted)
+        )
         peer = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.8} if color == PEER else {}
         axis.plot(*zip(*points, strict=True), style, color=color, label=label, **peer)
     ticks(axis, x=[4.25, 4.5, 5, 6, 7, 8])

@@ -88,9 +88,9 @@ with tempfile.TemporaryDirectory() as work:
         folder, hf_overrides={"quantization_config": {"quant_method": "rtn", "bits": 4, "group_size": 64}}
     )
     print("4 bits:", tokens)
-    assert tokens == by_transformers(load(folder, rtn_int4(group_size=64)))
+    assert tokens == by_transformers(load(folder, rtn_int4(64, "absmax")))
 
     # 3. Quantized before, by `save` or `rtn-tensor quantize`, a folder needs no option: vLLM sees what it is.
-    save(load(folder, rtn_int4(group_size=64)), Path(work) / "int4")
+    save(load(folder, rtn_int4(64, "absmax")), Path(work) / "int4")
     assert serve(Path(work) / "int4") == tokens
     print("from the quantized folder: the same")
