@@ -47,9 +47,13 @@ from torch._dynamo.eval_frame import skip_code as never_compile_alone  # noqa: F
 from torch.autograd import forward_ad, grad_mode, profiler
 from torch.compiler import is_compiling
 
+# A mode that sees every op, as torch's documentation of subclasses has it.
 # A wrapper subclass's own `__torch_dispatch__` gives back views that alias their base by it, as torch's
 # documentation of subclasses does.
-from torch.utils._python_dispatch import return_and_correct_aliasing  # noqa: F401
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,  # noqa: F401
+    return_and_correct_aliasing,  # noqa: F401
+)
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: F401  (torch.utils.pytree has neither, torch 2.14)
 
 # Writing what is there already is no change that a backward must hear of.

@@ -193,7 +193,7 @@ def test_dense_is_remembered_and_leaves_the_problem_to_the_dense_kernel(monkeypa
     def dense_is_fast(run):
         return 1.0 if config_of(run) is None else 2.0
 
-    tuning.tune([(512, 1024)], tokens=[512], device="cpu", measure=dense_is_fast)
+    tuning.tune([(512, 1024)], group_size=128, tokens=[512], device="cpu", measure=dense_is_fast)
     monkeypatch.setattr(kernels.triton, "interpreting", lambda: True)
     monkeypatch.setenv("RTN_KERNEL", "")
     problem = Problem("linear", "cpu", None, torch.bfloat16, torch.bfloat16, 4, 128, 512, 512, 1024)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from rtn_tensor._torch import TorchDispatchMode
 
 aten = torch.ops.aten
 
