@@ -14,13 +14,12 @@ import json
 import time
 import warnings
 from functools import cache
-from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.machine import add_threads, machine
+from benchmarks.machine import add_kept_json, add_threads, machine
 from benchmarks.real_model import smollm2, state_of_the_union, task_data, wikipedia
 from rtn_tensor import bits_per_weight, plan, quantize_, refine_, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.perplexity import token_losses
@@ -86,12 +85,7 @@ def main() -> None:
         help="items a task; 0: perplexities only (default: 100)",
     )
     add_threads(parser)
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write each row there when it is done; others in it are kept",
-    )
+    add_kept_json(parser)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()

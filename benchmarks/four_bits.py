@@ -43,10 +43,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from benchmarks.machine import add_threads, machine
+from benchmarks.machine import add_kept_json, add_threads, machine
 from benchmarks.real_model import gemma, minilm, smollm2, speech, state_of_the_union, whisper, wikipedia
 from rtn_tensor import dequantize_, quantize_, refine_, rtn_int4, rtn_int8
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.evaluation.comparison import divergences
 from rtn_tensor.formats import SCALE_METHODS
 from rtn_tensor.integrations.transformers.models import but_the_output
 from rtn_tensor.quantize.report import Report, report
@@ -95,16 +96,6 @@ def exact(model: Any) -> Any:
     return model.eval()
 
 
-def divergence(reference: Tensor, other: Tensor) -> Tensor:
-    """Of logits [tokens, vocabulary], the Kullback-Leibler divergence of `other` from `reference`, in nats,
-    of each token."""
-    parts = []
-    for p, q in zip(reference.split(ROWS), other.split(ROWS), strict=True):
-        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(parts).double()
-
-
 @torch.no_grad()
 def causal(load: Callable[[], Any], ids: Tensor, window: int = WINDOW, first: int | None = None) -> Case:
     """A causal language model on tokens `ids`, in windows that each begin with the token `first`, if any."""
@@ -120,7 +111,7 @@ def causal(load: Callable[[], Any], ids: Tensor, window: int = WINDOW, first: in
     def measure(model: Any) -> dict[str, float]:
         kl, same, losses = [], [], []
         for ours, theirs, tokens in zip(logits(model), reference, windows, strict=True):
-            kl.append(divergence(theirs, ours))
+            kl.append(divergences(theirs, ours))
             same.append(ours.argmax(-1) == theirs.argmax(-1))
             losses.append(
                 torch.cat(
@@ -236,7 +227,7 @@ def transcriber(
 
     def measure(model: Any) -> dict[str, float]:
         encoded = encode(model, features)
-        kl = divergence(expected, next_tokens(model, encoded))
+        kl = divergences(expected, next_tokens(model, encoded))
         written = transcripts(model, encoded)
         errors = sum(edits(words(ours), words(theirs)) for ours, theirs in zip(written, own, strict=True))
         found = {"kl": kl.mean().item(), "kl_own": kl[:count].mean().item()}
@@ -351,12 +342,7 @@ def main() -> None:
         "--only", choices=METHODS, metavar="METHOD", action="append", help="only this; may repeat"
     )
     add_threads(parser)
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="write each row there when it is done; others in it are kept",
-    )
+    add_kept_json(parser)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()

@@ -27,6 +27,16 @@ def machine() -> dict:
     }
 
 
+def add_kept_json(parser: argparse.ArgumentParser) -> None:
+    """The argument by which a benchmark is told of a file that it adds its rows to."""
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write each row there when it is done; others in it are kept",
+    )
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """The argument by which a benchmark is told how many threads to take."""
     parser.add_argument(

@@ -147,7 +147,10 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
     source, destination = Path(args.src), Path(args.dst)
     if args.refine_on and not args.refine:
         raise ValueError("--refine-on FILE is for --refine; add that, or leave it out")
-    text = _read_text(args.refine_on, "--refine-on takes a UTF-8 text file") if args.refine_on else None
+    tokens = None
+    if args.refine_on:
+        text = _read_text(args.refine_on, "--refine-on takes a UTF-8 text file")
+        tokens = _sequences(_tokenizer(args.src), text)
     if os.path.lexists(destination) and not args.force:
         raise FileExistsError(f"{destination} exists; choose another name, or replace it with --force")
     model = empty_model(source)
@@ -162,8 +165,10 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
             warnings.filterwarnings("ignore", ".*(has no place for|is of an adapter)", UserWarning)
             load(source, rules, model, filter_fn=_selects(model, args.embedding))
         if args.refine:
-            say("Refining" + (f" on {args.refine_on}" if text else ": the model writes some text first"))
-            tokens = None if text is None else _sequences(_tokenizer(args.src), text)
+            say(
+                "Refining"
+                + (f" on {args.refine_on}" if args.refine_on else ": the model writes some text first")
+            )
             result = refine_(model, source=source, tokens=tokens, progress=progress("module"))
         else:
             result = report(model)

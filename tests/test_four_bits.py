@@ -75,7 +75,7 @@ def test_causal_language_model():
 def test_divergence():
     one, two = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log(), torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
     kl = 0.25 * torch.tensor(0.5).log() + 0.75 * torch.tensor(1.5).log()
-    torch.testing.assert_close(four_bits.divergence(one, two), torch.tensor([kl, 0]).double())
+    torch.testing.assert_close(four_bits.divergences(one, two), torch.tensor([kl, 0]).double())
 
 
 def test_encoder_leaves_padding_out():

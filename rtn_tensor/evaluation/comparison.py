@@ -39,6 +39,16 @@ class Comparison:
         )
 
 
+def divergences(reference: Tensor, other: Tensor) -> Tensor:
+    """Of logits `[tokens, vocabulary]`, the divergence of `other` from `reference` at each token, in nats:
+    fp64."""
+    parts = []
+    for p, q in zip(reference.split(ROWS), other.split(ROWS), strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts).double()
+
+
 @torch.inference_mode()
 def compare(
     model: Any,
@@ -72,19 +82,21 @@ def compare(
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"the models have {ours.shape[1]} and {theirs.shape[1]} tokens in their vocabularies; "
-                "compare a model "
-                "with the one that it was made of"
+                "compare a model with the one that it was made of"
             )
-        parts = (t.split(ROWS) for t in (ours, theirs.to(ours.device), pair[0][1:]))
-        for a, b, target in zip(*parts, strict=True):
-            log_a, log_b = a.float().log_softmax(-1), b.float().log_softmax(-1)
-            found = (
-                (log_b.exp() * (log_b - log_a)).sum(),
-                (log_a.argmax(-1) == log_b.argmax(-1)).sum(),
-                F.nll_loss(log_a, target, reduction="sum"),
-                F.nll_loss(log_b, target, reduction="sum"),
-            )
-            sums += torch.stack([x.double() for x in found]).cpu()
+        theirs, targets = theirs.to(ours.device), pair[0][1:]
+        found = (
+            divergences(theirs, ours),
+            ours.argmax(-1) == theirs.argmax(-1),
+            _losses(ours, targets),
+            _losses(theirs, targets),
+        )
+        sums += torch.stack([x.sum(dtype=torch.float64) for x in found]).cpu()
     count = sum(len(pair[0]) - 1 for pair in windows)
     divergence, agreement, loss, reference_loss = (sums / count).tolist()
     return Comparison(divergence, agreement, math.exp(loss), math.exp(reference_loss), count)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+    return torch.cat([F.cross_entropy(part.float(), target, reduction="none") for part, target in parts])

@@ -121,10 +121,11 @@ class Refining:
 
     def reached(self, module: nn.Module, calls: dict[int, Call]) -> None:
         targets = [t for t in self._left[module] if t.fqn in self._places]
-        with self._weights.floats(targets):
-            for t, found in self._found(module, targets, calls):
-                self._put(t, found)
-        on_quantized(module)
+        if targets:  # a shared weight is done where it was reached first
+            with self._weights.floats(targets):
+                for t, found in self._found(module, targets, calls):
+                    self._put(t, found)
+            on_quantized(module)
         next(self._bar, None)
 
     def rest(self) -> None:

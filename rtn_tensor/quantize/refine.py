@@ -19,6 +19,7 @@ from torchao.core.config import AOBaseConfig
 from rtn_tensor.checkpoint.load import reader
 from rtn_tensor.config import rtn
 from rtn_tensor.distributed import held
+from rtn_tensor.evaluation.comparison import divergences
 from rtn_tensor.integrations import on_quantized
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
 from rtn_tensor.quantize.by_module import InFiles, InModel, Refining, unless_it_fails
@@ -145,7 +146,7 @@ def refine_(
     ):
         inputs = _inputs(model, tokens, batches, sequences, length, seed)
         held_out = inputs.held_out if source is None else []  # of the float model nothing runs there
-        references = [_log_probabilities(model, ids) for ids in held_out]
+        references = [_logits(model, ids) for ids in held_out]
         refining = Refining(targets, weights, [_mask(call) for call in inputs.calls], progress)
         run_in_step(
             [partial(_run, model, refining.modules, call) for call in inputs.calls],
@@ -252,17 +253,15 @@ def _run(model: Any, modules: Sequence[nn.Module], call: Call) -> None:
     model(*args, **{name: value for name, value in wanted.items() if name in known} | kwargs)
 
 
-def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    return model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    return model(ids[None], use_cache=False).logits[0]
 
 
 def _divergence(model: Any, held_out: Sequence[Tensor], references: list[Tensor]) -> float | None:
     if not held_out:
         return None
-    found = [
-        (reference.exp() * (reference - _log_probabilities(model, ids))).sum(-1)
-        for ids, reference in zip(held_out, references, strict=True)
-    ]
-    if not math.isfinite(divergence := float(torch.cat(found).mean())):
+    pairs = zip(held_out, references, strict=True)
+    found = torch.cat([divergences(reference, _logits(model, ids)) for ids, reference in pairs])
+    if not math.isfinite(divergence := float(found.mean())):
         raise ValueError("the model's logits hold NaN or inf; load it in bfloat16 or float32")
     return divergence

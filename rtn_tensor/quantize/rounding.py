@@ -91,11 +91,9 @@ class Rounded(NamedTuple):
     plain_error: float
 
 
-def _scales(w_NK: Tensor, config: RTNConfig, importance_K: Tensor) -> Tensor:
-    """[N, G] in the dtype of `w_NK`: as plain rounding has them, but that "search" weighs each column's
-    error."""
-    if config.scale_method != "search":
-        return ops.quantize(w_NK, config.bits, config.group_size, config.scale_method, w_NK.dtype)[1]
+def _searched(w_NK: Tensor, config: RTNConfig, importance_K: Tensor) -> Tensor:
+    """The scales [N, G] of "search", in the dtype of `w_NK`, by errors that weigh as much as their
+    columns."""
     rows = max(1, CHUNK // w_NK.shape[1])
     parts = [
         reference.quantize(
@@ -138,7 +136,8 @@ def refine(w_NK: Tensor, config: RTNConfig, by: Spread) -> Rounded:
 
     qdata, scale = ops.quantize(w_NK, config.bits, config.group_size, config.scale_method, w_NK.dtype)
     best = Rounded(qdata, scale, plain := error(unpack(qdata, config.bits, k).float(), scale), plain)
-    scale = _scales(w_NK, config, by.moments.diagonal())
+    if config.scale_method == "search":
+        scale = _searched(w_NK, config, by.moments.diagonal())
     q_NK = round_columns(wide_NK, _of_columns(scale, config.group_size, k), by, fmt.qmin, fmt.qmax)
     if config.scale_method == "search":
         scale = fit_scales(wide_NK, q_NK, scale, config.group_size, by)
