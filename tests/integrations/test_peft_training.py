@@ -63,9 +63,11 @@ def test_lora_over_half_precision(folder, dtype):
 
 def test_gradients_are_those_of_the_dequantized_model(folder):
     """The adapters of a model whose weights are q * S in plain float get the same gradients."""
-    quantized = adapted(by_transformers(folder, rtn_int4(64)), lora(init_lora_weights=False))
+    quantized = adapted(by_transformers(folder, rtn_int4(64, "absmax")), lora(init_lora_weights=False))
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    quantize_(plain, rtn_int4(64), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head")
+    quantize_(
+        plain, rtn_int4(64, "absmax"), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head"
+    )
     dequantize_(plain)
     plain = peft.get_peft_model(plain, lora())
     peft.set_peft_model_state_dict(plain, peft.get_peft_model_state_dict(quantized))
