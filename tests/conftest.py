@@ -1,4 +1,5 @@
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """What a test sets, no other sees: PEFT's BOFT leaves CXX=gcc behind, and what inductor then links lacks libstdc++."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture
