@@ -1,6 +1,7 @@
 """Calibration-free round-to-nearest int4 and int8 weight-only quantization for PyTorch."""
 
 from rtn_tensor import _torchao  # noqa: F401  (first: torchao speaks when it is imported)
+from rtn_tensor.checkpoint.export import export
 from rtn_tensor.checkpoint.load import load
 from rtn_tensor.checkpoint.rank0 import load_from_rank0
 from rtn_tensor.checkpoint.save import save
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "dequantize_",
     "explain",
+    "export",
     "fqn_config",
     "load",
     "load_from_rank0",

@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rtn_tensor.checkpoint.companions import companions
+from rtn_tensor.checkpoint.companions import companions, copy_companions
 from rtn_tensor.checkpoint.files import parse_json
 from rtn_tensor.checkpoint.folders import new_folder
 from rtn_tensor.checkpoint.load import load, without_place
@@ -174,11 +173,7 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
             result = report(model)
         say(f"Writing {destination}")
         write(model, folder)
-        for file in kept:
-            to = folder / file.relative_to(source)
-            if not to.exists():  # its config is the quantized model's
-                to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, to)
+        copy_companions(kept, source, folder)  # but its config, which is the quantized model's
     for name, count in Counter(map(_any_layer, unused)).items():
         say(
             f"Left out {name}{f' ({count} such)' if count > 1 else ''}: {type(model).__name__} has no place "

@@ -178,10 +178,11 @@ def unpack(qdata: Tensor, bits: int, k: int) -> Tensor:
 
 
 def pack_gptq(q: Tensor, bits: int) -> Tensor:
-    """Packs `q [..., K]` int8, each in [qmin, qmax], into `[..., K * bits / 32]` int32, as GPTQ checkpoints
-    do: a word holds 32 / bits consecutive elements, the first in its lowest bits, each as q - qmin. K is a
-    multiple of 32 / bits."""
+    """Packs `q [..., K]` int8, each in [qmin, qmax], into `[..., ceil(K * bits / 32)]` int32, as GPTQ and
+    compressed-tensors do: a word holds 32 / bits consecutive elements, the first in its lowest bits, each as
+    q - qmin; the last is filled with zeros."""
     fields = (q - FORMATS[bits].qmin).view(torch.uint8)  # int8 wraps around where qmin is -128
+    fields = F.pad(fields, (0, -fields.shape[-1] % (32 // bits)))
     count = FORMATS[bits].elements_per_byte
     packed = fields[..., ::count]
     for i in range(1, count):

@@ -1,5 +1,7 @@
 """What of a model's folder goes with its weights into another, and what does not."""
 
+import shutil
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -73,6 +75,15 @@ def companions(source: Path) -> tuple[list[Path], dict[Path, str]]:
         else:
             kept.append(entry)
     return kept, left_out
+
+
+def copy_companions(files: Iterable[Path], source: Path, folder: Path) -> None:
+    """Copies `files` of `source` to where they lie in `folder`, but for those that it has of its own."""
+    for file in files:
+        to = folder / file.relative_to(source)
+        if not to.exists():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, to)
 
 
 def companion_folders(source: Path) -> list[Path]:

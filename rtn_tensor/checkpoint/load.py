@@ -25,7 +25,7 @@ from rtn_tensor.checkpoint.fill import (
     some,
     stream,
 )
-from rtn_tensor.checkpoint.foreign import foreign
+from rtn_tensor.checkpoint.foreign.names import foreign
 from rtn_tensor.checkpoint.gguf import load_gguf
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import RTNConfig

@@ -71,7 +71,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _undone_ties(model: Any) -> set[str]:
+def undone_ties(model: Any) -> set[str]:
     """The names that a new model ties, and that are not, or not all, one tensor in `model`."""
     tensors, ties = _tensors(model), all_ties(model)
 
@@ -89,12 +89,12 @@ def _undone_ties(model: Any) -> set[str]:
     }
 
 
-def _state_to_write(model: Any) -> dict[str, Tensor]:
+def state_to_write(model: Any) -> dict[str, Tensor]:
     """The tensors of a state_dict that a file must hold for a new model of this class to be filled by it: one
     of those that are tied, and each of those that are not tied any more."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    tensors, untied = _tensors(model), _undone_ties(model)
+    tensors, untied = _tensors(model), undone_ties(model)
     state = model.state_dict()
     first: dict[int, str] = {}
     floats: dict[str, Tensor] = {}
@@ -117,6 +117,18 @@ def _state_to_write(model: Any) -> dict[str, Tensor]:
     return {name: found[name] for name in state if name in found}
 
 
+def conversions_to_write(model: Any, kept: list[Any] | None) -> list[Any]:
+    """What transformers undoes as it writes `model`: what it has `kept`, or else all that its tables know, as
+    it does."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    if kept is not None:
+        return kept
+    table = get_model_conversion_mapping(model, add_legacy=False)
+    return [entry for entry in table if not isinstance(entry, PrefixChange)]
+
+
 def _under_old_names(
     model: Any, tensors: Mapping[str, Tensor], conversions: list[Any] | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -127,20 +139,13 @@ def _under_old_names(
     undoing what it computes. With planes it cannot compute, and so they, and floats that would be computed
     together with them, are only renamed.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
-        PrefixChange,
         WeightConverter,
         rename_source_key,
         revert_weight_conversion,
     )
 
-    if conversions is None:
-        conversions = [
-            entry
-            for entry in get_model_conversion_mapping(model, add_legacy=False)
-            if not isinstance(entry, PrefixChange)
-        ]
+    conversions = conversions_to_write(model, conversions)
     reverse = [entry.reverse_transform() for entry in conversions[::-1]]
     renamings = [entry for entry in reverse if not isinstance(entry, WeightConverter)]
     converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
@@ -154,7 +159,7 @@ def _under_old_names(
         if any(isinstance(tensors[n], RTNQuantizedTensor) for n in names)
         for name in names
     }
-    with _set_for_now([(model, "_weight_conversions", conversions)]):
+    with set_for_now([(model, "_weight_conversions", conversions)]):
         written = revert_weight_conversion(
             model, {name: t for name, t in tensors.items() if name not in kept}
         )
@@ -196,7 +201,7 @@ def _quantizer_class() -> type:
             # too.
             _set([(submodel.config, "quantization_config", None) for _, submodel in _submodels(model)])
             _set([(model.config, "quantization_config", _in_config(_quantization_config(model)))])
-            return _under_old_names(model, _state_to_write(model), self.conversions)
+            return _under_old_names(model, state_to_write(model), self.conversions)
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
             dequantize_(model)
@@ -268,16 +273,23 @@ def _deserializes(entry: Any) -> bool:
     return any(isinstance(op, TorchAoDeserialize) for op in getattr(entry, "operations", ()))
 
 
+def conversions_kept(model: Any) -> list[Any] | None:
+    """How transformers remembers to have converted what it read of `model`'s checkpoint; None where it did
+    not read one."""
+    before: Any = getattr(model, "hf_quantizer", None)
+    known = type(before).__name__ == "RTNHfQuantizer"
+    conversions = before.conversions if known else vars(model).get("_weight_conversions")
+    # Of a model that was read quantized, it remembers how, and refuses to write it: it cannot go back that
+    # way.
+    return conversions and [entry for entry in conversions if not _deserializes(entry)]
+
+
 def _of_one(model: Any) -> list[tuple[Any, str, Any]]:
     """`_description`, of `model` without its config and without the models in it."""
     settings: list[tuple[Any, str, Any]] = []
     before: Any = getattr(model, "hf_quantizer", None)
     known = type(before).__name__ == "RTNHfQuantizer"
-    conversions = before.conversions if known else vars(model).get("_weight_conversions")
-    if conversions is not None:
-        # Of a model that was read quantized, transformers remembers how, and refuses to write it: it cannot
-        # go back that way.
-        conversions = [entry for entry in conversions if not _deserializes(entry)]
+    conversions = conversions_kept(model)
     if (quantization_config := _quantization_config(model)) is not None:
         quantizer = _quantizer_class()(quantization_config, pre_quantized=True)
         quantizer.conversions = conversions
@@ -310,7 +322,7 @@ def _set(settings: list[tuple[Any, str, Any]]) -> None:
 
 
 @contextmanager
-def _set_for_now(settings: list[tuple[Any, str, Any]]) -> Iterator[None]:
+def set_for_now(settings: list[tuple[Any, str, Any]]) -> Iterator[None]:
     """`_set`, undone at the end."""
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in settings]
     try:
@@ -329,4 +341,4 @@ def describe(model: Any) -> None:
 
 def described(model: Any) -> Any:
     """`describe`, undone at the end."""
-    return _set_for_now(_description(model))
+    return set_for_now(_description(model))

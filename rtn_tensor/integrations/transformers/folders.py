@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rtn_tensor.checkpoint.files import read_json
-from rtn_tensor.checkpoint.foreign import FOREIGN, not_read
+from rtn_tensor.checkpoint.foreign.names import FOREIGN, not_read
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.formats import FLOAT_DTYPES
 

@@ -1,0 +1,121 @@
+"""The model card, README.md, of a folder for other engines."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rtn_tensor.checkpoint.foreign.written import Engine
+
+# Of the card of the model that was quantized: what holds for the quantized one, too.
+KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+RUN = {
+    "vLLM": "```sh\nvllm serve PATH\n```",
+    "SGLang": "```sh\npython -m sglang.launch_server --model-path PATH\n```",
+    "transformers": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+written = model.generate(**tokenizer("Why is the sky blue?", return_tensors="pt"), max_new_tokens=32)
+print(tokenizer.decode(written[0]))
+```""",
+}
+
+
+def hub_name(name_or_path: str) -> str | None:
+    """The name on the hub of a model that was read from there, or from the hub's cache."""
+    if cached := re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots", name_or_path):
+        return f"{cached[1]}/{cached[2]}"
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) and not Path(name_or_path).exists()
+    return name_or_path if is_name else None
+
+
+def about_source(source: Path | None) -> dict[str, Any]:
+    """What the card in the folder of the model that was quantized says of it that holds for the quantized
+    one, too.
+
+    Raises:
+        ValueError: it has a header that cannot be read.
+    """
+    from huggingface_hub import metadata_load
+
+    if source is None or not (file := source / "README.md").is_file():
+        return {}
+    try:
+        found = metadata_load(file)
+    except Exception as error:  # of YAML, or of the text's encoding
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file}: its header cannot be read ({why}); mend or remove the file") from error
+    if not isinstance(found, Mapping):
+        return {}
+    about = {key: found[key] for key in KEPT if key in found}
+    if found.get("base_model_relation") == "quantized":  # as here
+        about["base_model"] = found.get("base_model")
+    return about
+
+
+def card(
+    name: str,
+    source: Path | None,
+    base_model: str | None,
+    format_name: str,
+    formats: Sequence[str],
+    bits_per_weight: float,
+    engines: Sequence[Engine],
+    changes: Sequence[str],
+) -> str:
+    """The text of README.md; `formats` says what the weights are, as in "4 bits, group_size 64, search"."""
+    from huggingface_hub import ModelCardData
+
+    from rtn_tensor import __version__
+
+    about = about_source(source)
+    if base_model is not None:
+        about["base_model"] = base_model
+    if about.get("base_model"):
+        about["base_model_relation"] = "quantized"
+    header = ModelCardData(
+        **about,
+        library_name="transformers",
+        tags=["quantized", format_name, "round-to-nearest"],
+        quantized_by="rtn-tensor",
+        quantization={
+            "format": format_name,
+            "weights": list(formats),
+            "bits_per_weight": round(bits_per_weight, 3),
+            "calibration": "none",
+        },
+    ).to_yaml()
+    of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "its float model"
+    run = [
+        f"### {engine.name}\n\n" + (f"Note: {engine.note}.\n\n" if engine.note else "") + how
+        for engine in engines
+        if engine.reads
+        and (how := next((how for key, how in RUN.items() if engine.name.startswith(key)), None))
+    ]
+    line = "\n"
+    return (
+        f"""---
+{header}
+---
+
+# {name}
+
+The weights of {of}, quantized without calibration data:
+
+{"".join(f"- {text}{line}" for text in formats)}
+All parameters together take {bits_per_weight:.2f} bits per weight.
+
+## How to run it
+
+PATH is this folder.
+
+{"".join(f"{text}{line}{line}" for text in run)}## How it was made
+
+By rtn-tensor {__version__}, in the format {format_name}: each weight is an integer of few bits times
+the scale of its group. The integers and scales are those of the model that was exported.
+{"".join(f"{line}- {change}" for change in changes)}
+""".rstrip()
+        + line
+    )
