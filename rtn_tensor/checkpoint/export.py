@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -15,7 +16,7 @@ from rtn_tensor.checkpoint.card import card, hub_name
 from rtn_tensor.checkpoint.companions import companions, copy_companions
 from rtn_tensor.checkpoint.fill import some
 from rtn_tensor.checkpoint.folders import new_folder
-from rtn_tensor.checkpoint.foreign import compressed_tensors
+from rtn_tensor.checkpoint.foreign import compressed_tensors, gptq
 from rtn_tensor.checkpoint.foreign.written import PLANES, Engine, Lazy, Weight, group_sizes, planes_of
 from rtn_tensor.checkpoint.shards import write_shards
 from rtn_tensor.integrations.transformers.files import tensors_in_files
@@ -53,6 +54,7 @@ FORMATS = {
     "compressed-tensors": FolderFormat(
         compressed_tensors.tensors, compressed_tensors.config, compressed_tensors.engines
     ),
+    "gptq": FolderFormat(gptq.tensors, gptq.config, gptq.engines, gptq.refuses, ("quantize_config.json",)),
 }
 
 
@@ -111,7 +113,8 @@ def export(
     Args:
         model: what `quantize_`, `load` or transformers made.
         path: the folder to make.
-        format: "compressed-tensors", which vLLM, SGLang and transformers read.
+        format: "compressed-tensors", which vLLM, SGLang and transformers read; or "gptq", version 1 and
+            symmetric, which vLLM, SGLang and GPTQModel read.
         like: a GGUF file of the same model, for "gguf".
         force: replace the model folder that is at `path`, once the new one is whole.
 
@@ -173,6 +176,8 @@ def _write(model: Any, folder: Path, plan: _Plan, copies_of_config: Sequence[str
             if getattr(part, "tie_word_embeddings", False):
                 part.tie_word_embeddings = False
     config.save_pretrained(folder)
+    for name in copies_of_config:
+        (folder / name).write_text(json.dumps(plan.config, indent=2))
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 

@@ -7,12 +7,20 @@ numbers along K, the first in the lowest bits, each with 2^(bits - 1) added; `P.
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from rtn_tensor.checkpoint.foreign.written import Engine, Lazy, Weight, layers_of_experts, unlike_parts
+from rtn_tensor.checkpoint.foreign.written import (
+    Engine,
+    Lazy,
+    Weight,
+    formats_of,
+    layers_of_experts,
+    notes,
+    unlike_parts,
+)
 from rtn_tensor.formats import pack_gptq
 
 EXPERT = r".*\.experts\.\d+\..*"
@@ -79,12 +87,8 @@ def _names(modules: Iterable[str], everything: Iterable[str]) -> list[str]:
 
 def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
     """Which programs read what is written of these weights."""
-    formats: Mapping[str, Any] = {
-        **dict.fromkeys(floats),
-        **{weight.module: weight.format for weight in weights},
-    }
-    unlike = unlike_parts(formats)
-    apart = f"it holds {' and '.join(unlike)} as one, and their formats differ" if unlike else ""
+    formats = formats_of(weights, floats)
+    apart = unlike_parts(formats)
     experts = layers_of_experts(formats)
     of_experts = {fmt for of_layer in experts.values() for fmt in of_layer}
     mixed = len(of_experts) > 1 or None in of_experts
@@ -100,15 +104,11 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
     one_only = "with dequantize=True it does not, as there are several formats" if several else ""
     all_experts = "it takes experts that are all quantized, in one format"
     return [
-        Engine("vLLM 0.32", not apart, apart or _notes(no_kernel, rounds)),
-        Engine("SGLang 0.5.23", not apart, apart or _notes("by its source, not tried", rounds)),
+        Engine("vLLM 0.32", not apart, apart or notes(no_kernel, rounds)),
+        Engine("SGLang 0.5.23", not apart, apart or notes("by its source, not tried", rounds)),
         Engine(
             "transformers 5.23 with compressed-tensors 0.20",
             not mixed,
-            all_experts if mixed else _notes(memory, one_only),
+            all_experts if mixed else notes(memory, one_only),
         ),
     ]
-
-
-def _notes(*notes: str) -> str:
-    return "; ".join(filter(None, notes))

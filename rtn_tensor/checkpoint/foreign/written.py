@@ -16,8 +16,13 @@ from rtn_tensor.tensor import RTNQuantizedTensor
 
 PLANES = {"qdata", "scale"}  # that the writers know
 LARGEST, SMALLEST = 128, 32  # groups that the engines have kernels for
-# Modules that engines hold as one, by the last parts of their names, so that they must be of one format.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+# Modules that vLLM and SGLang hold as one, so that they must be of one format, by the last parts of the
+# names.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
 
 
 @dataclass(frozen=True)
@@ -113,19 +118,29 @@ def group_sizes(weights: Mapping[str, RTNQuantizedTensor]) -> dict[str, int]:
     return sizes
 
 
-def unlike_parts(formats: Mapping[str, Any]) -> list[str]:
-    """Modules that engines hold as one and that do not have one format, the first such set; `formats` has
-    every module's, None for a float one."""
+def formats_of(weights: Iterable[Weight], floats: Iterable[str]) -> dict[str, tuple[int, int] | None]:
+    """The format of each module; None of a float one."""
+    return {**dict.fromkeys(floats), **{weight.module: weight.format for weight in weights}}
+
+
+def unlike_parts(formats: Mapping[str, Any]) -> str:
+    """Why vLLM and SGLang do not read modules of such formats: they hold some as one that have several; or
+    "" where they do."""
     for layer, found in layers_of_experts(formats).items():
         if len(found) > 1:
-            return [f"the experts of {layer}"]
+            return f"the experts in {layer} must have one format"
     for module in formats:
         parent, _, last = module.rpartition(".")
-        for parts in FUSED:
-            siblings = [f"{parent}.{part}" for part in parts if f"{parent}.{part}" in formats]
+        for parts in FUSED.values():
+            siblings = [sibling for part in parts if (sibling := f"{parent}.{part}") in formats]
             if last in parts and len({formats[sibling] for sibling in siblings}) > 1:
-                return siblings
-    return []
+                return f"it holds {', '.join(siblings)} as one, and they have several formats"
+    return ""
+
+
+def notes(*texts: str) -> str:
+    """Those of `texts` that say something, in one."""
+    return "; ".join(filter(None, texts))
 
 
 def layers_of_experts(formats: Mapping[str, Any]) -> dict[str, set[Any]]:
