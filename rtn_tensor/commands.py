@@ -38,6 +38,7 @@ from rtn_tensor.kernels.registry import explain
 from rtn_tensor.quantize.refine import refine_
 from rtn_tensor.quantize.report import report
 from rtn_tensor.quantize.selection import parse_rule, rules_from_json
+from rtn_tensor.quantize.written import check_tokens
 from rtn_tensor.text_table import table
 from rtn_tensor.tuning import tune, tuned_folder
 
@@ -155,6 +156,8 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
     model = empty_model(source)
     if getattr(model.config, "quantization_config", None):
         raise ValueError(f"{source} is already quantized; give the float model")
+    if args.refine:  # before the weights are read
+        check_tokens(model, tokens, 1, 2, "--refine-on", "--refine-on FILE, or call refine_ from Python")
     with new_folder(destination, args.force, source) as folder:
         kept, left_out = companions(source)
         unused, read = without_place(source, model)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny_llama import TEXT
+from transformers import BertConfig, BertModel
 
 from rtn_tensor import RTNQuantizedTensor, load, refine_, rtn_int4
 from rtn_tensor.quantize import refine
@@ -61,3 +62,15 @@ def test_what_is_wrong_is_said_and_nothing_is_written(run, source, tmp_path):
         assert status == 1
         assert message in err
         assert not (tmp_path / "q").exists()
+
+
+def test_a_model_that_cannot_write_is_refused_before_its_weights_are_read(run, tmp_path):
+    config = BertConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96, vocab_size=99
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    status, _, err = run("quantize", tmp_path / "bert", tmp_path / "q", *FORMAT, "--refine")
+    assert status == 1
+    assert "BertModel is no causal language model of transformers, which could write; give --refine-on" in err
+    assert "Loading" not in err
+    assert not (tmp_path / "q").exists()
