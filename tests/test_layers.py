@@ -89,6 +89,7 @@ LAYERS = [
     "evaluation.generation",
     "evaluation.tasks",
     "evaluation",
+    "quantize.cost",
     "quantize.rounding",
     "quantize.moments",
     "quantize.in_step",

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.integrations.transformers.models import but_the_output
+from rtn_tensor.quantize.api import quantize_
+from rtn_tensor.quantize.cost import SEQUENCES, Cost, float_weights, warn_if_much
 from rtn_tensor.quantize.plan import Measured, Plan, last_part
 from rtn_tensor.quantize.selection import FilterFn, bits_of, check_module, unmatched
 from rtn_tensor.quantize.targets import Target, targets_of
@@ -98,12 +100,13 @@ def plan(
     seed: int = 0,
     progress: Callable[[list], Iterable] | None = None,
 ) -> Plan:
-    """Rules for `quantize_` that spend a budget of bits on the weights where it helps most, by their
-    second-order effect on what the model predicts. The model stays as it is. The same arguments give the same
-    rules on one machine.
+    """Rules for `quantize_` and `refine_` that spend a budget of bits on the weights where it helps most, by
+    their second-order effect on what the model predicts. The model stays as it is. The same arguments give
+    the same rules on one machine.
 
     It takes the writing, and a forward and a backward pass per sequence, and meanwhile 4 bytes per weight,
-    and its gradients, beside the model.
+    and its gradients, beside the model. At the end the model is quantized by the plan, to measure what it
+    costs, and its float weights are put back; of more than 0.3 nats per token a warning tells.
 
     Args:
         model: a float causal language model of transformers, in eval mode: `model(ids [1, T]).logits` is `[1,
@@ -140,9 +143,8 @@ def plan(
     if not options or not all(isinstance(option, RTNConfig) for option in options):
         raise TypeError(f"options is {options}; give formats to choose among, as [rtn_int4(), rtn_int8()]")
     check_tokens(model, text, sequences, length, "text", "tokens as text")
-    targets, sizes = _sizes(
-        targets_of(model, options[0], filter_fn or but_the_output(model)), options, fuse or {}
-    )
+    found = targets_of(model, options[0], filter_fn or but_the_output(model))
+    targets, sizes = _sizes(found, options, fuse or {})
     Plan(bits_per_weight, sizes)  # what it raises, it raises before all is measured
     ids = written(model, sequences, length, seed) if text is None else text.long()
     tokens = f"{ids.numel()} {'tokens of its own' if text is None else 'given tokens'}"
@@ -159,7 +161,24 @@ def plan(
                 f"{t.fqn}: its gradients overflow in {parameters[0].dtype}; load the model in bfloat16 or "
                 "float32"
             )
-    return Plan(bits_per_weight, replace(sizes, sensitivity=costs, tokens=tokens))
+    planned = Plan(bits_per_weight, replace(sizes, sensitivity=costs, tokens=tokens))
+    last = ids[-SEQUENCES:].to(parameters[0].device)
+    planned.measured = _measured(model, found, planned, list(last))
+    on_what = f"the last {last.numel()} of {tokens}"
+    warn_if_much(planned.measured, on_what, "give it more bits, or refine_ the model by the plan")
+    return planned
+
+
+def _measured(
+    model: Any, found: Sequence[Target], planned: Plan, sequences: Sequence[Tensor]
+) -> float | None:
+    put_back = float_weights(model, found)
+    cost = Cost(model, sequences)
+    try:
+        quantize_(model, planned)
+        return cost.divergence(model)
+    finally:
+        put_back()
 
 
 def _sizes(

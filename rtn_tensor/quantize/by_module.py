@@ -25,24 +25,6 @@ Progress = Callable[[list], Iterable]
 Rounding = Callable[[Tensor, RTNConfig], RTNQuantizedTensor]
 
 
-@contextmanager
-def unless_it_fails(model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
-    """Puts the weights back where what follows fails; until then they are kept."""
-    weights = [(t.module, t.parameter_name, t.parameter) for t in targets]
-    # What transformers is told of quantized weights stands in its configs.
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs = [(config, vars(config).copy()) for config in found if hasattr(config, "to_dict")]
-    try:
-        yield
-    except BaseException:
-        for module, name, parameter in weights:
-            module._parameters[name] = parameter  # type: ignore[assignment]
-        for config, before in configs:
-            vars(config).clear()
-            vars(config).update(before)
-        raise
-
-
 class InModel:
     """Float weights that lie in the model, and give their places to the quantized ones."""
 

@@ -36,7 +36,11 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         divergence: what it is expected to cost, in nats per token, on the tokens that were measured.
         sensitivity: by the weight's name and the format, the divergence that this weight costs in it.
         tokens: what was measured on, as in "4096 tokens of its own".
+        measured: what it does cost, in nats per token, with every weight rounded plainly, on the last of
+            these tokens; None of a plan that `at` gives.
     """
+
+    measured: float | None = None
 
     def __init__(self, budget: float, measured: Measured):
         if not isinstance(budget, int | float) or not budget > 0:
@@ -112,7 +116,8 @@ class Plan(list[tuple[str, RTNConfig | None]]):
         lines = [
             f"{self.bits_per_weight:.3f} bits per weight, an expected divergence of {self.divergence:.4f} "
             "nats "
-            f"per token on {self.tokens}",
+            f"per token on {self.tokens}"
+            + ("" if self.measured is None else f", and a measured one of {self.measured:.4f}"),
             "bits:group size, + for searched scales; shaded by what 4 bits would cost",
             " ".join(["layer", *(f"{name:>10}" for name in names)]),
         ]

@@ -2,9 +2,7 @@
 writes itself."""
 
 import inspect
-import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,10 +17,10 @@ from torchao.core.config import AOBaseConfig
 from rtn_tensor.checkpoint.load import reader
 from rtn_tensor.config import rtn
 from rtn_tensor.distributed import held
-from rtn_tensor.evaluation.comparison import divergences
 from rtn_tensor.integrations import on_quantized
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
-from rtn_tensor.quantize.by_module import InFiles, InModel, Refining, unless_it_fails
+from rtn_tensor.quantize.by_module import InFiles, InModel, Refining
+from rtn_tensor.quantize.cost import SEQUENCES, Cost, unless_it_fails, warn_if_much
 from rtn_tensor.quantize.in_step import Call, run_in_step
 from rtn_tensor.quantize.report import Report, report
 from rtn_tensor.quantize.selection import FilterFn, Rules, check_module, tensors_of
@@ -34,8 +32,6 @@ from rtn_tensor.wording import with_article
 Batches = Sequence[Mapping[str, Any]]
 
 TOKENS = 4096  # that go through the model at once
-HELD_OUT = 2  # sequences that the divergence is measured on
-MUCH = 0.3  # nats per token: a model that loses as much writes visibly worse
 
 
 @dataclass(frozen=True)
@@ -145,8 +141,8 @@ def refine_(
         unless_it_fails(model, targets) if source is None else nullcontext(),
     ):
         inputs = _inputs(model, tokens, batches, sequences, length, seed)
-        held_out = inputs.held_out if source is None else []  # of the float model nothing runs there
-        references = [_logits(model, ids) for ids in held_out]
+        # With `source`, of the float model nothing runs.
+        cost = Cost(model, inputs.held_out if source is None else [])
         refining = Refining(targets, weights, [_mask(call) for call in inputs.calls], progress)
         run_in_step(
             [partial(_run, model, refining.modules, call) for call in inputs.calls],
@@ -155,14 +151,8 @@ def refine_(
         )
         refining.rest()
         on_quantized(model)
-        divergence = _divergence(model, held_out, references)
-    if divergence is not None and divergence > MUCH:
-        warnings.warn(
-            "the quantized model's next-token distributions differ from the float model's by "
-            f"{divergence:.2f} nats per token on {inputs.measured}, more than {MUCH}; use smaller groups, "
-            "plan(), or 8 bits",
-            stacklevel=2,
-        )
+        divergence = cost.divergence(model)
+    warn_if_much(divergence, inputs.measured, "use smaller groups, plan(), or 8 bits")
     rows = [replace(row, note=refining.notes.get(row.name, row.note)) for row in report(model).rows]
     return Refinement(rows, inputs.told, refining.error(), refining.plain, divergence, inputs.measured)
 
@@ -225,12 +215,12 @@ def _inputs(
         return _Inputs([((), dict(batch)) for batch in batches], f"{len(batches)} given batches")
     check_tokens(model, tokens, sequences, length, "tokens", "tokens, or batches of its keyword arguments")
     if tokens is None:
-        own = written(model, sequences + HELD_OUT, length, seed)
+        own = written(model, sequences + SEQUENCES, length, seed)
         ids, held_out = own[:sequences], list(own[sequences:])
-        told, measured = f"{ids.numel()} tokens of its own", f"{HELD_OUT * length} more of its own"
+        told, measured = f"{ids.numel()} tokens of its own", f"{SEQUENCES * length} more of its own"
     else:
         ids = tokens.to(next(model.parameters()).device, torch.long)
-        held_out = list(ids[-HELD_OUT:]) if is_pretrained(model) and model.can_generate() else []
+        held_out = list(ids[-SEQUENCES:]) if is_pretrained(model) and model.can_generate() else []
         told, measured = f"{ids.numel()} given tokens", f"{sum(map(len, held_out))} of these"
     return _Inputs(
         [((part,), {}) for part in ids.split(max(1, TOKENS // ids.shape[1]))], told, held_out, measured
@@ -251,17 +241,3 @@ def _run(model: Any, modules: Sequence[nn.Module], call: Call) -> None:
     if is_pretrained(model) and ends(model)[1] not in modules:
         wanted["logits_to_keep"] = 1
     model(*args, **{name: value for name, value in wanted.items() if name in known} | kwargs)
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(ids[None], use_cache=False).logits[0]
-
-
-def _divergence(model: Any, held_out: Sequence[Tensor], references: list[Tensor]) -> float | None:
-    if not held_out:
-        return None
-    pairs = zip(held_out, references, strict=True)
-    found = torch.cat([divergences(reference, _logits(model, ids)) for ids, reference in pairs])
-    if not math.isfinite(divergence := float(found.mean())):
-        raise ValueError("the model's logits hold NaN or inf; load it in bfloat16 or float32")
-    return divergence

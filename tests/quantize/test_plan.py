@@ -137,6 +137,32 @@ def test_it_knows_what_a_weight_error_does_not(model):
     assert max(plan(model, 5.5, sequences=8).sensitivity[name].values()) == 0
 
 
+def test_what_a_plan_costs_is_measured(model):
+    """With the model quantized by it, whose float weights and configs are then as before."""
+    before, configs = dict(model.named_parameters()), vars(model.config).copy()
+    ids = torch.randint(0, 320, (16, 64), generator=torch.Generator().manual_seed(1))
+    planned = plan(model, 5.5, text=ids)
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert vars(model.config) == configs
+    quantized = copy.deepcopy(model)
+    quantize_(quantized, planned)
+    with torch.no_grad():
+        assert planned.measured == pytest.approx(divergence(model, quantized, ids[-2:]), rel=1e-3)
+    assert planned.measured == pytest.approx(planned.divergence, rel=0.5)
+    assert planned.at(6.0).measured is None
+
+
+def test_a_plan_that_costs_much_warns(model):
+    rough = copy.deepcopy(model)
+    rough.lm_head.weight.data *= 8
+    with pytest.warns(
+        UserWarning, match=r"nats per token on the last 32 of 64 given tokens, more than 0.3; "
+    ):
+        planned = plan(rough, 4.5, text=torch.arange(64).view(4, 16))
+    assert planned.measured > 0.3
+
+
 # ------------------------------------------------------------------------------ the choice
 
 
@@ -167,8 +193,9 @@ def test_printed(model):
     assert first == (
         f"{planned.bits_per_weight:.3f} bits per weight, an expected divergence of {planned.divergence:.4f} "
         "nats per token "
-        "on 1024 tokens of its own"
+        f"on 1024 tokens of its own, and a measured one of {planned.measured:.4f}"
     )
+    assert str(planned.at(6.0)).splitlines()[0].endswith("nats per token on 1024 tokens of its own")
     assert_expected_inline(
         "\n".join(line.translate(str.maketrans("░▒▓█", "....")).rstrip(" .") for line in rest),
         """\
