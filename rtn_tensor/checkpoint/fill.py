@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtn_tensor.checkpoint.rows import Rows
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import as_part
@@ -41,7 +42,7 @@ class Piece:
     index: tuple[int | slice, ...] = ()
     part: tuple[slice, ...] = ()
 
-    def cut(self, t: Tensor, part: tuple[slice, ...]) -> Tensor:
+    def cut(self, t: Any, part: tuple[slice, ...]) -> Any:
         """The `part` of `t`, which the source holds."""
         try:
             return t[part]
@@ -105,6 +106,9 @@ def same(one: list[Piece], other: list[Piece], dtype: torch.dtype) -> bool:
 def _equal(one: Source, other: Source, dtype: torch.dtype) -> bool:
     if one.shape != other.shape or one.quantized != other.quantized:
         return False
+    if one.rows is not None or other.rows is not None:
+        kept = one.rows and one.rows.kept, other.rows and other.rows.kept
+        return kept[0] == kept[1] and one.shape == other.shape and torch.equal(one.private(), other.private())
     a, b = one.view(), other.view()
     if isinstance(a, RTNQuantizedTensor) and isinstance(b, RTNQuantizedTensor):
         alike = all(getattr(a, name) == getattr(b, name) for name in a.tensor_attribute_names)
@@ -197,9 +201,12 @@ def on_rank(piece: Piece, shape: Sequence[int], held: Sequence[slice]) -> Piece 
 # ------------------------------------------------------------------------------- streaming
 
 
-def _chunks(source: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(source: Any, to: Tensor) -> Iterator[tuple[Any, Tensor]]:
     """Rows of `source`, some bytes at a time, and where they go."""
-    if isinstance(to, RTNQuantizedTensor) and to.transposed:  # its groups lie along the columns of `source`
+    computed = isinstance(source, Rows)
+    # Its groups lie along the columns of `source`; or its rows are computed one by one.
+    turned = to.transposed if isinstance(to, RTNQuantizedTensor) else computed and source.transposed
+    if turned:
         source, to = source.mT, to.mT
     if source.dim() > 2:
         for part, place in zip(source, to, strict=True):
@@ -207,7 +214,8 @@ def _chunks(source: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     elif source.dim() == 0:
         yield source, to
     else:
-        chunk = CHUNK if to.is_cpu and cpu.isa() and source.stride(-1) == 1 else SMALL_CHUNK
+        plain = not computed and to.is_cpu and cpu.isa() and source.stride(-1) == 1
+        chunk = CHUNK if plain else SMALL_CHUNK
         rows = max(1, chunk // max(1, source[:1].nbytes))
         for start in range(0, source.shape[0], rows):
             yield source[start : start + rows], to[start : start + rows]
@@ -219,8 +227,12 @@ def check_finite(source: Source, t: Tensor) -> None:
         raise source.error("holds NaN or inf; the checkpoint is damaged, copy or download it again")
 
 
-def _copy(piece: Piece, source: Tensor, to: Tensor) -> None:
+def _copy(piece: Piece, source: Any, to: Tensor) -> None:
     """Quantizes or converts rows into their place, and looks at them."""
+    if isinstance(source, Rows):
+        source = source.read()
+    if isinstance(source, RTNQuantizedTensor):
+        source = source.dequantize(torch.float32)
     if not to.is_floating_point():
         to.copy_(source)
         return

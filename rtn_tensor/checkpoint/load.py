@@ -26,6 +26,7 @@ from rtn_tensor.checkpoint.fill import (
     stream,
 )
 from rtn_tensor.checkpoint.foreign.names import foreign
+from rtn_tensor.checkpoint.foreign.reading import Description, put_together
 from rtn_tensor.checkpoint.gguf import load_gguf
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import RTNConfig
@@ -118,7 +119,7 @@ def load(
     if is_pretrained(model) and (path / "config.json").is_file():
         read_config(path)
     check_idle(model)
-    pieces = _pieces(path, model, rename or {}, fuse or {})
+    pieces, how = _pieces(path, model, rename or {}, fuse or {})
     places, apart = _with_own_tensors(
         list(tensors_of(model, buffers=True)), pieces, all_ties(model) if is_pretrained(model) else {}
     )
@@ -161,6 +162,8 @@ def load(
         raise ValueError(
             f"{path} is quantized already; load it without a config, or give the float checkpoint"
         )
+    if how is not None:
+        _say_what_is_lost(path, how, [piece for piece in pieces if piece.source.rows is not None], config)
     targets = (
         targets_of(model, config, default_filter(model, config, filter_fn)) if config is not None else []
     )
@@ -182,6 +185,21 @@ def load(
         model.to(device)  # the buffers that are not in the checkpoint
     on_quantized(model)
     return model
+
+
+def _say_what_is_lost(
+    path: Path, how: Description, computed: list[Piece], config: AOBaseConfig | Rules | None
+) -> None:
+    names = some([piece.source.name for piece in computed])
+    then = (
+        f"stay float, {names}; to quantize them anew, give a config"
+        if config is None
+        else "quantized anew as the config says, whose error comes on top of that which they have"
+    )
+    warnings.warn(
+        f"{path}: the weights are quantized by {how.kind}; they are dequantized as they are read, and {then}",
+        stacklevel=3,
+    )
 
 
 def _with_own_tensors(
@@ -226,12 +244,14 @@ def _with_own_tensors(
 
 def _pieces(
     path: Path, model: nn.Module, rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]
-) -> list[Piece]:
-    """The tensors of a checkpoint, and where in `model` each would go."""
+) -> tuple[list[Piece], Description | None]:
+    """The tensors of a checkpoint, and where in `model` each would go; and which other library quantized
+    it."""
     found = sources(path, renaming(model)) if is_pretrained(model) else sources(path)
+    found, how = put_together(path, found)
     if rename or fuse or not is_pretrained(model):
-        return pieces_by_name(found, rename, fuse)
-    return [Piece(*place) for place in placed(model, found)]
+        return pieces_by_name(found, rename, fuse), how
+    return [Piece(*place) for place in placed(model, found)], how
 
 
 def reader(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
@@ -242,7 +262,7 @@ def reader(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
         FileNotFoundError, ValueError: as `load`; the checkpoint is quantized, or does not fit the model.
     """
     state = {fqn: t for fqn, _, _, t in tensors_of(model, buffers=True)}
-    pieces, _ = check(_pieces(path, model, {}, {}), state, ignored(model), strict=False)
+    pieces, _ = check(_pieces(path, model, {}, {})[0], state, ignored(model), strict=False)
     if quantized := [p.source for p in pieces if p.source.quantized]:
         raise quantized[0].error("is quantized; give the float checkpoint that the model was made of")
     fills: dict[int, list[Piece]] = defaultdict(list)
@@ -263,7 +283,7 @@ def without_place(path: Path, model: nn.Module) -> tuple[list[str], set[Path]]:
     """The names of the tensors in a folder that its `model` has no place for, and so leaves out; and the
     files of all that `load` reads."""
     state = dict.fromkeys(fqn for fqn, *_ in tensors_of(model, buffers=True))
-    pieces = _pieces(path, model, {}, {})
+    pieces, _ = _pieces(path, model, {}, {})
     return [piece.source.name for piece in pieces if piece.target not in state], {
         piece.source.file for piece in pieces
     }
@@ -287,7 +307,8 @@ def _read_into(
     for piece in pieces:
         old = state[piece.target]
         to = torch.device(device or ("cpu" if old.is_meta else old.device))
-        if config is None and not piece.index and (piece.source.quantized or piece.source.dtype == old.dtype):
+        as_it_is = piece.source.quantized or (piece.source.dtype == old.dtype and piece.source.rows is None)
+        if config is None and not piece.index and as_it_is:
             t = piece.source.private()
             t = t if held(old) is old else piece.cut(t, place(old)).contiguous()
             if isinstance(t, RTNQuantizedTensor):  # of what is float nothing is read here

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rtn_tensor.checkpoint.files import Entry, check_regular, parse_json, read_header, weight_files
+from rtn_tensor.checkpoint.rows import Rows
 from rtn_tensor.formats import VERSION, check_version
 from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.wording import with_article
@@ -55,7 +56,8 @@ class Source:
 
     `view` gives it to be read only, and so of no weight where a process's own memory is limited; `private` as
     a private copy, of which only the pages that are written to take memory. `read_soon` has the system bring
-    a part of `view` into its cache meanwhile.
+    a part of `view` into its cache meanwhile. `rows` are what a weight is computed of that another library
+    quantized, and then its `view`.
     """
 
     file: Path
@@ -63,9 +65,10 @@ class Source:
     shape: tuple[int, ...]
     dtype: torch.dtype
     private: Callable[[], Tensor]
-    view: Callable[[], Tensor]
+    view: Callable[[], Any]
     read_soon: Callable[[Tensor], None] = lambda part: None
     quantized: bool = False
+    rows: Rows | None = None
 
     def error(self, why: str) -> ValueError:
         return ValueError(f"{self.file}: {self.name} {why}")

@@ -37,15 +37,10 @@ def test_no_quantization_after_all(folder, nothing):
 
 
 METHODS = {
-    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 with a scale for each block"),
-    "gptq": ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
-    "awq": ({"quant_method": "awq"}, "AWQ"),
-    "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
-    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-    "bitsandbytes of old": ({"load_in_8bit": True}, "bitsandbytes"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
-    "modelopt": ({"quant_method": "modelopt"}, "NVIDIA's ModelOpt"),
+    "hqq": ({"quant_method": "hqq", "quant_config": {}}, "HQQ"),
+    "quanto": ({"quant_method": "quanto"}, "quanto"),
     "something new": ({"quant_method": "vapour"}, "vapour"),
+    "nothing": ({"bits": 4}, "None"),
 }
 
 
@@ -58,6 +53,32 @@ def test_other_libraries_by_their_config(folder, config, kind):
                 load(folder, model=make)
             assert str(caught.value).startswith(
                 f"{folder / 'config.json'} ({place}): the weights are quantized by {kind}, which"
+            )
+
+
+LIES = {
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 with a scale for each block"),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 64}, "AWQ"),
+    "mxfp4": ({"quant_method": "mxfp4"}, "MXFP4"),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+    "bitsandbytes of old": ({"load_in_8bit": True}, "bitsandbytes"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "NVIDIA's ModelOpt"),
+}
+
+
+@pytest.mark.parametrize(("config", "kind"), LIES.values(), ids=LIES)
+def test_a_config_that_is_not_of_the_weights(folder, config, kind):
+    for place in ("quantization_config", "compression_config"):
+        configured(folder, **{"quantization_config": ..., "compression_config": ..., place: config})
+        for make in (None, lambda: tiny_llama(layers=1)):
+            with pytest.raises(
+                ValueError, match="and the files hold none that is; remove that entry"
+            ) as caught:
+                load(folder, model=make)
+            assert str(caught.value).startswith(
+                f"{folder / 'config.json'} ({place}): the weights are said to be quantized by {kind}, and"
             )
 
 

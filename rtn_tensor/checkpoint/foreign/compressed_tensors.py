@@ -1,17 +1,40 @@
 """Weights of compressed-tensors, which llm-compressor writes and vLLM, SGLang and transformers read.
 
-Of a linear `P` there are, in the format pack-quantized, `P.weight_packed [N, ceil(K * bits / 32)]` int32,
-numbers along K, the first in the lowest bits, each with 2^(bits - 1) added; `P.weight_scale [N, G]`; and
-`P.weight_shape` (N, K).
+Of a linear `P`, by the format of its config group:
+
+- pack-quantized: `P.weight_packed [N, ceil(K * bits / 32)]` int32, numbers along K, the first in the lowest
+  bits, each with 2^(bits - 1) added; `P.weight_scale [N, G]`; `P.weight_shape` (N, K); where it is
+  asymmetric, `P.weight_zero_point`, packed along N; and where columns were sorted, `P.weight_g_idx [K]`.
+- int-quantized: `P.weight` int8 `[N, K]`, `P.weight_scale [N, G]`, and `P.weight_zero_point` int8.
+- float-quantized: `P.weight` fp8, `P.weight_scale`.
+- nvfp4-pack-quantized: `P.weight_packed` uint8, `P.weight_scale` fp8, `P.weight_global_scale`, which divides.
+- mxfp4-pack-quantized: `P.weight_packed` uint8, `P.weight_scale` uint8 exponents.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from rtn_tensor.checkpoint.foreign.config_groups import scheme_of, schemes_of
+from rtn_tensor.checkpoint.foreign.fp4 import MX_BLOCK, nvfp4, powers
+from rtn_tensor.checkpoint.foreign.fp8 import block_size, read_fp8
+from rtn_tensor.checkpoint.foreign.words import (
+    FP4,
+    beside,
+    check_plane,
+    computed,
+    ending,
+    fields,
+    floats,
+    nibbles,
+    option,
+    quantized_rows,
+    signed,
+)
 from rtn_tensor.checkpoint.foreign.written import (
     Engine,
     Lazy,
@@ -21,7 +44,9 @@ from rtn_tensor.checkpoint.foreign.written import (
     notes,
     unlike_parts,
 )
-from rtn_tensor.formats import pack_gptq
+from rtn_tensor.checkpoint.rows import Kept
+from rtn_tensor.checkpoint.sources import Source
+from rtn_tensor.formats import FLOAT_DTYPES, groups, pack_gptq
 
 EXPERT = r".*\.experts\.\d+\..*"
 
@@ -112,3 +137,175 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
             all_experts if mixed else notes(memory, one_only),
         ),
     ]
+
+
+# ----------------------------------------------------------------------------------- reading
+
+
+def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
+    """Puts weights in the place of compressed-tensors' planes.
+
+    Raises:
+        ValueError: an option that is not read; a plane is missing, or not as the others or the config say.
+    """
+    schemes = schemes_of(how, where)
+    for module, packed in ending(found, ".weight_packed"):
+        scale = beside(found, packed, f"{module}.weight_scale")
+        name = f"{module}.weight"
+        if packed.dtype != torch.uint8:
+            source = _packed(found, module, packed, scale, scheme_of(schemes, module, packed))
+        elif scale.dtype == torch.uint8:
+            source = _mxfp4(name, packed, scale)
+        else:
+            source = nvfp4(
+                name, packed, scale, beside(found, packed, f"{module}.weight_global_scale"), divides=True
+            )
+        _take(found, module, source)
+    for module, weight in ending(found, ".weight"):
+        if weight.dtype == torch.int8 and weight.rows is None:
+            scale = beside(found, weight, f"{module}.weight_scale")
+            source = _integers(found, module, weight, scale, scheme_of(schemes, module, weight))
+            _take(found, module, source)
+    blocks = {block_size(about.get("block_structure"), where) for _, about in schemes} - {None}
+    read_fp8(found, blocks.pop() if blocks else None)
+    for end in (".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_global_scale"):
+        for module, source in ending(found, end):
+            beside(found, source, f"{module}.weight_packed")
+
+
+PLANES = ("packed", "scale", "shape", "zero_point", "g_idx", "global_scale")
+
+
+def _take(found: dict[str, Source], module: str, source: Source) -> None:
+    for end in PLANES:
+        found.pop(f"{module}.weight_{end}", None)
+    found[source.name] = source
+
+
+def _number(source: Source, about: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> Any:
+    return option(about, key, allowed, f"{source.file}: {source.name}, by its config group")
+
+
+def _groups(
+    source: Source, scale: Source, about: Mapping[str, Any], n: int, k: int
+) -> tuple[int, tuple[int, int]]:
+    """The group size of a weight, and the shape that its scale must have."""
+    strategy = _number(source, about, "strategy", ("group", "channel", "tensor", None))
+    size = about.get("group_size")
+    if strategy is None:
+        strategy = "group" if size not in (None, -1) else "channel"
+    if strategy != "group":
+        return -1, (n if strategy == "channel" else 1, 1)
+    if type(size) is not int or size < 1:
+        raise source.error(
+            f"has groups, and its config group the group_size {str(size)[:100]}; it must be a number"
+        )
+    return size, (n, groups(k, size))
+
+
+def _order(
+    found: Mapping[str, Source], module: str, k: int, group_size: int, count: int
+) -> tuple[Tensor, bool]:
+    """The group of each column, and whether that is their own order."""
+    in_order = torch.arange(k) // (max(k, 1) if group_size == -1 else group_size)
+    if (index := found.get(f"{module}.weight_g_idx")) is None:
+        return in_order, True
+    check_plane(index, (k,), torch.int32, torch.int64)
+    group_of = index.view().long()
+    if k and bool((group_of == -1).all()):  # as a module has it before columns are sorted
+        return in_order, True
+    if k and not 0 <= int(group_of.min()) <= int(group_of.max()) < count:
+        raise index.error(
+            f"names the groups {int(group_of.min())} to {int(group_of.max())}, and there are {count}; "
+            "download the checkpoint again"
+        )
+    return group_of, torch.equal(group_of, in_order)
+
+
+def _kept(bits: int, group_size: int, count: int, scale: Source) -> Kept | None:
+    if count != 1 and group_size % 32:
+        return None
+    return Kept(bits, -1 if count == 1 else group_size, scale.dtype)
+
+
+def _packed(
+    found: Mapping[str, Source], module: str, packed: Source, scale: Source, about: Mapping[str, Any]
+) -> Source:
+    bits = _number(packed, about, "num_bits", (4, 8))
+    _number(packed, about, "type", ("int",))
+    given = beside(found, packed, f"{module}.weight_shape")
+    check_plane(given, (2,), torch.int64, torch.int32)
+    n, k = map(int, given.view())
+    if n < 0 or k < 0 or k > 1 << 40:
+        raise given.error(f"says that the weight is {[n, k]}; download the checkpoint again")
+    check_plane(packed, (n, -(-k * bits // 32)), torch.int32)
+    group_size, shape = _groups(packed, scale, about, n, k)
+    check_plane(scale, shape, *FLOAT_DTYPES)
+    group_of, in_order = _order(found, module, k, group_size, shape[1])
+    zeros = found.get(f"{module}.weight_zero_point")
+    if not about.get("symmetric", True):
+        zeros = beside(found, packed, f"{module}.weight_zero_point")
+    packed_zeros = zeros is not None and zeros.dtype == torch.int32
+    if zeros is not None:
+        rows = -(-n * bits // 32) if packed_zeros else n
+        check_plane(zeros, (rows if shape[0] == n else 1, shape[1]), torch.int32, torch.int8)
+    kept = _kept(bits, group_size, shape[1], scale) if in_order and zeros is None else None
+
+    def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
+        q = signed(fields(packed.view()[start:stop], bits), bits)[:, :k]
+        scales = scale.view().expand(n, -1)[start:stop]
+        if kept is not None:
+            return quantized_rows(q, scales, kept)
+        zero = None
+        if zeros is not None:
+            zero = zeros.view()
+            zero = signed(fields(zero.t(), bits), bits)[:, :n].t() if packed_zeros else zero
+            zero = zero.expand(n, -1)[start:stop]
+        return floats(q, scales, zero, group_of)
+
+    return computed(packed, f"{module}.weight", (n, k), compute, kept)
+
+
+def _integers(
+    found: Mapping[str, Source], module: str, weight: Source, scale: Source, about: Mapping[str, Any]
+) -> Source:
+    bits = _number(weight, about, "num_bits", (4, 8))
+    if len(weight.shape) != 2:
+        raise weight.error(f"has shape {list(weight.shape)}; an int-quantized weight must be [N, K]")
+    n, k = weight.shape
+    group_size, shape = _groups(weight, scale, about, n, k)
+    if scale.shape != (1,) or shape != (1, 1):
+        check_plane(scale, shape, *FLOAT_DTYPES)
+    group_of, in_order = _order(found, module, k, group_size, shape[1])
+    zeros = found.get(f"{module}.weight_zero_point")
+    if not about.get("symmetric", True):
+        zeros = beside(found, weight, f"{module}.weight_zero_point")
+    if zeros is not None and not (zeros.shape == (1,) and shape == (1, 1)):
+        check_plane(zeros, shape, torch.int8)
+    # In a byte each there may be any number.
+    kept = _kept(8, group_size, shape[1], scale) if in_order and zeros is None else None
+
+    def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
+        q = weight.view()[start:stop]
+        scales = scale.view().view(shape).expand(n, -1)[start:stop]
+        if kept is not None:
+            return quantized_rows(q, scales, kept)
+        return floats(
+            q, scales, None if zeros is None else zeros.view().view(shape).expand(n, -1)[start:stop], group_of
+        )
+
+    del bits
+    return computed(weight, f"{module}.weight", (n, k), compute, kept)
+
+
+def _mxfp4(name: str, packed: Source, scale: Source) -> Source:
+    if len(packed.shape) != 2:
+        raise packed.error(f"has shape {list(packed.shape)}; it must be [N, K / 2]")
+    n, k = packed.shape[0], 2 * packed.shape[1]
+    check_plane(scale, (n, -(-k // MX_BLOCK)), torch.uint8)
+
+    def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
+        scales = powers(scale.view()[start:stop]).repeat_interleave(MX_BLOCK, -1)[:, :k]
+        return FP4[nibbles(packed.view()[start:stop]).int()] * scales
+
+    return computed(packed, name, (n, k), compute)

@@ -7,12 +7,24 @@ and `P.g_idx [K]`, the group of each column, which may be left out. w = S (u - z
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rtn_tensor.checkpoint.foreign.words import (
+    beside,
+    check_options,
+    check_plane,
+    computed,
+    ending,
+    fields,
+    floats,
+    option,
+    quantized_rows,
+    signed,
+)
 from rtn_tensor.checkpoint.foreign.written import (
     FUSED,
     Engine,
@@ -23,7 +35,9 @@ from rtn_tensor.checkpoint.foreign.written import (
     notes,
     unlike_parts,
 )
-from rtn_tensor.formats import groups, pack_gptq
+from rtn_tensor.checkpoint.rows import Kept
+from rtn_tensor.checkpoint.sources import Source
+from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, groups, pack_gptq
 
 
 def refuses(weight: Weight) -> str | None:
@@ -130,3 +144,195 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
             ),
         ),
     ]
+
+
+# ----------------------------------------------------------------------------------- reading
+
+
+BITS = (4, 8)
+# Those that say something of the weights, then those that say how they were found, or how to run them.
+OPTIONS = (
+    *("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "dynamic", "lm_head"),
+    *("is_marlin_format", "format", "method", "pack_dtype"),
+    *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "meta", "quantizer", "mse"),
+    *(
+        "act_group_aware",
+        "hyb_act",
+        "model_seqlen",
+        "block_name_to_quantize",
+        "module_name_preceding_first_block",
+    ),
+    *(
+        "dataset",
+        "tokenizer",
+        "batch_size",
+        "pad_token_id",
+        "use_cuda_fp16",
+        "use_exllama",
+        "disable_exllama",
+    ),
+    *("exllama_config", "max_input_length", "cache_block_outputs", "modules_in_block_to_quantize", "backend"),
+    *(
+        "model_name_or_path",
+        "model_file_base_name",
+        "cache_examples_on_gpu",
+        "parallel_packing",
+        "offload_to_disk",
+    ),
+    *("offload_to_disk_path", "rotation", "is_mixed", "compression", "version", "act_order", "calibration"),
+)
+AUTO_ROUND_OPTIONS = (
+    *("quant_method", "bits", "group_size", "sym", "packing_format", "data_type", "extra_config", "backend"),
+    *("autoround_version", "block_name_to_quantize", "to_quant_block_names", "quant_block_list", "iters"),
+    *(
+        "act_bits",
+        "act_data_type",
+        "act_dynamic",
+        "act_group_size",
+        "act_sym",
+        "amp",
+        "batch_size",
+        "dataset",
+    ),
+    *("enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps"),
+    *(
+        "low_gpu_mem_usage",
+        "lr",
+        "minmax_lr",
+        "nsamples",
+        "not_use_best_mse",
+        "sampler",
+        "scale_dtype",
+        "seqlen",
+    ),
+    *(
+        "super_bits",
+        "super_group_size",
+        "supported_types",
+        "train_bs",
+        "weight_config",
+        "quant_lm_head",
+        "model_dtype",
+    ),
+    *(
+        "damp_percent",
+        "desc_act",
+        "true_sequential",
+        "checkpoint_format",
+        "static_groups",
+        "batch_dim",
+        "dynamic",
+    ),
+    *("enable_alg_ext", "enable_torch_compile", "momentum", "modules_to_not_convert", "rotation_config"),
+)
+
+
+def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
+    """Puts weights in the place of GPTQ's planes.
+
+    Raises:
+        ValueError: an option that is not read; a plane is missing, or not as the others say; a group that is
+            not there.
+    """
+    check_options(how, OPTIONS, where)
+    option(how, "is_marlin_format", (False, None), where)
+    option(how, "pack_dtype", ("int32", None), where)
+    key = "format" if "format" in how and "checkpoint_format" not in how else "checkpoint_format"
+    less_one = option(how, key, ("gptq", "gptq_v2", "v2", None), where) in ("gptq", None)
+    rules = how.get("dynamic") or {}
+    if not isinstance(rules, dict) or not all(isinstance(rule, dict | type(None)) for rule in rules.values()):
+        raise ValueError(f"{where}: dynamic is {str(rules)[:100]}; it must be an object of objects")
+    for pattern in rules:
+        try:
+            re.compile(_pattern(pattern))
+        except re.error as error:
+            raise ValueError(
+                f"{where}: dynamic has {pattern!r}, which is no regular expression: {error}"
+            ) from None
+
+    def of(module: str) -> Mapping[str, Any]:
+        for pattern, changes in rules.items():
+            if re.match(_pattern(pattern), module):
+                return {**how, **(changes or {})}
+        return how
+
+    read_planes(found, of, less_one, where)
+
+
+def _pattern(key: str) -> str:
+    return key[2:] if key.startswith(("+:", "-:")) else key
+
+
+def read_auto_round(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
+    """As `read`, of auto-round's config; `read_planes` where its packing is AWQ's is not done here."""
+    check_options(how, AUTO_ROUND_OPTIONS, where)
+    option(how, "data_type", ("int", None), where)
+    option(how, "rotation_config", (None,), where)
+    allowed = ("auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round", None)
+    less_one = option(how, "packing_format", allowed, where) == "auto_round:auto_gptq"
+    extra = how.get("extra_config") or {}
+    if not isinstance(extra, dict) or not all(isinstance(about, dict) for about in extra.values()):
+        raise ValueError(f"{where}: extra_config is {str(extra)[:100]}; it must be an object of objects")
+    read_planes(found, lambda module: {**how, **extra.get(module, {})}, less_one, where)
+
+
+def read_planes(found: dict[str, Source], of: Any, less_one: bool, where: str) -> None:
+    """Puts weights in the place of planes; `of` gives the options of a module by its name."""
+    for module, words in ending(found, ".qweight"):
+        about, of_module = of(module), f"{where}, of {module}"
+        bits = option(about, "bits", BITS, of_module)
+        group_size = about.get("group_size")
+        if type(group_size) is not int or group_size != -1 and group_size < 1:
+            raise ValueError(
+                f"{of_module}: group_size is {str(group_size)[:100]}; it must be a number, or -1"
+            )
+        planes = {end: found.get(f"{module}.{end}") for end in ("scales", "qzeros", "g_idx")}
+        for end in ("scales", "qzeros"):
+            planes[end] = beside(found, words, f"{module}.{end}")
+        source = _weight(f"{module}.weight", words, planes, bits, group_size, less_one)
+        for part in (words, *planes.values()):
+            if part is not None:
+                del found[part.name]
+        found[source.name] = source
+    for end in (".qzeros", ".g_idx"):
+        for module, source in ending(found, end):
+            beside(found, source, f"{module}.qweight")
+
+
+def _weight(
+    name: str, words: Source, planes: Mapping[str, Any], bits: int, group_size: int, less_one: bool
+) -> Source:
+    scales, zeros, index = planes["scales"], planes["qzeros"], planes["g_idx"]
+    if words.dtype != torch.int32 or len(words.shape) != 2:
+        raise words.error(f"is {words.dtype} {list(words.shape)}; it must be int32 [K * {bits} / 32, N]")
+    k, n = words.shape[0] * 32 // bits, words.shape[1]
+    count = groups(k, group_size)
+    check_plane(scales, (count, n), *FLOAT_DTYPES)
+    check_plane(zeros, (count, -(-n * bits // 32)), torch.int32)
+    in_order = torch.arange(k) // (k if group_size == -1 else group_size)
+    group_of = in_order
+    if index is not None:
+        check_plane(index, (k,), torch.int32, torch.int64)
+        group_of = index.view().long()
+        if k and not 0 <= int(group_of.min()) <= int(group_of.max()) < count:
+            raise index.error(
+                f"names the groups {int(group_of.min())} to {int(group_of.max())}, and there are {count}; "
+                "download the checkpoint again"
+            )
+    middle = -FORMATS[bits].qmin
+    symmetric = bool((fields(zeros.view(), bits)[:, :n] == middle - less_one).all())
+    kept = None
+    if symmetric and torch.equal(group_of, in_order) and (count == 1 or group_size % 32 == 0):
+        kept = Kept(bits, -1 if count == 1 else group_size, scales.dtype)
+
+    def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
+        q = signed(fields(words.view()[:, start:stop].t(), bits), bits)
+        scale = scales.view()[:, start:stop].t()
+        if kept is not None:
+            return quantized_rows(q, scale, kept)
+        first = start * bits // 32
+        some = fields(zeros.view()[:, first : -(-stop * bits // 32)], bits)[:, start - first * 32 // bits :]
+        zero = some[:, : stop - start].t().int() + (less_one - middle)
+        return floats(q, scale, zero, group_of)
+
+    return computed(words, name, (n, k), compute, kept)

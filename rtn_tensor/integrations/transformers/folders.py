@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rtn_tensor.checkpoint.files import read_json
-from rtn_tensor.checkpoint.foreign.names import FOREIGN, not_read
+from rtn_tensor.checkpoint.foreign.reading import OURS, check_method, configs_in
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.formats import FLOAT_DTYPES
 
@@ -21,24 +21,16 @@ MOST_PARAMETERS, MOST_LAYERS = 200_000, 10_000
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A transformers folder's config.json, of a model whose weights are float or ours, and which runs no code
-    of the folder's.
+    """A transformers folder's config.json, of a model whose weights are float, ours or in a format that is
+    read, and which runs no code of the folder's.
 
     Raises:
         FileNotFoundError, ValueError: it cannot be read, or is of another kind of model.
     """
     config = read_json(file := path / "config.json")
+    for key, how in configs_in(config):
+        check_method(how, str(file), key)
     for about in (config, *(part for part in config.values() if isinstance(part, dict))):
-        for key in ("quantization_config", "compression_config"):
-            if not (how := about.get(key)):
-                continue
-            if not isinstance(how, dict):
-                raise ValueError(f"{file}: {key} is {str(how)[:100]}; it must be an object, or not there")
-            method = how.get(
-                "quant_method", "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(how) else None
-            )
-            if method != "torchao":
-                raise ValueError(not_read(FOREIGN.get(str(method), str(method)), f"{file} ({key})"))
         for key in (
             "attn_implementation",
             "_attn_implementation",
@@ -103,6 +95,14 @@ def _class(path: Path, about: Mapping[str, Any]) -> Any:
     )
 
 
+def _forget_quantization(config: Any) -> None:
+    """Removes what `config` and those of its parts say of another library's quantization, which is undone as
+    the weights are read; null and {}, too, as transformers asks only whether it is there."""
+    for about in (config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))):
+        for key in ("quantization_config", "compression_config"):
+            vars(about).pop(key, None)
+
+
 def _own_code(file: Path, what: str) -> ValueError:
     return ValueError(
         f"{file}: {what} is code of the folder's own (auto_map), which is never run here; read it, "
@@ -144,8 +144,8 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
     try:
         with of_transformers(path / "config.json", "model"), parameters_on_meta(MOST_PARAMETERS):
             config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-            if not about.get("quantization_config") and "quantization_config" in vars(config):
-                del config.quantization_config  # null or {}: transformers asks only whether it is there
+            if not any(check_method(how, "", key) == OURS for key, how in configs_in(about)):
+                _forget_quantization(config)
             model = kind(config)
     finally:
         torch.set_default_dtype(before)

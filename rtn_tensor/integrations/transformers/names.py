@@ -141,7 +141,10 @@ def _computed(
             raise parts[some][0].error(f"cannot become {new} by transformers' {kinds}: {error}") from error
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
-    last = lru_cache(maxsize=1)(lambda new: convert(new, lambda source: source.view()))
+    def dense(source: Source) -> Tensor:
+        return source.view() if source.rows is None else source.private()
+
+    last = lru_cache(maxsize=1)(lambda new: convert(new, dense))
     for new, parts in groups.items():
         first = next(iter(parts.values()))[0]
         for target, t in convert(

@@ -1,0 +1,98 @@
+"""AWQ's weights, as AutoAWQ writes them ("gemm").
+
+Of a linear `P` there are `P.qweight [K, N / 8]`, `P.qzeros [G, N / 8]` and `P.scales [G, N]`. A word holds
+eight numbers along N, in the order `ORDER` from its lowest bits up. w = S (u - zero).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtn_tensor.checkpoint.foreign.words import (
+    beside,
+    check_options,
+    check_plane,
+    computed,
+    ending,
+    fields,
+    floats,
+    option,
+    quantized_rows,
+    signed,
+)
+from rtn_tensor.checkpoint.rows import Kept
+from rtn_tensor.checkpoint.sources import Source
+from rtn_tensor.formats import FLOAT_DTYPES, groups
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+OPTIONS = (
+    *("quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "format"),
+    *(
+        "modules_to_not_convert",
+        "backend",
+        "do_fuse",
+        "exllama_config",
+        "fuse_max_seq_len",
+        "modules_to_fuse",
+    ),
+    *("desc_act", "sym", "meta", "checkpoint_format", "lm_head", "pack_dtype", "damp_percent", "dynamic"),
+)
+
+
+def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
+    """Puts weights in the place of AWQ's planes.
+
+    Raises:
+        ValueError: an option that is not read; a plane is missing, or not as the others say.
+    """
+    check_options(how, OPTIONS, where)
+    bits = option(how, "w_bit" if "w_bit" in how else "bits", (4,), where)
+    group_size = how.get("group_size", how.get("q_group_size"))
+    if type(group_size) is not int or group_size != -1 and group_size < 1:
+        raise ValueError(f"{where}: group_size is {str(group_size)[:100]}; it must be a number, or -1")
+    for key in ("version", "format", "checkpoint_format"):
+        option(how, key, ("gemm", "GEMM", None), where)
+    option(how, "dynamic", (None, {}), where)
+    read_planes(found, lambda module: (bits, group_size), where)
+
+
+def read_planes(found: dict[str, Source], of: Any, where: str) -> None:
+    """Puts weights in the place of planes; `of` gives the bits and the group size of a module by its name."""
+    for module, words in ending(found, ".qweight"):
+        scales, zeros = (beside(found, words, f"{module}.{end}") for end in ("scales", "qzeros"))
+        found[f"{module}.weight"] = _weight(f"{module}.weight", words, scales, zeros, of(module)[1])
+        for part in (words, scales, zeros):
+            del found[part.name]
+    for module, source in ending(found, ".qzeros"):
+        beside(found, source, f"{module}.qweight")
+
+
+def _numbers(words: Tensor, start: int, stop: int) -> Tensor:
+    """The columns from one up to another of the numbers in `[..., W]` int32."""
+    some = fields(words[:, start // 8 : -(-stop // 8)], 4).unflatten(-1, (-1, 8))
+    place = [ORDER.index(column) for column in range(8)]
+    return some[..., place].flatten(-2)[:, start % 8 :][:, : stop - start]
+
+
+def _weight(name: str, words: Source, scales: Source, zeros: Source, group_size: int) -> Source:
+    if words.dtype != torch.int32 or len(words.shape) != 2:
+        raise words.error(f"is {words.dtype} {list(words.shape)}; it must be int32 [K, N / 8]")
+    k, n = words.shape[0], 8 * words.shape[1]
+    count = groups(k, group_size)
+    check_plane(scales, (count, n), *FLOAT_DTYPES)
+    check_plane(zeros, (count, n // 8), torch.int32)
+    group_of = torch.arange(k) // (k if group_size == -1 else group_size)
+    kept = None
+    if bool((zeros.view() == 0x88888888 - (1 << 32)).all()) and (count == 1 or group_size % 32 == 0):
+        kept = Kept(4, -1 if count == 1 else group_size, scales.dtype)
+
+    def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
+        q = signed(_numbers(words.view(), start, stop).t().contiguous(), 4)
+        scale = scales.view()[:, start:stop].t()
+        if kept is not None:
+            return quantized_rows(q, scale, kept)
+        return floats(q, scale, signed(_numbers(zeros.view(), start, stop).t().contiguous(), 4), group_of)
+
+    return computed(words, name, (n, k), compute, kept)

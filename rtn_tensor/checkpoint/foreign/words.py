@@ -1,0 +1,118 @@
+"""Planes of packed numbers, as other libraries pack them, and how they are taken from a checkpoint."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtn_tensor.checkpoint.rows import Kept, Rows
+from rtn_tensor.checkpoint.sources import Source
+from rtn_tensor.formats import FORMATS, pack
+from rtn_tensor.tensor import RTNQuantizedTensor
+
+# What the 16 numbers of fp4 (e2m1) stand for.
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def ending(found: Mapping[str, Source], *ends: str) -> Iterator[tuple[str, Source]]:
+    """What of `found` has a name that ends so: the name without the end, and the tensor."""
+    for name, source in list(found.items()):
+        for end in ends:
+            if name.endswith(end):
+                yield name.removesuffix(end), source
+                break
+
+
+def beside(found: Mapping[str, Source], source: Source, name: str) -> Source:
+    """The tensor `name`, without which `source` means nothing.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name not in found:
+        raise source.error(
+            f"has no {name} beside it, which is needed to read it; download the checkpoint again"
+        )
+    return found[name]
+
+
+def check_plane(source: Source, shape: Iterable[int], *dtypes: torch.dtype) -> None:
+    """Raises ValueError unless a plane is as the others beside it say."""
+    if source.shape != (shape := tuple(shape)) or source.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise source.error(
+            f"is {str(source.dtype).removeprefix('torch.')} {list(source.shape)}; beside the other planes of "
+            f"its weight it must be {names} {list(shape)}. Download the checkpoint again"
+        )
+
+
+def computed(
+    source: Source,
+    name: str,
+    shape: tuple[int, ...],
+    compute: Callable[[tuple[int, ...], int, int], Tensor],
+    kept: Kept | None = None,
+    transposed: bool = False,
+) -> Source:
+    """The weight `name`, `[..., N, K]` or where `transposed` `[..., K, N]`, that is computed of `source` and
+    what lies beside it."""
+    rows = Rows.of(shape, compute, kept)
+    rows = rows.mT if transposed else rows
+    return Source(source.file, name, rows.shape, rows.dtype, rows.whole, lambda: rows, rows=rows)
+
+
+def fields(words: Tensor, bits: int) -> Tensor:
+    """The numbers of `bits` bits in int32 words `[..., W]`, the first in the lowest bits: `[..., W * 32 /
+    bits]` uint8."""
+    got = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return got
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (got[..., None] >> shifts & (1 << bits) - 1).flatten(-2)
+
+
+def nibbles(data: Tensor) -> Tensor:
+    """The two numbers in each byte of `[..., B]` uint8, the low bits first: `[..., 2 B]`."""
+    return torch.stack([data & 15, data >> 4], -1).flatten(-2)
+
+
+def signed(u: Tensor, bits: int) -> Tensor:
+    """int8 numbers around 0 of uint8 ones that are stored with 2^(bits - 1) added."""
+    return (u ^ 128).view(torch.int8) if bits == 8 else u.view(torch.int8) + FORMATS[bits].qmin
+
+
+def quantized_rows(q: Tensor, scale: Tensor, kept: Kept) -> RTNQuantizedTensor:
+    """Rows of integers `[n, K]` and their scales `[n, G]`, in this library's form."""
+    planes = pack(q, kept.bits), scale.contiguous()
+    return RTNQuantizedTensor(*planes, kept.bits, kept.group_size, "absmax", q.shape[-1])
+
+
+def floats(q: Tensor, scale: Tensor, zero: Tensor | None, group_of: Tensor) -> Tensor:
+    """S (q - zero) in fp32, of integers `[n, K]`, scales and zeros `[n, G]`, and the group of each column."""
+    w = q.float()
+    if zero is not None:
+        w -= zero.float()[:, group_of]
+    return w * scale.float()[:, group_of]
+
+
+def option(how: Mapping[str, Any], key: str, allowed: Iterable[Any], where: str, default: Any = None) -> Any:
+    """The value of an option.
+
+    Raises:
+        ValueError: it is none of those that are read.
+    """
+    value, allowed = how.get(key, default), list(allowed)
+    if not any(value == other and type(value) is type(other) for other in allowed):
+        names = ", ".join(map(repr, allowed))
+        raise ValueError(f"{where}: {key} is {str(value)[:100]!r}; load reads {names}. Give the float model")
+    return value
+
+
+def check_options(how: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raises ValueError where a config has an option that nobody here knows the meaning of."""
+    if unknown := sorted(set(how) - set(known)):
+        raise ValueError(
+            f"{where} has the option {unknown[0][:100]!r} ({str(how[unknown[0]])[:100]}), which load does "
+            "not know; give the float model, or remove the option where it says nothing of the weights"
+        )
