@@ -87,6 +87,7 @@ LAYERS = [
     "checkpoint.save",
     "checkpoint.card",
     "checkpoint.shards",
+    "checkpoint.export_plan",
     "checkpoint.export",
     "checkpoint",
     "evaluation.decoding",
@@ -117,7 +118,7 @@ LAYERS = [
     "__main__",
 ]
 # Imported in the functions that need them.
-LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "tqdm", "lm_eval"}
+LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "tqdm", "lm_eval", "gguf"}
 # Modules of Triton kernels, which import triton.
 DEVICE_CODE = {
     f"kernels.triton.{name}"

@@ -4,95 +4,22 @@ import copy
 import errno
 import json
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from rtn_tensor.checkpoint.card import card, hub_name
 from rtn_tensor.checkpoint.companions import companions, copy_companions
-from rtn_tensor.checkpoint.fill import some
-from rtn_tensor.checkpoint.folders import new_folder
-from rtn_tensor.checkpoint.foreign import compressed_tensors, gptq
-from rtn_tensor.checkpoint.foreign.written import PLANES, Engine, Lazy, Weight, group_sizes, planes_of
+from rtn_tensor.checkpoint.export_plan import FORMATS, ExportReport, Plan, plan, plan_gguf
+from rtn_tensor.checkpoint.folders import new_file, new_folder
+from rtn_tensor.checkpoint.foreign import gguf
 from rtn_tensor.checkpoint.shards import write_shards
-from rtn_tensor.integrations.transformers.files import tensors_in_files
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
-from rtn_tensor.quantize.report import Report, report
 from rtn_tensor.quantize.selection import check_module
-from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.wording import with_article
 
 SHARD_BYTES = 5_000_000_000
-LEAST_ROWS = 32  # of a weight for which engines have kernels
-
-
-@dataclass(frozen=True)
-class FolderFormat:
-    """A format that is a folder of safetensors, of which each quantized linear is some.
-
-    Attributes:
-        tensors: those of one weight, by name.
-        config: the quantization_config of config.json, of the weights, the names of the float linears, and
-            that of the output layer.
-        engines: which programs read what is written of such weights and float linears.
-        refuses: why a weight cannot be written, and the way out; None where it can.
-        copies_of_config: other files that hold the same as config.json's quantization_config.
-    """
-
-    tensors: Callable[[Weight], dict[str, Lazy]]
-    config: Callable[[Sequence[Weight], Collection[str], str | None], dict[str, Any]]
-    engines: Callable[[Sequence[Weight], Collection[str]], list[Engine]]
-    refuses: Callable[[Weight], str | None] = lambda weight: None
-    copies_of_config: tuple[str, ...] = ()
-
-
-FORMATS = {
-    "compressed-tensors": FolderFormat(
-        compressed_tensors.tensors, compressed_tensors.config, compressed_tensors.engines
-    ),
-    "gptq": FolderFormat(gptq.tensors, gptq.config, gptq.engines, gptq.refuses, ("quantize_config.json",)),
-}
-
-
-@dataclass(frozen=True)
-class ExportReport(Report):
-    """What was written in another format, weight by weight.
-
-    Attributes:
-        format: its name.
-        changes: what is otherwise than in the model, though with the same integers and scales.
-        engines: which programs read it, or do not, and why.
-    """
-
-    format: str
-    changes: list[str]
-    engines: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `Report.to_dict`, and the format, changes and engines."""
-        return super().to_dict() | {
-            "format": self.format,
-            "changes": self.changes,
-            "engines": self.engines,
-        }
-
-    def __str__(self) -> str:
-        return "\n".join([super().__str__(), *self.changes, *self.engines])
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be written, all of it checked."""
-
-    tensors: dict[str, Lazy]
-    config: dict[str, Any]
-    engines: list[Engine]
-    report: ExportReport
-    formats: list[str]
 
 
 def export(
@@ -112,11 +39,14 @@ def export(
 
     Args:
         model: what `quantize_`, `load` or transformers made.
-        path: the folder to make.
-        format: "compressed-tensors", which vLLM, SGLang and transformers read; or "gptq", version 1 and
-            symmetric, which vLLM, SGLang and GPTQModel read.
-        like: a GGUF file of the same model, for "gguf".
-        force: replace the model folder that is at `path`, once the new one is whole.
+        path: the folder to make; for "gguf" the file, which ends in .gguf.
+        format: "compressed-tensors", which vLLM, SGLang and transformers read; "gptq", version 1 and
+            symmetric, which vLLM, SGLang and GPTQModel read; or "gguf", Q4_0 and Q8_0, which llama.cpp,
+            Ollama and LM Studio read.
+        like: for "gguf" a GGUF file of the same model, best of llama.cpp's convert_hf_to_gguf.py with
+            --outtype bf16: the metadata and the tokenizer are taken from it, and each of its tensors is
+            replaced, or looked at, whether it is the same.
+        force: replace the model folder, or the GGUF file, that is at `path`, once the new one is whole.
 
     Returns:
         What each weight became, what changed on the way, and which engines read it.
@@ -129,47 +59,75 @@ def export(
             names it and what can be done.
         TypeError: `model` is no model of transformers.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r} is not known; use one of {', '.join(map(repr, FORMATS))}")
-    if like is not None:
-        raise ValueError(f"like={os.fspath(like)!r} is for format='gguf'; leave it out for {format!r}")
+    if format not in (*FORMATS, "gguf"):
+        names = ", ".join(map(repr, (*FORMATS, "gguf")))
+        raise ValueError(f"format={format!r} is not known; use one of {names}")
+    if (like is not None) != (format == "gguf"):
+        raise ValueError(
+            "format='gguf' needs like=, a GGUF file of the same model, from which the tokenizer and the "
+            "metadata are "
+            "taken; llama.cpp's convert_hf_to_gguf.py makes one, with --outtype bf16"
+            if like is None
+            else f"like={os.fspath(like)!r} is for format='gguf'; leave it out for {format!r}"
+        )
     check_module(model)
     if not is_pretrained(model):
         raise TypeError(
-            f"model is {with_article(type(model).__name__)}, and engines read models of transformers "
-            "only; give "
-            "such a one (of PEFT's, what merge_and_unload() gives), or use save for this library alone"
+            f"model is {with_article(type(model).__name__)}, and engines read models of transformers only; "
+            "give such a one (of PEFT's, what merge_and_unload() gives), or use save for this library alone"
         )
-    plan = _plan(model, format)
+    path = Path(path)
+    if like is not None:
+        return _export_gguf(model, path, Path(like), force)
+    made = plan(model, format)
     source = Path(model.name_or_path or ".")
     source = source if model.name_or_path and (source / "config.json").is_file() else None
     text = card(
-        Path(path).name,
+        path.name,
         source,
         hub_name(str(model.name_or_path)),
         format,
-        plan.formats,
-        plan.report.bits_per_weight,
-        plan.engines,
-        plan.report.changes,
+        made.formats,
+        made.report.bits_per_weight,
+        made.engines,
+        made.report.changes,
     )
-    with new_folder(path, force, source) as folder:
-        try:
-            _write(model, folder, plan, FORMATS[format].copies_of_config)
-            (folder / "README.md").write_text(text, encoding="utf-8")
-            if source is not None:
-                copy_companions(companions(source)[0], source, folder)
-        except OSError as error:  # a full disk names no file
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(folder)) from error
-    return plan.report
+    with new_folder(path, force, source) as folder, _naming(folder):
+        _write(model, folder, made, FORMATS[format].copies_of_config)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        if source is not None:
+            copy_companions(companions(source)[0], source, folder)
+    return made.report
 
 
-def _write(model: Any, folder: Path, plan: _Plan, copies_of_config: Sequence[str]) -> None:
-    write_shards(folder, plan.tensors, SHARD_BYTES)
+@contextmanager
+def _naming(place: Path) -> Iterator[None]:
+    """Names `place` in errors of writing that name no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(place)) from error
+
+
+def _export_gguf(model: Any, path: Path, like: Path, force: bool) -> ExportReport:
+    if path.suffix != ".gguf":
+        raise ValueError(f"{path} does not end in .gguf, as the file that format='gguf' writes; name it so")
+    if path.exists() and like.exists() and path.samefile(like):
+        raise ValueError(f"{path} is the file that is read; choose another name")
+    graft, tensors, bits, made = plan_gguf(model, like)
+    with new_file(path, force) as file, _naming(file):
+        gguf.write(file, tensors, graft, bits)
+    return made
+
+
+def _write(model: Any, folder: Path, made: Plan, copies_of_config: Sequence[str]) -> None:
+    write_shards(folder, made.tensors, SHARD_BYTES)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
-    config.quantization_config = plan.config
+    config.quantization_config = made.config
     first, last = (getattr(module, "weight", None) for module in ends(model))
     if last is not None and first is not last:
         for part in (config, config.get_text_config()):
@@ -177,137 +135,6 @@ def _write(model: Any, folder: Path, plan: _Plan, copies_of_config: Sequence[str
                 part.tie_word_embeddings = False
     config.save_pretrained(folder)
     for name in copies_of_config:
-        (folder / name).write_text(json.dumps(plan.config, indent=2))
+        (folder / name).write_text(json.dumps(made.config, indent=2))
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def _plan(model: Any, format_name: str) -> _Plan:
-    """What is to be written of `model`.
-
-    Raises:
-        ValueError: as `export`.
-    """
-    how = FORMATS[format_name]
-    for name, w in model.named_parameters():
-        if isinstance(w, RTNQuantizedTensor):
-            _check_planes(name, w, format_name)
-    found, of = tensors_in_files(model)
-    tensors: dict[str, Lazy] = {}
-    chosen: dict[str, RTNQuantizedTensor] = {}
-    floats: list[str] = []
-    why_float: dict[str, str] = {}
-    embeddings = {name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    for name, t in found.items():
-        module, _, last = name.rpartition(".")
-        in_embedding = of.get(name, "").rpartition(".")[0] in embeddings
-        if not isinstance(t, RTNQuantizedTensor):
-            tensors[name] = Lazy.of(t)
-            if last == "weight" and t.dim() == 2 and not in_embedding:
-                floats.append(module)
-            elif t.dim() == 3 and module.endswith(".experts") and module not in floats:
-                floats.append(module)
-        elif why := "engines keep embeddings float" if in_embedding else _too_few_rows(t):
-            tensors[name] = _dequantized(t)
-            why_float[of[name]] = why
-            if not in_embedding:
-                floats.append(module)
-        elif last != "weight" or t.dim() != 2:
-            raise ValueError(
-                f"{of[name]} is written as {name} {list(t.shape)}, and {format_name} has quantized "
-                "matrices named "
-                f"weight only; leave this one float"
-            )
-        else:
-            chosen[module] = t
-    if not chosen:
-        raise ValueError(
-            f"no weight of {type(model).__name__} is there to be written quantized; quantize it first "
-            "(quantize_(model, rtn_int4()), or load(folder, rtn_int4()))"
-        )
-    sizes = group_sizes(chosen)
-    weights = [Weight(module, w, sizes[module]) for module, w in chosen.items()]
-    nbytes: Counter[str] = Counter()
-    by_name: dict[str, Weight] = {}
-    for weight in weights:
-        if why := how.refuses(weight):
-            raise ValueError(f"{weight.module}: {why}")
-        tensors |= (made := how.tensors(weight))
-        fqn = of[f"{weight.module}.weight"]
-        nbytes[fqn] += sum(lazy.nbytes for lazy in made.values())
-        by_name[fqn] = weight
-    nbytes.update({of[name]: tensors[name].nbytes for name in of if of[name] in why_float})
-    output = next((name for name, m in model.named_modules() if m is ends(model)[1]), None)
-    if output is not None and output not in chosen and output not in floats:  # tied
-        floats.append(output)
-    engines = how.engines(weights, floats)
-    formats = Counter(
-        f"{w.bits} bits, group_size {size}, scale_method {w.scale_method!r}"
-        for module, w in chosen.items()
-        for size in (sizes[module],)
-    )
-    return _Plan(
-        tensors,
-        how.config(weights, floats, output),
-        engines,
-        _report(model, format_name, by_name, why_float, nbytes, engines),
-        [f"{text} ({count} matrices)" for text, count in formats.items()],
-    )
-
-
-def _check_planes(name: str, w: RTNQuantizedTensor, format_name: str) -> None:
-    if w.transposed:
-        raise ValueError(
-            f"{name} is stored as [in_features, out_features], and {format_name} has rows of in_features "
-            "only; leave "
-            "it float, or use save for this library alone"
-        )
-    if unknown := sorted({*planes_of(w)} - PLANES):
-        raise ValueError(
-            f"{name} has a plane {unknown[0]!r}, which {format_name} is not written with; quantize it with a "
-            "symmetric scale_method, as 'signed', or use save for this library alone"
-        )
-
-
-def _too_few_rows(w: RTNQuantizedTensor) -> str | None:
-    n = w.shape[-2] if w.dim() > 1 else 0
-    each = 32 // w.bits
-    if n >= LEAST_ROWS and n % each == 0:
-        return None
-    return f"engines have no kernel for {n} rows (but for multiples of {each} from {LEAST_ROWS} on)"
-
-
-def _dequantized(w: RTNQuantizedTensor) -> Lazy:
-    return Lazy(w.dtype, tuple(w.shape), w.dequantize)
-
-
-def _report(
-    model: nn.Module,
-    format_name: str,
-    weights: dict[str, Weight],
-    why_float: dict[str, str],
-    nbytes: Counter[str],
-    engines: Sequence[Engine],
-) -> ExportReport:
-    rows = []
-    cut: dict[tuple[int, int], int] = defaultdict(int)
-    for row in report(model).rows:
-        note = row.note
-        if (weight := weights.get(row.name)) is not None:
-            if weight.w.group_size not in (weight.group_size, -1) and weight.group_size != -1:
-                note = "; ".join(filter(None, [note, f"groups of {weight.w.group_size}"]))
-                cut[weight.w.group_size, weight.group_size] += 1
-            row = replace(row, group_size=weight.group_size, bytes_after=nbytes[row.name], note=note)
-        elif row.name in why_float:
-            note = "; ".join(filter(None, [note, "written float"]))
-            row = replace(row, bits=None, group_size=None, bytes_after=nbytes[row.name], note=note)
-        rows.append(row)
-    changes = [
-        f"Groups of {was} are written as groups of {now}, the scale of each several times ({count} weights)."
-        for (was, now), count in cut.items()
-    ]
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for name, why in why_float.items():
-        by_reason[why].append(name)
-    changes += [f"Written float, as {why}: {some(names)}." for why, names in by_reason.items()]
-    return ExportReport(rows, format_name, changes, [f"{engine}." for engine in engines])

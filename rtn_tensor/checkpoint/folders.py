@@ -52,15 +52,66 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
         _check_apart(path, source)
     _remove_stale(path)
     _check_replaceable(path, force)
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+    try:
+        with _partial(path) as partial:
+            yield partial
+            # By the umask; safetensors' own files are their owner's only.
+            readable = partial.stat().st_mode & 0o666
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(readable)
+            if force and os.path.lexists(path):
+                _check_replaceable(path, force)  # what is there may be another than at first
+                path.rename(replaced)
+            _take(path, partial)
+            if replaced.exists():
+                shutil.rmtree(replaced)
+    finally:
+        if replaced.exists() and not path.exists():  # between the two renames
+            replaced.rename(path)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path, force: bool = False) -> Iterator[Path]:
+    """Gives a file to write, which becomes `path` at the end; after an error or a signal there is none.
+
+    Raises:
+        FileExistsError: there is something at `path`, at first or at the end, and not `force`, or something
+            other than a file of this kind.
+        OSError: nothing can be written there.
+    """
+    _remove_stale(path)
+    _check_file_replaceable(path, force)
+    with _partial(path) as partial:
+        yield partial / path.name
+        _check_file_replaceable(path, force)
+        (partial / path.name).replace(path)
+
+
+def _check_file_replaceable(path: Path, force: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not force:
+        raise FileExistsError(f"{path} exists; choose another name, or pass force=True to replace it")
+    if path.is_symlink() or not path.is_file():
+        raise FileExistsError(
+            f"{path} is no file, and only a file is replaced; choose another name, or remove it yourself"
+        )
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into, which is removed at the end if it is still there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise NotADirectoryError(
             f"{path.parent} is no folder; choose another place for {path.name}"
         ) from None
-    partial, replaced = (
-        path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("partial", "replaced")
-    )
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     lock = None
     try:
         try:
@@ -75,23 +126,8 @@ def new_folder(path: str | os.PathLike, force: bool = False, source: Path | None
             if error.filename is None or partial not in ((there := Path(error.filename)), *there.parents):
                 raise
             raise OSError(error.errno, error.strerror, str(path)) from error
-        # By the umask; safetensors' own files are their owner's only.
-        readable = partial.stat().st_mode & 0o666
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(readable)
-        if force and os.path.lexists(path):
-            _check_replaceable(path, force)  # what is there may be another than at first
-            path.rename(replaced)
-        _take(path, partial)
-        if replaced.exists():
-            shutil.rmtree(replaced)
     finally:
-        if replaced.exists() and not path.exists():  # between the two renames
-            replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 

@@ -397,7 +397,7 @@ python -m sglang.launch_server --model-path PATH
 Note: it dequantizes at the first forward, so that no memory is saved.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = AutoModelForCausalLM.from_pretrained("PATH")
