@@ -103,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def add_format(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--bits", type=int, choices=FORMATS, default=4, help="bits per weight")
+    def add_format(sub: argparse.ArgumentParser, default: int | None = 4, more: str = "") -> None:
+        sub.add_argument("--bits", type=int, choices=FORMATS, default=default, help=f"bits per weight{more}")
         sub.add_argument(
             "--group-size",
             type=int,
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("quantize", run_quantize, "Quantize a transformers folder into another.")
     sub.add_argument("src", type=_path, help="folder of the model, with its config.json")
     sub.add_argument("dst", type=_path, help="folder to write; must not exist, unless --force is given")
-    add_format(sub)
+    add_format(sub, None, " (default: 4; those of GPTQ and the like are kept as they are)")
     sub.add_argument(
         "--scale-method",
         choices=SCALE_METHODS,

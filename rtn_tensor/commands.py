@@ -16,7 +16,7 @@ from torch import nn
 from rtn_tensor.checkpoint.companions import companions, copy_companions
 from rtn_tensor.checkpoint.files import parse_json
 from rtn_tensor.checkpoint.folders import new_folder
-from rtn_tensor.checkpoint.load import load, without_place
+from rtn_tensor.checkpoint.load import is_kept, load, without_place
 from rtn_tensor.checkpoint.save import write
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import rtn
@@ -112,10 +112,14 @@ def _selects(model: Any, embedding: bool) -> Any:
     return lambda module, name: (embedding and module in outer) or otherwise(module, name)
 
 
+# Options of quantize that ask for a format.
+_FORMATS = ("bits", "group_size", "scale_method", "skip", "rule", "rules", "embedding")
+
+
 def _rules(args: argparse.Namespace) -> Any:
     """What the options say, as rules: layers that are skipped, single rules, the file's, and the format of
     the rest."""
-    rest = rtn(args.bits, args.group_size, args.scale_method)
+    rest = rtn(args.bits or 4, args.group_size, args.scale_method)
     rules: list[Any] = [(pattern, None) for pattern in args.skip] + [
         parse_rule(text, rest) for text in args.rule
     ]
@@ -165,7 +169,15 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
         with warnings.catch_warnings():
             # It is said below, of all that is left out.
             warnings.filterwarnings("ignore", ".*(has no place for|is of an adapter)", UserWarning)
-            load(source, rules, model, filter_fn=_selects(model, args.embedding))
+            if (
+                not any(getattr(args, name) for name in _FORMATS)
+                and not args.refine
+                and is_kept(source, model)
+            ):
+                load(source, None, model)
+                say("No format is asked for, and each weight keeps the integers and scales that it has")
+            else:
+                load(source, rules, model, filter_fn=_selects(model, args.embedding))
         if args.refine:
             say(
                 "Refining"

@@ -32,6 +32,8 @@ class RTNConfig(AOBaseConfig):
             "search": of 0.8, 0.85, ..., 1.05 times that S, the one with the least sum of |w| (w - w')^2 over
             the group: what large weights lose counts for more, as clipping them costs most. Same storage; it
             takes some ten times as long.
+            "given": of weights that `load` took over from another library, with its scales. What is copied
+            into one later gets scales by the default above.
         version: version of this config's meaning; leave it alone.
 
     Raises:

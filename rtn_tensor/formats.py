@@ -22,6 +22,7 @@ CHUNK_BYTES = 16
 VERSION = 1  # of all this; files carry it
 MAX_GROUP_SIZE = 1 << 30  # no row is as long; kernels multiply it by 8 without a thought of overflow
 SCALE_METHODS = ("absmax", "signed", "search")
+GIVEN = "given"  # the scale method of weights whose scales another library found
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -70,6 +71,11 @@ def or_default(bits: int, group_size: int | None, scale_method: str | None) -> t
     )
 
 
+def computing(bits: int, scale_method: str) -> str:
+    """The scale method by which a weight of `scale_method` is quantized anew."""
+    return FORMATS[bits].scale_method if scale_method == GIVEN else scale_method
+
+
 def check_version(version: int) -> None:
     """Raises ValueError for planes of another version of the format than this library reads."""
     if type(version) is not int or version < 1:
@@ -94,7 +100,7 @@ def check_format(bits: int, group_size: int, scale_method: str) -> None:
             f"group_size={group_size!r} is not supported; use a multiple of 32 (32, 64 and 128 are usual), "
             "or -1 for one group per row"
         )
-    if scale_method not in SCALE_METHODS:
+    if scale_method not in (*SCALE_METHODS, GIVEN):
         raise ValueError(
             f"scale_method={scale_method!r} is not supported; use one of "
             f"{', '.join(map(repr, SCALE_METHODS))}"

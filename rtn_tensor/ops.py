@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rtn_tensor._torch import CPU_KEYS, tracing, transformed
 from rtn_tensor.expert_ops import grouped, grouped_dx, routed  # noqa: F401  (called as ops.grouped)
-from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.formats import FORMATS, computing, groups
 from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import make_problem
 from rtn_tensor.kernels.registry import choose, forget
@@ -213,7 +213,7 @@ def _quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     problem = make_problem("quantize", w.dtype, rows, k, w, w, bits, group_size)._replace(
         scale_dtype=scale_dtype
     )
-    return choose(problem).quantize(w, bits, group_size, scale_method, scale_dtype, out)
+    return choose(problem).quantize(w, bits, group_size, computing(bits, scale_method), scale_dtype, out)
 
 
 def quantize(

@@ -79,6 +79,7 @@ LAYERS = [
     "integrations.transformers.files",
     "integrations.transformers",
     "checkpoint.fill",
+    "checkpoint.kept",
     "checkpoint.gguf",
     "checkpoint.load",
     "checkpoint.rank0",

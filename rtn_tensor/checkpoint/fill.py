@@ -16,7 +16,7 @@ from rtn_tensor.checkpoint.rows import Rows
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import as_part
-from rtn_tensor.formats import FLOAT_DTYPES
+from rtn_tensor.formats import FLOAT_DTYPES, GIVEN
 from rtn_tensor.kernels import cpu
 from rtn_tensor.quantize.report import untied_from
 from rtn_tensor.quantize.targets import is_finite
@@ -232,6 +232,10 @@ def _copy(piece: Piece, source: Any, to: Tensor) -> None:
     if isinstance(source, Rows):
         source = source.read()
     if isinstance(source, RTNQuantizedTensor):
+        if isinstance(to, RTNQuantizedTensor) and to.scale_method == GIVEN:
+            check_finite(piece.source, source.scale)
+            to.copy_(source.to(to.device))
+            return
         source = source.dequantize(torch.float32)
     if not to.is_floating_point():
         to.copy_(source)

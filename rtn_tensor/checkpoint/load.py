@@ -28,6 +28,7 @@ from rtn_tensor.checkpoint.fill import (
 from rtn_tensor.checkpoint.foreign.names import foreign
 from rtn_tensor.checkpoint.foreign.reading import Description, put_together
 from rtn_tensor.checkpoint.gguf import load_gguf
+from rtn_tensor.checkpoint.kept import kept_targets
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import check_idle, held, place, ranks_of, together
@@ -162,15 +163,20 @@ def load(
         raise ValueError(
             f"{path} is quantized already; load it without a config, or give the float checkpoint"
         )
-    if how is not None:
-        _say_what_is_lost(path, how, [piece for piece in pieces if piece.source.rows is not None], config)
-    targets = (
-        targets_of(model, config, default_filter(model, config, filter_fn)) if config is not None else []
-    )
-    configs = {t.fqn: t.config for t in targets}
     fqns: dict[int, list[str]] = defaultdict(list)
     for fqn, t in state.items():
         fqns[id(t)].append(fqn)
+    targets = (
+        targets_of(model, config, default_filter(model, config, filter_fn))
+        if config is not None
+        else kept_targets(model, pieces, places, fqns)
+    )
+    configs = {t.fqn: t.config for t in targets}
+    if how is not None:
+        lost = [
+            p for p in pieces if p.source.rows is not None and (config is not None or p.target not in configs)
+        ]
+        _say_what_is_lost(path, how, lost, config)
     with together(next((ranks_of(t) for t in state.values() if held(t) is not t), None)):
         new = _read_into(
             pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress)
@@ -190,6 +196,8 @@ def load(
 def _say_what_is_lost(
     path: Path, how: Description, computed: list[Piece], config: AOBaseConfig | Rules | None
 ) -> None:
+    if not computed:
+        return
     names = some([piece.source.name for piece in computed])
     then = (
         f"stay float, {names}; to quantize them anew, give a config"
@@ -277,6 +285,13 @@ def reader(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
         return to
 
     return read
+
+
+def is_kept(path: Path, model: nn.Module) -> bool:
+    """Whether `load` without a config keeps the integers of a weight that another library quantized."""
+    pieces, _ = _pieces(path, model, {}, {})
+    state = {fqn for fqn, *_ in tensors_of(model, buffers=True)}
+    return any(p.source.rows is not None and p.source.rows.kept and p.target in state for p in pieces)
 
 
 def without_place(path: Path, model: nn.Module) -> tuple[list[str], set[Path]]:

@@ -17,6 +17,7 @@ from torchao.core.config import AOBaseConfig
 from rtn_tensor.checkpoint.load import reader
 from rtn_tensor.config import rtn
 from rtn_tensor.distributed import held
+from rtn_tensor.formats import computing
 from rtn_tensor.integrations import on_quantized
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
 from rtn_tensor.quantize.by_module import InFiles, InModel, Refining
@@ -174,7 +175,7 @@ def _targets(
             "float model"
         )
     found = [
-        Target(module, name, fqn, rtn(w.bits, w.group_size, w.scale_method))
+        Target(module, name, fqn, rtn(w.bits, w.group_size, computing(w.bits, w.scale_method)))
         for fqn, module, name, w in tensors_of(model)
         if isinstance(w, RTNQuantizedTensor)
     ]

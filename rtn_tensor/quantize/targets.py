@@ -172,7 +172,7 @@ def _why_no_product(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def _why_unfit(target: Target) -> str | None:
+def why_unfit(target: Target) -> str | None:
     """None where the weight can be quantized, else why it cannot, and what to do."""
     whole: Any = target.parameter
     w: Any = held(whole)
@@ -224,7 +224,7 @@ def check_targets(targets: list[Target]) -> None:
     problems: dict[str, list[str]] = defaultdict(list)
     configs: dict[int, Target] = {}
     for t in targets:
-        if why := _why_unfit(t):
+        if why := why_unfit(t):
             problems[why].append(t.fqn)
             continue
         other = configs.setdefault(id(t.parameter), t)

@@ -63,7 +63,8 @@ positional arguments:
 options:
   -h, --help            show this help message and exit
   --json                print JSON
-  --bits {4,8}          bits per weight (default: 4)
+  --bits {4,8}          bits per weight (default: 4; those of GPTQ and the like are kept as they
+                        are)
   --group-size GROUP_SIZE
                         weights that share a scale: a multiple of 32, or -1 for a whole row
                         (default: 64 at 4 bits, 128 at 8)

@@ -1,0 +1,363 @@
+"""Folders that other libraries quantized in ways that this one's planes hold: their integers and scales are kept,
+and run packed."""
+
+import json
+from functools import partial
+
+import foreign_formats as made
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_llama
+from tiny_moe import tiny_moe
+
+from rtn_tensor import (
+    RTNQuantizedTensor,
+    dequantize_,
+    export,
+    load,
+    quantize_,
+    report,
+    rtn_int4,
+    rtn_int8,
+    save,
+)
+from rtn_tensor.formats import unpack
+
+CT = made.ct_config
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": 32,
+    "sym": True,
+    "data_type": "int",
+    "autoround_version": "0.9.2",
+    "packing_format": "auto_round:auto_gptq",
+}
+FORMATS = {
+    "GPTQ": (made.gptq, made.gptq_config(), F16, (4, 32)),
+    "GPTQ, scales bf16, without g_idx": (
+        partial(made.gptq, index=False, dtype=BF16),
+        made.gptq_config(),
+        BF16,
+        (4, 32),
+    ),
+    "GPTQ, version 2": (
+        partial(made.gptq, v2=True),
+        made.gptq_config(checkpoint_format="gptq_v2"),
+        F16,
+        (4, 32),
+    ),
+    "GPTQ, 8 bits": (partial(made.gptq, bits=8), made.gptq_config(8), F16, (8, 32)),
+    "GPTQ, 8 bits, version 2": (
+        partial(made.gptq, bits=8, v2=True),
+        made.gptq_config(8, checkpoint_format="gptq_v2"),
+        F16,
+        (8, 32),
+    ),
+    "GPTQ, rows": (partial(made.gptq, group_size=-1), made.gptq_config(group_size=-1), F16, (4, -1)),
+    "GPTQ, said to be asymmetric and sorted": (
+        made.gptq,
+        made.gptq_config(sym=False, desc_act=True),
+        F16,
+        (4, 32),
+    ),
+    "GPTQ, the last group shorter": (
+        partial(made.gptq, group_size=64),
+        made.gptq_config(group_size=64),
+        F16,
+        (4, 64),
+    ),
+    "auto-round": (made.gptq, AUTO_ROUND, F16, (4, 32)),
+    "auto-round, by GPTQModel": (
+        partial(made.gptq, v2=True),
+        AUTO_ROUND | {"packing_format": "auto_round:gptqmodel"},
+        F16,
+        (4, 32),
+    ),
+    "AWQ, symmetric": (partial(made.awq, symmetric=True), made.AWQ_CONFIG, F16, (4, 32)),
+    "compressed-tensors": (made.compressed, CT(), BF16, (4, 32)),
+    "compressed-tensors, 8 bits": (partial(made.compressed, bits=8), CT(bits=8), BF16, (8, 32)),
+    "compressed-tensors, rows": (
+        partial(made.compressed, group_size=-1),
+        CT(group_size=None),
+        BF16,
+        (4, -1),
+    ),
+    "compressed-tensors, rows of 8 bits": (
+        partial(made.compressed, bits=8, group_size=-1, dtype=F16),
+        CT(bits=8, group_size=None),
+        F16,
+        (8, -1),
+    ),
+    "compressed-tensors, int8": (made.int_quantized, CT("int-quantized", 8, None), BF16, (8, -1)),
+    "compressed-tensors, int8, one scale": (
+        partial(made.int_quantized, tensor=True),
+        CT("int-quantized", 8, None, strategy="tensor"),
+        BF16,
+        (8, -1),
+    ),
+    "bitsandbytes, int8": (made.bnb8, made.BNB8_CONFIG, F32, (8, -1)),
+}
+
+
+def same_planes(a, b):
+    assert (a.bits, a.group_size, a.transposed, a.dtype) == (b.bits, b.group_size, b.transposed, b.dtype)
+    assert torch.equal(a.qdata, b.qdata)
+    assert a.scale.dtype == b.scale.dtype
+    assert torch.equal(a.scale, b.scale)
+
+
+@pytest.mark.parametrize(("make", "config", "dtype", "fmt"), FORMATS.values(), ids=FORMATS)
+def test_bit_for_bit(tmp_path, make, config, dtype, fmt):
+    model = tiny_llama(layers=1, dtype=dtype)
+    stands_for = made.write(tmp_path / "theirs", model, make, config)
+    loaded = load(tmp_path / "theirs")
+    assert len(stands_for) == 7
+    for name, w in stands_for.items():
+        got = loaded.get_parameter(name)
+        assert isinstance(got, RTNQuantizedTensor), name
+        bits, group_size = fmt
+        assert (got.bits, got.group_size) == (bits, -1 if w.shape[1] <= group_size else group_size)
+        assert got.scale_method == "given"
+        assert torch.equal(got.dequantize(torch.float32), w), name
+    save(loaded, tmp_path / "ours")
+    again = load(tmp_path / "ours")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = loaded(ids).logits
+        assert torch.equal(again(ids).logits, logits)
+        for name, w in stands_for.items():
+            same_planes(again.get_parameter(name), loaded.get_parameter(name))
+            model.get_parameter(name).copy_(w)
+        torch.testing.assert_close(
+            logits, model(ids).logits, rtol=0.05, atol=0.05 * float(logits.abs().max())
+        )
+
+
+@pytest.mark.parametrize("name", ["GPTQ", "compressed-tensors, 8 bits", "bitsandbytes, int8"])
+def test_with_a_config_they_are_quantized_anew(tmp_path, name):
+    make, config, dtype, _ = FORMATS[name]
+    stands_for = made.write(tmp_path, tiny_llama(layers=1, dtype=dtype), make, config)
+    with pytest.warns(UserWarning, match="quantized anew"):
+        loaded = load(tmp_path, rtn_int8(32))
+    for name, w in stands_for.items():
+        due = RTNQuantizedTensor.from_float(w.to(dtype), 8, 32)
+        same_planes(loaded.get_parameter(name), due)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "DeepseekV3", "Mixtral"])
+@pytest.mark.parametrize("name", ["GPTQ", "compressed-tensors"])
+def test_experts(tmp_path, kind, name):
+    """Files have a module for each expert, transformers one parameter for all of them, gate and up in one."""
+    make, config, dtype, _ = FORMATS[name]
+    model = tiny_moe(kind, dtype)
+    chosen = lambda n: n.endswith(".weight") and ".experts." in n  # noqa: E731
+    stands_for = made.write(tmp_path, model, make, config, chosen)
+    loaded = load(tmp_path)
+    mlp = loaded.model.layers[1].mlp
+    prefix = "model.layers.1." + ("block_sparse_moe" if kind == "Mixtral" else "mlp") + ".experts.2."
+    gate, down, up = ("w1", "w2", "w3") if kind == "Mixtral" else ("gate_proj", "down_proj", "up_proj")
+    experts = mlp.experts
+    assert (experts.gate_up_proj.bits, experts.gate_up_proj.scale_method) == (4, "given")
+    gate_up = torch.cat([stands_for[f"{prefix}{part}.weight"] for part in (gate, up)])
+    assert torch.equal(experts.gate_up_proj[2].dequantize(torch.float32), gate_up)
+    assert torch.equal(experts.down_proj[2].dequantize(torch.float32), stands_for[f"{prefix}{down}.weight"])
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = loaded(ids).logits
+        dequantize_(loaded)
+        due = loaded(ids).logits
+    torch.testing.assert_close(logits, due, rtol=0.05, atol=0.05 * float(due.abs().max()))
+
+
+def test_experts_of_unlike_formats_become_floats(tmp_path):
+    model = tiny_moe("Qwen3Moe", F16)
+
+    def make(n, k):
+        make.count += 1
+        return made.gptq(n, k, bits=8 if make.count == 3 else 4)
+
+    make.count = 0
+    eighth = {"bits": 8}
+    model.save_pretrained(tmp_path)
+    names = [n for n in load_file(tmp_path / "model.safetensors") if ".experts." in n]
+    config = made.gptq_config(dynamic={f"+:{names[2].removesuffix('.weight')}": eighth})
+    made.rewrite(tmp_path, make, config, lambda n: n in names)
+    with pytest.warns(UserWarning, match=r"stay float, model.layers.\d.mlp.experts"):
+        loaded = load(tmp_path)
+    kinds = [isinstance(layer.mlp.experts.gate_up_proj, RTNQuantizedTensor) for layer in loaded.model.layers]
+    kinds += [isinstance(layer.mlp.experts.down_proj, RTNQuantizedTensor) for layer in loaded.model.layers]
+    assert sorted(kinds) == [False, True, True, True]
+
+
+def test_formats_by_layer(tmp_path):
+    """GPTQModel's `dynamic`, of which the first match counts."""
+    model = tiny_llama(dtype=F16)
+    config = made.gptq_config(
+        dynamic={
+            r"+:.*\.1\..*down_proj": {"bits": 8, "group_size": 64},
+            r".*\.down_proj": {"group_size": 64},
+            r"-:.*\.o_proj": {},
+        }
+    )
+    model.save_pretrained(tmp_path)
+    due = {}
+    for pattern, make, fmt in (
+        (".1.mlp.down_proj.", partial(made.gptq, bits=8, group_size=64), (8, 64)),
+        (".0.mlp.down_proj.", partial(made.gptq, group_size=64), (4, 64)),
+        ("up_proj", made.gptq, (4, 32)),
+    ):
+        chosen = lambda n, pattern=pattern: pattern in n and n.endswith("weight")  # noqa: E731
+        found = made.rewrite(tmp_path, make, config, chosen)
+        due |= {name: (w, fmt) for name, w in found.items()}
+    loaded = load(tmp_path)
+    for name, (w, fmt) in due.items():
+        got = loaded.get_parameter(name)
+        assert (got.bits, got.group_size) == fmt
+        assert torch.equal(got.dequantize(torch.float32), w)
+    assert not isinstance(loaded.model.layers[0].self_attn.o_proj.weight, RTNQuantizedTensor)
+
+
+def test_config_groups(tmp_path):
+    """compressed-tensors' targets: names in full, patterns, and the class."""
+    model = tiny_llama(dtype=BF16)
+    config = CT()
+    one = config["config_groups"]["group_0"]
+    for i, (targets, changes) in enumerate(
+        [
+            (["re:.*down_proj"], {"num_bits": 8, "group_size": 64}),
+            (["model.layers.1.mlp.down_proj"], {"num_bits": 4, "strategy": "channel", "group_size": None}),
+        ],
+        1,
+    ):
+        config["config_groups"][f"group_{i}"] = one | {
+            "targets": targets,
+            "weights": one["weights"] | changes,
+        }
+    model.save_pretrained(tmp_path)
+    for pattern, make in (
+        (".1.mlp.down_proj.", partial(made.compressed, group_size=-1)),
+        (".0.mlp.down_proj.", partial(made.compressed, bits=8, group_size=64)),
+        ("up_proj", made.compressed),
+    ):
+        made.rewrite(tmp_path, make, config, lambda n, p=pattern: p in n and n.endswith("weight"))
+    layers = load(tmp_path).model.layers
+    formats = [(w.bits, w.group_size) for w in (layer.mlp.down_proj.weight for layer in layers)]
+    assert formats == [(8, 64), (4, -1)]
+    assert (layers[1].mlp.up_proj.weight.bits, layers[1].mlp.up_proj.weight.group_size) == (4, 32)
+
+
+def test_layers_of_auto_round(tmp_path):
+    model = tiny_llama(layers=1, dtype=F16)
+    model.save_pretrained(tmp_path)
+    extra = {"model.layers.0.mlp.down_proj": {"bits": 8, "group_size": 64}}
+    config = AUTO_ROUND | {"extra_config": extra}
+    chosen = lambda n: n.endswith("down_proj.weight")  # noqa: E731
+    made.rewrite(tmp_path, partial(made.gptq, bits=8, group_size=64), config, chosen)
+    made.rewrite(tmp_path, made.gptq, config, lambda n: n.endswith("up_proj.weight"))
+    mlp = load(tmp_path).model.layers[0].mlp
+    assert (mlp.down_proj.weight.bits, mlp.up_proj.weight.bits) == (8, 4)
+
+
+def test_an_output_layer_of_its_own(tmp_path):
+    model = tiny_llama(layers=1, dtype=F16)
+    chosen = lambda n: n.endswith(("_proj.weight", "lm_head.weight"))  # noqa: E731
+    stands_for = made.write(tmp_path, model, made.gptq, made.gptq_config(lm_head=True), chosen)
+    loaded = load(tmp_path)
+    assert torch.equal(loaded.lm_head.weight.dequantize(F32), stands_for["lm_head.weight"])
+
+
+# ------------------------------------------------------------------------------ afterwards
+
+
+def test_what_is_copied_into_them_gets_the_default_scales(tmp_path):
+    make, config, dtype, _ = FORMATS["GPTQ"]
+    made.write(tmp_path, tiny_llama(layers=1, dtype=dtype), make, config)
+    w = load(tmp_path).model.layers[0].mlp.up_proj.weight
+    new = torch.randn(w.shape, dtype=dtype)
+    w.copy_(new)
+    due = RTNQuantizedTensor.from_float(new, 4, 32)
+    assert torch.equal(w.qdata, due.qdata)
+    assert torch.equal(w.scale, due.scale)
+
+
+def test_transformers_reads_what_is_saved(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    make, config, dtype, _ = FORMATS["compressed-tensors"]
+    made.write(tmp_path / "theirs", tiny_llama(dtype=dtype), make, config)
+    loaded = load(tmp_path / "theirs")
+    save(loaded, tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for (name, a), b in zip(loaded.named_parameters(), theirs.parameters(), strict=True):
+        if isinstance(a, RTNQuantizedTensor):
+            same_planes(a, b)
+        else:
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("config", [rtn_int4(32), rtn_int4(64, "signed"), rtn_int8(), rtn_int8(-1)])
+def test_exported_and_loaded(tmp_path, format_name, config):
+    """The same integers and scales come back; groups may be smaller, with scales repeated."""
+    model = tiny_llama(dtype=F16)
+    quantize_(model, [("model.*", config)])
+    export(model, tmp_path / "out", format_name)
+    loaded = load(tmp_path / "out")
+    for name, w in model.named_parameters():
+        got = loaded.get_parameter(name)
+        if not isinstance(w, RTNQuantizedTensor):
+            assert torch.equal(got, w), name
+            continue
+        assert torch.equal(
+            unpack(got.qdata, got.bits, got.in_features), unpack(w.qdata, w.bits, w.in_features)
+        )
+        assert torch.equal(got.dequantize(F32), w.dequantize(F32))
+    again = tmp_path / "again"
+    export(loaded, again, format_name)
+    first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", again))
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_commands(tmp_path, run):
+    make, config, dtype, _ = FORMATS["GPTQ"]
+    made.write(tmp_path / "theirs", tiny_llama(layers=1, dtype=dtype), make, config)
+    status, out, err = run("inspect", tmp_path / "theirs", "--json")
+    assert status == 0, err
+    shown = {row["name"]: row["bits"] for row in json.loads(out)["weights"]}
+    assert shown["model.layers.0.mlp.up_proj.weight"] == 4
+    status, _, err = run("quantize", tmp_path / "theirs", tmp_path / "ours")
+    assert status == 0, err
+    assert "keeps the integers and scales that it has" in err
+    a, b = (load(tmp_path / name) for name in ("theirs", "ours"))
+    for row in report(a).rows:
+        if row.bits:
+            same_planes(a.get_parameter(row.name), b.get_parameter(row.name))
+    assert "torchao" in (tmp_path / "ours" / "config.json").read_text()
+    status, _, err = run("quantize", tmp_path / "theirs", tmp_path / "anew", "--bits", 8)
+    assert status == 0, err
+    assert load(tmp_path / "anew").model.layers[0].mlp.up_proj.weight.bits == 8
+
+
+def test_a_model_that_is_not_transformers(tmp_path):
+    planes, w = made.compressed(64, 96)
+    save_file({f"0.{name}": plane for name, plane in planes.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": CT()}))
+    loaded = load(tmp_path, model=torch.nn.Sequential(torch.nn.Linear(96, 64, bias=False, dtype=BF16)))
+    assert torch.equal(loaded[0].weight.dequantize(F32), w)
+
+
+def test_fused_by_the_caller(tmp_path):
+    parts = {name: made.gptq(n, 96) for name, n in {"q": 64, "k": 32}.items()}
+    save_file(
+        {f"{name}.{end}": plane for name, (planes, _) in parts.items() for end, plane in planes.items()},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": made.gptq_config()}))
+    model = torch.nn.ModuleDict({"qk": torch.nn.Linear(96, 96, bias=False, dtype=F16)})
+    loaded = load(tmp_path, model=model, fuse={"qk": ["q", "k"]})
+    due = torch.cat([w for _, w in parts.values()])
+    assert torch.equal(loaded["qk"].weight.dequantize(F32), due)
