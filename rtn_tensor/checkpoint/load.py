@@ -25,9 +25,10 @@ from rtn_tensor.checkpoint.fill import (
     some,
     stream,
 )
+from rtn_tensor.checkpoint.foreign.blocks import File
 from rtn_tensor.checkpoint.foreign.names import foreign
 from rtn_tensor.checkpoint.foreign.reading import Description, put_together
-from rtn_tensor.checkpoint.gguf import load_gguf
+from rtn_tensor.checkpoint.gguf import READ, empty_of_gguf, load_by_transformers, pieces_of
 from rtn_tensor.checkpoint.kept import kept_targets
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import RTNConfig
@@ -75,7 +76,8 @@ def load(
 
     Args:
         path: a transformers folder; or a folder or file of safetensors, of `pytorch_model*.bin`, or of what
-            torch.save wrote. A GGUF file is read by transformers, which holds the float model meanwhile.
+            torch.save wrote; or a GGUF file, which transformers reads, holding the float model meanwhile,
+            where its architecture is one that is not known here.
         config: as for `quantize_`; None for a checkpoint that is quantized already, or to stay float.
         model: the module to fill, best on the meta device, or a function that makes one (its parameters are
             then made on meta, its buffers are not). By default it is built from the folder's config.json by
@@ -109,9 +111,12 @@ def load(
         raise TypeError(
             f"model is {model!r}; give a module, or a function that makes one; a device is given as device="
         )
-    if path.suffix == ".gguf":
-        return load_gguf(path, config, device, dtype, filter_fn)
-    if model is None:
+    file = File(path) if path.suffix == ".gguf" else None
+    if file is not None and model is None:
+        if file.architecture not in READ:
+            return load_by_transformers(path, config, device, dtype, filter_fn)
+        model = empty_of_gguf(path, dtype)
+    elif model is None:
         model = empty_model(path, dtype)
     elif not isinstance(model, nn.Module):
         with parameters_on_meta():
@@ -120,7 +125,7 @@ def load(
     if is_pretrained(model) and (path / "config.json").is_file():
         read_config(path)
     check_idle(model)
-    pieces, how = _pieces(path, model, rename or {}, fuse or {})
+    pieces, how = _pieces(file or path, model, rename or {}, fuse or {})
     places, apart = _with_own_tensors(
         list(tensors_of(model, buffers=True)), pieces, all_ties(model) if is_pretrained(model) else {}
     )
@@ -251,10 +256,17 @@ def _with_own_tensors(
 
 
 def _pieces(
-    path: Path, model: nn.Module, rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]
+    path: Path | File, model: nn.Module, rename: Mapping[str, str], fuse: Mapping[str, Sequence[str]]
 ) -> tuple[list[Piece], Description | None]:
     """The tensors of a checkpoint, and where in `model` each would go; and which other library quantized
     it."""
+    if isinstance(path, File):
+        if rename or fuse or not is_pretrained(model):
+            raise ValueError(
+                f"{path.path}: a GGUF file fills models of transformers only, by the names that llama.cpp "
+                "has; leave rename and fuse out, and give such a model or none"
+            )
+        return pieces_of(path, model), Description("gguf", {}, str(path.path))
     found = sources(path, renaming(model)) if is_pretrained(model) else sources(path)
     found, how = put_together(path, found)
     if rename or fuse or not is_pretrained(model):

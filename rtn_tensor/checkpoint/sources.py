@@ -74,7 +74,7 @@ class Source:
         return ValueError(f"{self.file}: {self.name} {why}")
 
 
-class _ReadOnly:
+class ReadOnly:
     """A file, mapped to be read only."""
 
     def __init__(self, file: Path):
@@ -183,7 +183,7 @@ def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
             raise ValueError(f"{file}: {error}") from None
     opened, read_only = (
         functools.cache(lambda: safe_open(file, "pt")),
-        functools.cache(lambda: _ReadOnly(file)),
+        functools.cache(lambda: ReadOnly(file)),
     )
     tensors = []
     for entry in entries:

@@ -18,6 +18,7 @@ FOREIGN = {
     "hqq": "HQQ",
     "quanto": "quanto",
     "auto-round": "AutoRound",
+    "gguf": "GGUF",
 }
 
 

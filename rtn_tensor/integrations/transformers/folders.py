@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,28 @@ def of_transformers(file: Path, what: str) -> Iterator[None]:
         ) from error
 
 
+def made(file: Path, make: Callable[[], Any], dtype: torch.dtype) -> Any:
+    """The model of `dtype` that `make` makes of what `file` says, with its parameters on meta.
+
+    Raises:
+        ValueError: transformers makes none.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with of_transformers(file, "model"), parameters_on_meta(MOST_PARAMETERS):
+            model = make()
+    finally:
+        torch.set_default_dtype(before)
+    # fp16 is too narrow for some layers (T5's `wo`).
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, parameter in model.named_parameters():
+            if re.search(pattern.replace(".", r"\.").replace("*", ".*"), name):
+                parameter.data = parameter.data.to(kept)
+    model.config.dtype = dtype
+    return model
+
+
 def build(path: Path, dtype: torch.dtype) -> nn.Module:
     """The model that `path`/config.json describes, of its own class, with its parameters on meta.
 
@@ -139,22 +161,14 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
 
     about = read_config(path)
     kind = _class(path, about)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with of_transformers(path / "config.json", "model"), parameters_on_meta(MOST_PARAMETERS):
-            config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-            if not any(check_method(how, "", key) == OURS for key, how in configs_in(about)):
-                _forget_quantization(config)
-            model = kind(config)
-    finally:
-        torch.set_default_dtype(before)
-    # fp16 is too narrow for some layers (T5's `wo`).
-    for pattern, kept in model._get_dtype_plan(dtype).items():
-        for name, parameter in model.named_parameters():
-            if re.search(pattern.replace(".", r"\.").replace("*", ".*"), name):
-                parameter.data = parameter.data.to(kept)
-    model.config.dtype = dtype
+
+    def make() -> Any:
+        config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if not any(check_method(how, "", key) == OURS for key, how in configs_in(about)):
+            _forget_quantization(config)
+        return kind(config)
+
+    model = made(path / "config.json", make, dtype)
     model.name_or_path = str(path)
     file = path / "generation_config.json"
     if model.can_generate() and (file.exists() or file.is_symlink()):
