@@ -22,8 +22,11 @@ FORMATS = {
     ),
     "fp8 of blocks, scales bf16": (partial(made.fp8, dtype=torch.bfloat16), made.FP8_CONFIG),
     "fp8 of blocks, scales powers": (partial(made.fp8, dtype=torch.float8_e8m0fnu), made.FP8_CONFIG),
-    "fp8 per tensor": (partial(made.fp8, kind="tensor"), made.FP8_CONFIG),
-    "fp8 e5m2": (partial(made.fp8, kind="tensor", fp8=torch.float8_e5m2), made.FP8_CONFIG | {"fmt": "e5m2"}),
+    "fp8 per tensor": (partial(made.fp8, kind="tensor"), made.FP8_CONFIG | {"weight_block_size": None}),
+    "fp8 e5m2": (
+        partial(made.fp8, kind="tensor", fp8=torch.float8_e5m2),
+        {"quant_method": "fp8", "fmt": "e5m2"},
+    ),
     "FBGEMM": (
         partial(made.fp8, kind="channel", end="_scale"),
         {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},

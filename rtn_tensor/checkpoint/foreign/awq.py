@@ -19,6 +19,7 @@ from rtn_tensor.checkpoint.foreign.words import (
     fields,
     floats,
     option,
+    put,
     quantized_rows,
     signed,
 )
@@ -62,9 +63,8 @@ def read_planes(found: dict[str, Source], of: Any, where: str) -> None:
     """Puts weights in the place of planes; `of` gives the bits and the group size of a module by its name."""
     for module, words in ending(found, ".qweight"):
         scales, zeros = (beside(found, words, f"{module}.{end}") for end in ("scales", "qzeros"))
-        found[f"{module}.weight"] = _weight(f"{module}.weight", words, scales, zeros, of(module)[1])
-        for part in (words, scales, zeros):
-            del found[part.name]
+        weight = _weight(f"{module}.weight", words, scales, zeros, of(module)[1])
+        put(found, (words, scales, zeros), weight)
     for module, source in ending(found, ".qzeros"):
         beside(found, source, f"{module}.qweight")
 

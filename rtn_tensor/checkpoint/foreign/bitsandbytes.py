@@ -21,6 +21,7 @@ from rtn_tensor.checkpoint.foreign.words import (
     computed,
     ending,
     option,
+    put,
     quantized_rows,
 )
 from rtn_tensor.checkpoint.rows import Kept
@@ -45,34 +46,33 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
     check_options(how, OPTIONS, where)
     for kind in ("nf4", "fp4"):
         for name, state in ending(found, f"{STATE}{kind}"):
-            found[name] = _four_bits(found, name, state)
+            put(found, *_four_bits(found, name, state))
     for prefix, scale in ending(found, ".SCB"):
         name = f"{prefix}.weight"
-        found[name] = _eight_bits(found, name, scale)
+        put(found, *_eight_bits(found, name, scale))
     for end in (".weight.absmax", ".weight.quant_map"):
         for name, source in ending(found, end):
             beside(found, source, f"{name}.weight{STATE}nf4")
 
 
-def _eight_bits(found: dict[str, Source], name: str, scale: Source) -> Source:
+def _eight_bits(found: dict[str, Source], name: str, scale: Source) -> tuple[list[Source | None], Source]:
     weight = beside(found, scale, name)
     if weight.dtype != torch.int8 or len(weight.shape) != 2:
         raise weight.error(
             f"is {weight.dtype} {list(weight.shape)}; beside {scale.name} it must be int8 [N, K]"
         )
     check_plane(scale, weight.shape[:1], torch.float32)
-    if (order := found.pop(f"{name}_format", None)) is not None and order.view().sum() != ROW_MAJOR:
+    if (order := found.get(f"{name}_format")) is not None and order.view().sum() != ROW_MAJOR:
         raise order.error("says that the rows of the weight are laid out for a GPU; load reads plain rows")
-    del found[name], found[scale.name]
     kept = Kept(8, -1, torch.float32)
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         return quantized_rows(weight.view()[start:stop], scale.view()[start:stop, None] / 127, kept)
 
-    return computed(weight, name, weight.shape, compute, kept)
+    return [weight, scale, order], computed(weight, name, weight.shape, compute, kept)
 
 
-def _four_bits(found: dict[str, Source], name: str, state: Source) -> Source:
+def _four_bits(found: dict[str, Source], name: str, state: Source) -> tuple[list[Source], Source]:
     packed, absmax, values = (beside(found, state, n) for n in (name, f"{name}.absmax", f"{name}.quant_map"))
     about, where = _state(state), f"{state.file}: {state.name}"
     option(about, "quant_type", ("nf4", "fp4"), where)
@@ -105,8 +105,6 @@ def _four_bits(found: dict[str, Source], name: str, state: Source) -> Source:
         parts += ends
         nested = ends[0], ends[1], size, float(offset)
     check_plane(absmax, (count,), torch.uint8 if nested else torch.float32)
-    for part in parts:
-        del found[part.name]
 
     def scales(first: int, last: int) -> Tensor:
         """Of the blocks from one up to another."""
@@ -125,7 +123,7 @@ def _four_bits(found: dict[str, Source], name: str, state: Source) -> Source:
         some = scales(first // block, -(-last // block))
         return (values.view()[codes] * some[blocks - first // block]).view(stop - start, k)
 
-    return computed(packed, name, (n, k), compute)
+    return parts, computed(packed, name, (n, k), compute)
 
 
 def _state(state: Source) -> dict[str, Any]:

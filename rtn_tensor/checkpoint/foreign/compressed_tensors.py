@@ -32,6 +32,7 @@ from rtn_tensor.checkpoint.foreign.words import (
     floats,
     nibbles,
     option,
+    put,
     quantized_rows,
     signed,
 )
@@ -177,9 +178,10 @@ PLANES = ("packed", "scale", "shape", "zero_point", "g_idx", "global_scale")
 
 
 def _take(found: dict[str, Source], module: str, source: Source) -> None:
-    for end in PLANES:
-        found.pop(f"{module}.weight_{end}", None)
-    found[source.name] = source
+    parts = [found.get(f"{module}.weight_{end}") for end in PLANES]
+    if parts[0] is None:  # then the weight itself is one
+        parts.append(found[source.name])
+    put(found, parts, source)
 
 
 def _number(source: Source, about: Mapping[str, Any], key: str, allowed: tuple[Any, ...]) -> Any:

@@ -16,6 +16,7 @@ from rtn_tensor.checkpoint.foreign.words import (
     ending,
     nibbles,
     option,
+    put,
 )
 from rtn_tensor.checkpoint.sources import Source
 
@@ -50,7 +51,6 @@ def read_mxfp4(found: dict[str, Source], how: Mapping[str, Any], where: str) -> 
         ):
             raise blocks.error(f"is {blocks.dtype} {list(blocks.shape)}; it must be uint8 [E, N, K / 32, 16]")
         check_plane(scales, blocks.shape[:-1], torch.uint8)
-        del found[blocks.name], found[scales.name]
 
         def compute(
             expert: tuple[int, ...], start: int, stop: int, blocks: Source = blocks, scales: Source = scales
@@ -59,7 +59,7 @@ def read_mxfp4(found: dict[str, Source], how: Mapping[str, Any], where: str) -> 
             return (FP4[codes] * powers(scales.view()[expert][start:stop])[..., None]).flatten(-2)
 
         shape = (*blocks.shape[:-2], MX_BLOCK * blocks.shape[-2])
-        found[name] = computed(blocks, name, shape, compute, transposed=True)
+        put(found, (blocks, scales), computed(blocks, name, shape, compute, transposed=True))
 
 
 def nvfp4(name: str, packed: Source, scale: Source, whole: Source, divides: bool) -> Source:
@@ -92,6 +92,5 @@ def read_modelopt(found: dict[str, Source], how: Mapping[str, Any], where: str) 
     option(how, "quant_algo", MODELOPT, where)
     for name, whole in ending(found, "_scale_2"):
         packed, scale = (beside(found, whole, other) for other in (name, f"{name}_scale"))
-        del found[name], found[scale.name], found[whole.name]
-        found[name] = nvfp4(name, packed, scale, whole, divides=False)
+        put(found, (packed, scale, whole), nvfp4(name, packed, scale, whole, divides=False))
     read_fp8(found, (128, 128))

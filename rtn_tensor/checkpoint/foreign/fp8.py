@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtn_tensor.checkpoint.foreign.words import check_options, computed, ending, option
+from rtn_tensor.checkpoint.foreign.words import check_options, computed, ending, option, put
 from rtn_tensor.checkpoint.sources import Source
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -30,7 +30,8 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
     """
     check_options(how, OPTIONS, where)
     option(how, "fmt", ("e4m3", "e5m2", "float8_e4m3fn", None), where)
-    read_fp8(found, block_size(how.get("weight_block_size"), where))
+    block = block_size(how.get("weight_block_size"), where)
+    read_fp8(found, block, blocks_only=block is not None)
 
 
 def block_size(given: Any, where: str) -> tuple[int, int] | None:
@@ -43,18 +44,20 @@ def block_size(given: Any, where: str) -> tuple[int, int] | None:
     return given[0], given[1]
 
 
-def read_fp8(found: dict[str, Source], block: tuple[int, int] | None) -> None:
+def read_fp8(found: dict[str, Source], block: tuple[int, int] | None, blocks_only: bool = False) -> None:
     """Puts weights in the place of fp8 tensors and their scales; `block` are the rows and columns that
-    share a scale, where it is neither a row nor all.
+    share a scale, where it is neither a row nor all, which it may not be where there are `blocks_only`.
 
     Raises:
         ValueError: an fp8 tensor lacks its scale; or a scale is not that of its tensor.
     """
     for end in ("_scale_inv", "_scale"):
         for name, scale in ending(found, end):
-            if (weight := found.get(name)) is not None and weight.rows is None and weight.dtype in FP8:
-                del found[name], found[f"{name}{end}"]
-                found[name] = _weight(name, weight, scale, block)
+            weight = found.get(name)
+            if weight is not None and weight.rows is None and weight.dtype in FP8:
+                put(found, (weight, scale), _weight(name, weight, scale, block, blocks_only))
+            elif weight is not None and name.endswith(".weight"):
+                raise scale.error(f"is the scale of {name}, which is {weight.dtype} and not fp8")
     for name, source in found.items():
         if source.dtype in FP8 and source.rows is None:
             raise source.error(
@@ -63,7 +66,9 @@ def read_fp8(found: dict[str, Source], block: tuple[int, int] | None) -> None:
             )
 
 
-def _weight(name: str, weight: Source, scale: Source, block: tuple[int, int] | None) -> Source:
+def _weight(
+    name: str, weight: Source, scale: Source, block: tuple[int, int] | None, blocks_only: bool
+) -> Source:
     if len(weight.shape) not in (2, 3):
         raise weight.error(f"has shape {list(weight.shape)}; a weight in fp8 must be [N, K] or [E, N, K]")
     *lead, n, k = weight.shape
@@ -76,12 +81,12 @@ def _weight(name: str, weight: Source, scale: Source, block: tuple[int, int] | N
         shape = (1,) * len(weight.shape)
     elif lead and shape in (tuple(lead), (*lead, 1)):
         shape = (*lead, 1, 1)
-    steps = [
-        size if count == 1 else 1 if count == size else step
-        for size, count, step in zip((n, k), shape[-2:], block or (0, 0), strict=False)
-    ]
-    expected = tuple(-(-size // step) if step else 0 for size, step in zip((n, k), steps, strict=False))
-    if shape[-2:] != expected or shape[:-2] not in (tuple(lead), (1,) * len(lead)):
+    allowed = [block] if block else []
+    if not blocks_only:
+        allowed += [(n, k), (1, k), (n, 1)]
+    counts = [(-(-n // max(rows, 1)), -(-k // max(columns, 1))) for rows, columns in allowed]
+    steps = next((step for step, count in zip(allowed, counts, strict=True) if shape[-2:] == count), None)
+    if steps is None or shape[:-2] not in (tuple(lead), (1,) * len(lead)):
         size = list(block) if block else "the size that weight_block_size gives"
         raise scale.error(
             f"has shape {list(scale.shape)}; for a weight of {list(weight.shape)} it must hold one number "

@@ -22,6 +22,7 @@ from rtn_tensor.checkpoint.foreign.words import (
     fields,
     floats,
     option,
+    put,
     quantized_rows,
     signed,
 )
@@ -290,10 +291,7 @@ def read_planes(found: dict[str, Source], of: Any, less_one: bool, where: str) -
         for end in ("scales", "qzeros"):
             planes[end] = beside(found, words, f"{module}.{end}")
         source = _weight(f"{module}.weight", words, planes, bits, group_size, less_one)
-        for part in (words, *planes.values()):
-            if part is not None:
-                del found[part.name]
-        found[source.name] = source
+        put(found, (words, *planes.values()), source)
     for end in (".qzeros", ".g_idx"):
         for module, source in ending(found, end):
             beside(found, source, f"{module}.qweight")

@@ -37,6 +37,22 @@ def beside(found: Mapping[str, Source], source: Source, name: str) -> Source:
     return found[name]
 
 
+def put(found: dict[str, Source], parts: Iterable[Source | None], weight: Source) -> None:
+    """Puts a weight in the place of its planes.
+
+    Raises:
+        ValueError: it is there as a plain tensor, too.
+    """
+    for part in parts:
+        if part is not None:
+            del found[part.name]
+    if weight.name in found:
+        raise found[weight.name].error(
+            "is there twice, as planes of another library's, too; remove one of the two"
+        )
+    found[weight.name] = weight
+
+
 def check_plane(source: Source, shape: Iterable[int], *dtypes: torch.dtype) -> None:
     """Raises ValueError unless a plane is as the others beside it say."""
     if source.shape != (shape := tuple(shape)) or source.dtype not in dtypes:
