@@ -1,4 +1,4 @@
-"""The command `rtn-tensor`: quantize, inspect, perplexity, evaluate, generate, explain, tune."""
+"""The command `rtn-tensor`: quantize, export, inspect, perplexity, evaluate, generate, explain, tune."""
 
 import argparse
 import errno
@@ -17,13 +17,17 @@ from typing import Any
 
 import torch
 
+from rtn_tensor.checkpoint.export import GGUF
+from rtn_tensor.checkpoint.export_plan import FORMATS as OTHER_FORMATS
 from rtn_tensor.commands import (
     DTYPE_NAMES,
     FORESEEN,
+    OURS,
     discard,
     named,
     run_evaluate,
     run_explain,
+    run_export,
     run_generate,
     run_inspect,
     run_perplexity,
@@ -112,9 +116,27 @@ def parser() -> argparse.ArgumentParser:
             "bits, 128 at 8)",
         )
 
+    def add_destination(sub: argparse.ArgumentParser, formats: list[str]) -> None:
+        sub.add_argument(
+            "--format",
+            choices=formats,
+            default=formats[0],
+            help="rtn is this library's own; " * (formats[0] == OURS)
+            + "vLLM, SGLang and transformers read compressed-tensors; llama.cpp, Ollama and LM Studio gguf",
+        )
+        sub.add_argument(
+            "--like",
+            metavar="FILE",
+            type=_path,
+            help="for gguf, a GGUF file of the same model, which gives the tokenizer and the metadata",
+        )
+        sub.add_argument("--force", action="store_true", help="replace dst, once the new one is whole")
+
     sub = command("quantize", run_quantize, "Quantize a transformers folder into another.")
     sub.add_argument("src", type=_path, help="folder of the model, with its config.json")
-    sub.add_argument("dst", type=_path, help="folder to write; must not exist, unless --force is given")
+    sub.add_argument(
+        "dst", type=_path, help="folder to write, or .gguf file; must not exist, unless --force is given"
+    )
     add_format(sub, None, " (default: 4; those of GPTQ and the like are kept as they are)")
     sub.add_argument(
         "--scale-method",
@@ -152,7 +174,18 @@ def parser() -> argparse.ArgumentParser:
         type=_path,
         help="with --refine, a UTF-8 text to use in place of its own",
     )
-    sub.add_argument("--force", action="store_true", help="replace dst, once the new folder is whole")
+    add_destination(sub, [OURS, *OTHER_FORMATS, GGUF])
+
+    sub = command(
+        "export",
+        run_export,
+        "Write a quantized model for other engines, with the same integers and scales.",
+    )
+    sub.add_argument("src", type=_path, help="folder of a quantized model")
+    sub.add_argument(
+        "dst", type=_path, help="folder, or .gguf file, to write; must not exist, unless --force is given"
+    )
+    add_destination(sub, [*OTHER_FORMATS, GGUF])
 
     sub = command("inspect", run_inspect, "List every weight of a model: shape, bits, bytes.")
     sub.add_argument("path", type=_path, help="folder of the model, quantized or not")

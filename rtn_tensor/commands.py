@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from rtn_tensor.checkpoint.companions import companions, copy_companions
+from rtn_tensor.checkpoint.export import check_destination, destination, prepare
 from rtn_tensor.checkpoint.files import parse_json
-from rtn_tensor.checkpoint.folders import new_folder
 from rtn_tensor.checkpoint.load import is_kept, load, without_place
 from rtn_tensor.checkpoint.save import write
 from rtn_tensor.checkpoint.sources import sources
@@ -35,7 +35,7 @@ from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.integrations.transformers.folders import check_model_folder, empty_model, read_config
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.kernels.registry import explain
-from rtn_tensor.quantize.refine import refine_
+from rtn_tensor.quantize.refine import Refinement, refine_
 from rtn_tensor.quantize.report import report
 from rtn_tensor.quantize.selection import parse_rule, rules_from_json
 from rtn_tensor.quantize.written import check_tokens
@@ -43,6 +43,7 @@ from rtn_tensor.text_table import table
 from rtn_tensor.tuning import tune, tuned_folder
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+OURS = "rtn"  # the format that save writes
 REFINED_ON = 16384  # tokens of a given text at most
 FORESEEN = OSError, ValueError, TypeError  # kinds whose messages are for a user
 
@@ -148,21 +149,20 @@ def _sequences(tokenizer: Any, text: str) -> torch.Tensor:
 
 def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
     rules = _rules(args)
-    source, destination = Path(args.src), Path(args.dst)
+    source = Path(args.src)
     if args.refine_on and not args.refine:
         raise ValueError("--refine-on FILE is for --refine; add that, or leave it out")
     tokens = None
     if args.refine_on:
         text = _read_text(args.refine_on, "--refine-on takes a UTF-8 text file")
         tokens = _sequences(_tokenizer(args.src), text)
-    if os.path.lexists(destination) and not args.force:
-        raise FileExistsError(f"{destination} exists; choose another name, or replace it with --force")
+    _check_free(args)
     model = empty_model(source)
     if getattr(model.config, "quantization_config", None):
         raise ValueError(f"{source} is already quantized; give the float model")
     if args.refine:  # before the weights are read
         check_tokens(model, tokens, 1, 2, "--refine-on", "--refine-on FILE, or call refine_ from Python")
-    with new_folder(destination, args.force, source) as folder:
+    with destination(args.dst, args.format, args.force, source) as place:
         kept, left_out = companions(source)
         unused, read = without_place(source, model)
         say(f"Loading {source}")
@@ -186,9 +186,15 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
             result = refine_(model, source=source, tokens=tokens, progress=progress("module"))
         else:
             result = report(model)
-        say(f"Writing {destination}")
-        write(model, folder)
-        copy_companions(kept, source, folder)  # but its config, which is the quantized model's
+        if args.format == OURS:
+            say(f"Writing {args.dst}")
+            write(model, place)
+            copy_companions(kept, source, place)  # but its config, which is the quantized model's
+            data, text = result.to_dict(), str(result)
+        else:
+            data, text = _write_exported(model, place, args)
+            if isinstance(result, Refinement):
+                data, text = result.to_dict() | data, f"{text}\n{result.summary}"
     for name, count in Counter(map(_any_layer, unused)).items():
         say(
             f"Left out {name}{f' ({count} such)' if count > 1 else ''}: {type(model).__name__} has no place "
@@ -197,7 +203,35 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
     for entry, why in left_out.items():
         if entry not in read and not entry.name.endswith(".index.json"):
             say(f"Left out {entry.name}{'/' if entry.is_dir() else ''}: {why}")
-    return result.to_dict(), str(result)
+    return data, text
+
+
+def _check_free(args: argparse.Namespace) -> None:
+    if args.format != OURS:
+        check_destination(args.dst, args.format, args.like)
+    elif args.like:
+        raise ValueError("--like FILE is for --format gguf; add that, or leave it out")
+    if os.path.lexists(args.dst) and not args.force:
+        raise FileExistsError(f"{args.dst} exists; choose another name, or replace it with --force")
+
+
+def _write_exported(model: Any, place: Path, args: argparse.Namespace) -> tuple[Any, str]:
+    prepared = prepare(model, Path(args.dst).name, args.format, args.like)
+    say(f"Writing {args.dst}")
+    prepared.write(place)
+    return prepared.report.to_dict(), str(prepared.report)
+
+
+def run_export(args: argparse.Namespace) -> tuple[Any, str]:
+    _check_free(args)
+    check_model_folder(Path(args.src))
+    if not read_config(Path(args.src)).get("quantization_config"):
+        raise ValueError(
+            f"{args.src} is float; `rtn-tensor quantize {args.src} {args.dst} --format {args.format}` "
+            "quantizes it, too"
+        )
+    with destination(args.dst, args.format, args.force, Path(args.src)) as place:
+        return _write_exported(_load_model(args.src), place, args)
 
 
 def _any_layer(name: str) -> str:

@@ -4,8 +4,9 @@ import copy
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rtn_tensor.quantize.selection import check_module
 from rtn_tensor.wording import with_article
 
 SHARD_BYTES = 5_000_000_000
+GGUF = "gguf"  # the one format that is a file
 
 
 def export(
@@ -59,45 +61,91 @@ def export(
             names it and what can be done.
         TypeError: `model` is no model of transformers.
     """
-    if format not in (*FORMATS, "gguf"):
-        names = ", ".join(map(repr, (*FORMATS, "gguf")))
-        raise ValueError(f"format={format!r} is not known; use one of {names}")
-    if (like is not None) != (format == "gguf"):
-        raise ValueError(
-            "format='gguf' needs like=, a GGUF file of the same model, from which the tokenizer and the "
-            "metadata are "
-            "taken; llama.cpp's convert_hf_to_gguf.py makes one, with --outtype bf16"
-            if like is None
-            else f"like={os.fspath(like)!r} is for format='gguf'; leave it out for {format!r}"
-        )
     check_module(model)
     if not is_pretrained(model):
         raise TypeError(
             f"model is {with_article(type(model).__name__)}, and engines read models of transformers only; "
             "give such a one (of PEFT's, what merge_and_unload() gives), or use save for this library alone"
         )
-    path = Path(path)
-    if like is not None:
-        return _export_gguf(model, path, Path(like), force)
-    made = plan(model, format)
-    source = Path(model.name_or_path or ".")
-    source = source if model.name_or_path and (source / "config.json").is_file() else None
-    text = card(
-        path.name,
-        source,
-        hub_name(str(model.name_or_path)),
-        format,
-        made.formats,
-        made.report.bits_per_weight,
-        made.engines,
-        made.report.changes,
-    )
-    with new_folder(path, force, source) as folder, _naming(folder):
-        _write(model, folder, made, FORMATS[format].copies_of_config)
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        if source is not None:
-            copy_companions(companions(source)[0], source, folder)
+    check_destination(path, format, like)
+    made = prepare(model, Path(path).name, format, like)
+    with destination(path, format, force, made.source) as place:
+        made.write(place)
     return made.report
+
+
+def check_destination(path: str | os.PathLike, format_name: str, like: str | os.PathLike | None) -> None:
+    """Raises ValueError unless `path` is named as what is written in the format is, and `like` is given where
+    it must be."""
+    path = Path(path)
+    if format_name not in (names := (*FORMATS, GGUF)):
+        raise ValueError(f"format={format_name!r} is not known; use one of {', '.join(map(repr, names))}")
+    if like is None and format_name == GGUF:
+        raise ValueError(
+            "format='gguf' needs like, a GGUF file of the same model, from which the tokenizer and the "
+            "metadata "
+            "are taken; llama.cpp's convert_hf_to_gguf.py makes one, with --outtype bf16"
+        )
+    if like is not None and format_name != GGUF:
+        raise ValueError(f"like={os.fspath(like)!r} is for format='gguf'; leave it out for {format_name!r}")
+    if format_name == GGUF and path.suffix != ".gguf":
+        raise ValueError(f"{path} does not end in .gguf, as the file that format='gguf' writes; name it so")
+    if like is not None and path.exists() and Path(like).exists() and path.samefile(like):
+        raise ValueError(f"{path} is the file that is read; choose another name")
+
+
+def destination(
+    path: str | os.PathLike, format_name: str, force: bool, source: Path | None
+) -> AbstractContextManager[Path]:
+    """`new_file` or `new_folder`, as the format is."""
+    if format_name == GGUF:
+        return new_file(Path(path), force)
+    return new_folder(path, force, source)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is to be written of a model in a format, all of it checked.
+
+    Attributes:
+        write: writes it into the folder, or as the file, that it is given.
+        report: of what is written.
+        source: the folder that the model was read from, of which files go along; None where there is none.
+    """
+
+    write: Callable[[Path], None]
+    report: ExportReport
+    source: Path | None
+
+
+def prepare(model: Any, name: str, format_name: str, like: str | os.PathLike | None) -> Prepared:
+    """Plans what `export` is to write of a model of transformers; `name` is that of its folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `export`.
+    """
+    if like is not None:
+        graft, tensors, bits, report = plan_gguf(model, Path(like))
+
+        def write_file(file: Path) -> None:
+            with _naming(file):
+                gguf.write(file, tensors, graft, bits)
+
+        return Prepared(write_file, report, None)
+    made = plan(model, format_name)
+    read_from = str(model.name_or_path or "")
+    source = Path(read_from) if read_from and (Path(read_from) / "config.json").is_file() else None
+    about = format_name, made.formats, made.report.bits_per_weight, made.engines, made.report.changes
+    text = card(name, source, hub_name(read_from), *about)
+
+    def write_folder(folder: Path) -> None:
+        with _naming(folder):
+            _write(model, folder, made, FORMATS[format_name].copies_of_config)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            if source is not None:
+                copy_companions(companions(source)[0], source, folder)
+
+    return Prepared(write_folder, made.report, source)
 
 
 @contextmanager
@@ -109,17 +157,6 @@ def _naming(place: Path) -> Iterator[None]:
         if error.filename is not None:
             raise
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(place)) from error
-
-
-def _export_gguf(model: Any, path: Path, like: Path, force: bool) -> ExportReport:
-    if path.suffix != ".gguf":
-        raise ValueError(f"{path} does not end in .gguf, as the file that format='gguf' writes; name it so")
-    if path.exists() and like.exists() and path.samefile(like):
-        raise ValueError(f"{path} is the file that is read; choose another name")
-    graft, tensors, bits, made = plan_gguf(model, like)
-    with new_file(path, force) as file, _naming(file):
-        gguf.write(file, tensors, graft, bits)
-    return made
 
 
 def _write(model: Any, folder: Path, made: Plan, copies_of_config: Sequence[str]) -> None:

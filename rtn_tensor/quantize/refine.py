@@ -60,10 +60,11 @@ class Refinement(Report):
         own = {name: getattr(self, name) for name in ("inputs", "error", "plain", "divergence", "measured")}
         return super().to_dict() | own
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """What is said beside the table of weights."""
         count = len(self.plain)
         lines = [
-            super().__str__(),
             f"refined on {self.inputs}: {self.error:.3f} times the error of plain rounding in the weights' "
             "outputs; "
             f"{count} weight{'' if count == 1 else 's'} kept plain rounding",
@@ -73,6 +74,9 @@ class Refinement(Report):
                 f"divergence from the float model: {self.divergence:.4f} nats per token on {self.measured}"
             )
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{self.summary}"
 
 
 def refine_(

@@ -29,6 +29,7 @@ Round-to-nearest int4 and int8 weights: no data, no calibration, seconds.
 positional arguments:
   COMMAND
     quantize  Quantize a transformers folder into another.
+    export    Write a quantized model for other engines, with the same integers and scales.
     inspect   List every weight of a model: shape, bits, bytes.
     perplexity
               Measure a model's perplexity on a text, by sliding window.
@@ -51,14 +52,15 @@ def test_help_quantize(capsys):
 usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
                            [--scale-method {absmax,signed,search}] [--skip PATTERN]
                            [--rule PATTERN=FORMAT] [--rules FILE] [--embedding] [--refine]
-                           [--refine-on FILE] [--force]
+                           [--refine-on FILE] [--format {rtn,compressed-tensors,gptq,gguf}]
+                           [--like FILE] [--force]
                            src dst
 
 Quantize a transformers folder into another.
 
 positional arguments:
   src                   folder of the model, with its config.json
-  dst                   folder to write; must not exist, unless --force is given
+  dst                   folder to write, or .gguf file; must not exist, unless --force is given
 
 options:
   -h, --help            show this help message and exit
@@ -80,7 +82,12 @@ options:
   --refine              round so that errors make up for one another, on text that the model
                         writes itself; minutes
   --refine-on FILE      with --refine, a UTF-8 text to use in place of its own
-  --force               replace dst, once the new folder is whole
+  --format {rtn,compressed-tensors,gptq,gguf}
+                        rtn is this library's own; vLLM, SGLang and transformers read compressed-
+                        tensors; llama.cpp, Ollama and LM Studio gguf (default: rtn)
+  --like FILE           for gguf, a GGUF file of the same model, which gives the tokenizer and the
+                        metadata
+  --force               replace dst, once the new one is whole
 """,
     )
 
