@@ -78,13 +78,12 @@ def card(
     header = ModelCardData(
         **about,
         library_name="transformers",
-        tags=["quantized", format_name, "round-to-nearest"],
+        tags=["quantized", format_name],
         quantized_by="rtn-tensor",
         quantization={
             "format": format_name,
             "weights": list(formats),
             "bits_per_weight": round(bits_per_weight, 3),
-            "calibration": "none",
         },
     ).to_yaml()
     of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "its float model"
@@ -102,7 +101,7 @@ def card(
 
 # {name}
 
-The weights of {of}, quantized without calibration data:
+The weights of {of}, quantized:
 
 {"".join(f"- {text}{line}" for text in formats)}
 All parameters together take {bits_per_weight:.2f} bits per weight.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rtn_tensor.checkpoint.fill import some
 from rtn_tensor.checkpoint.foreign import compressed_tensors, gguf, gptq
 from rtn_tensor.checkpoint.foreign.written import PLANES, Engine, Lazy, Weight, group_sizes, planes_of
+from rtn_tensor.formats import GIVEN
 from rtn_tensor.integrations.transformers.files import tensors_in_files
 from rtn_tensor.integrations.transformers.models import ends
 from rtn_tensor.quantize.report import Report, report
@@ -138,7 +139,7 @@ def plan(model: Any, format_name: str) -> Plan:
         floats.append(output)
     engines = how.engines(weights, floats)
     formats = Counter(
-        f"{w.bits} bits, group_size {size}, scale_method {w.scale_method!r}"
+        f"{w.bits} bits, group_size {size}, {_scales(w)}"
         for module, w in chosen.items()
         for size in (sizes[module],)
     )
@@ -149,6 +150,10 @@ def plan(model: Any, format_name: str) -> Plan:
         _report(model, format_name, by_name, why_float, nbytes, engines),
         [f"{text} ({count} matrices)" for text, count in formats.items()],
     )
+
+
+def _scales(w: RTNQuantizedTensor) -> str:
+    return "scales of another library" if w.scale_method == GIVEN else f"scale_method {w.scale_method!r}"
 
 
 def _not_quantized(model: Any) -> ValueError:

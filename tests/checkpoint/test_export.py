@@ -355,7 +355,6 @@ license: mit
 tags:
 - quantized
 - c-t
-- round-to-nearest
 base_model_relation: quantized
 quantized_by: rtn-tensor
 quantization:
@@ -363,12 +362,11 @@ quantization:
   weights:
   - 4 bits, group_size 32, scale_method 'search' (14 matrices)
   bits_per_weight: 6.518
-  calibration: none
 ---
 
 # out
 
-The weights of [some-org/Some-Model](https://huggingface.co/some-org/Some-Model), quantized without calibration data:
+The weights of [some-org/Some-Model](https://huggingface.co/some-org/Some-Model), quantized:
 
 - 4 bits, group_size 32, scale_method 'search' (14 matrices)
 

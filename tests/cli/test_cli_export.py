@@ -129,3 +129,13 @@ def test_force(quantized, tmp_path, capsys):
     tiny_llama().save_pretrained(tmp_path / "a")
     assert run(capsys, "export", quantized, tmp_path / "a", "--force")[0] == 0
     assert "compressed-tensors" in (tmp_path / "a" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_what_was_exported_is_read_and_exported_again(quantized, tmp_path, capsys, name):
+    for source, folder in ((quantized, "first"), (tmp_path / "first", "second")):
+        status, _, err = run(capsys, "export", source, tmp_path / folder, "--format", name)
+        assert status == 0, err
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    assert "scales of another library" in (tmp_path / "second" / "README.md").read_text()
