@@ -11,12 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, MAX_GROUP_SIZE, check_format, groups
+from rtn_tensor.formats import ASYMMETRIC, FLOAT_DTYPES, FORMATS, MAX_GROUP_SIZE, check_format, groups
 from rtn_tensor.reference import ACTIVATIONS
 
 
 def _weight(
-    op: str, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dims: int | None = None
+    op: str,
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None,
+    dims: int | None = None,
 ) -> None:
     """Raises RuntimeError unless these are planes `[..., N, row_bytes(k)]` and `[..., N, groups(k,
     group_size)]`, of `dims` dims."""
@@ -43,6 +50,14 @@ def _weight(
             "of 32 or -1"
         ),
     )
+    if zero is not None:
+        torch._check(
+            zero.dtype == torch.int8 and zero.shape == scale.shape and zero.device == scale.device,
+            lambda: (
+                f"rtn::{op}: zero is {zero.dtype} {list(zero.shape)} on {zero.device}; it must be int8, of "
+                f"the shape of scale, {list(scale.shape)}, on {scale.device}"
+            ),
+        )
 
 
 def _like(op: str, name: str, t: Tensor | None, shape: tuple, qdata: Tensor, integer: bool = False) -> None:
@@ -77,37 +92,39 @@ def _rows(op: str, name: str, x: Tensor, columns: Any, qdata: Tensor, dims: int 
     )
 
 
-def check_linear(x, qdata, scale, bias, bits, group_size):
+def check_linear(x, qdata, scale, bias, bits, group_size, zero=None):
     torch._check(x.dim() >= 1, lambda: "rtn::linear: x has no dims; it must be [..., K]")
     k = x.shape[-1]
-    _weight("linear", qdata, scale, bits, group_size, k, 2)
+    _weight("linear", qdata, scale, bits, group_size, k, zero, 2)
     _rows("linear", "x", x, k, qdata)
     _like("linear", "bias", bias, (qdata.shape[0],), qdata)
 
 
-def check_linear_dx(dy, qdata, scale, bits, group_size, k):
-    _weight("linear_dx", qdata, scale, bits, group_size, k, 2)
+def check_linear_dx(dy, qdata, scale, bits, group_size, k, zero=None):
+    _weight("linear_dx", qdata, scale, bits, group_size, k, zero, 2)
     _rows("linear_dx", "dy", dy, qdata.shape[0], qdata)
 
 
-def check_grouped(x, qdata, scale, offs, bits, group_size):
+def check_grouped(x, qdata, scale, offs, bits, group_size, zero=None):
     torch._check(x.dim() == 2, lambda: f"rtn::grouped: x is {list(x.shape)}; it must be [M, K]")
     k = x.shape[-1]
-    _weight("grouped", qdata, scale, bits, group_size, k, 3)
+    _weight("grouped", qdata, scale, bits, group_size, k, zero, 3)
     _rows("grouped", "x", x, k, qdata)
     _like("grouped", "offs", offs, (qdata.shape[0],), qdata, integer=True)
 
 
-def check_grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
-    _weight("grouped_dx", qdata, scale, bits, group_size, k, 3)
+def check_grouped_dx(dy, qdata, scale, offs, bits, group_size, k, zero=None):
+    _weight("grouped_dx", qdata, scale, bits, group_size, k, zero, 3)
     _rows("grouped_dx", "dy", dy, qdata.shape[1], qdata, 2)
     _like("grouped_dx", "offs", offs, (qdata.shape[0],), qdata, integer=True)
 
 
-def check_routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
+def check_routed(
+    x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero=None
+):
     torch._check(x.dim() == 2, lambda: f"rtn::routed: x is {list(x.shape)}; it must be [T, K]")
     k = x.shape[-1]
-    _weight("routed", qdata, scale, bits, group_size, k, 3)
+    _weight("routed", qdata, scale, bits, group_size, k, zero, 3)
     _rows("routed", "x", x, k, qdata)
     e, n = qdata.shape[:2]
     torch._check(top_k >= 1, lambda: f"rtn::routed: top_k={top_k}; a token has one expert at least")
@@ -127,8 +144,8 @@ def check_routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, act
     _like("routed", "router", router, (count,), qdata)
 
 
-def check_embedding(indices, qdata, scale, bits, group_size, k):
-    _weight("embedding", qdata, scale, bits, group_size, k, 2)
+def check_embedding(indices, qdata, scale, bits, group_size, k, zero=None):
+    _weight("embedding", qdata, scale, bits, group_size, k, zero, 2)
     _like("embedding", "indices", indices, indices.shape, qdata, integer=True)
 
 
@@ -142,18 +159,23 @@ def check_quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
         ),
     )
     if out is not None:
-        _weight("quantize", out[0], out[1], bits, group_size, w.shape[-1])
+        qdata, scale, zero = [*out, None][:3]
+        _weight("quantize", qdata, scale, bits, group_size, w.shape[-1], zero)
         torch._check(
-            out[0].shape[:-1] == w.shape[:-1] and out[0].device == w.device,
+            qdata.shape[:-1] == w.shape[:-1] and qdata.device == w.device,
             lambda: (
                 f"rtn::quantize: w {list(w.shape)} on {w.device} does not fit planes of "
-                f"{list(out[0].shape)} on {out[0].device}"
+                f"{list(qdata.shape)} on {qdata.device}"
             ),
+        )
+        torch._check(
+            (zero is not None) == (scale_method in ASYMMETRIC),
+            lambda: f"rtn::quantize: {len(out)} planes do not fit scale_method={scale_method!r}",
         )
 
 
-def check_dequantize(qdata, scale, bits, group_size, k, dtype):
-    _weight("dequantize", qdata, scale, bits, group_size, k)
+def check_dequantize(qdata, scale, bits, group_size, k, dtype, zero=None):
+    _weight("dequantize", qdata, scale, bits, group_size, k, zero)
     torch._check(
         dtype.is_floating_point, lambda: f"rtn::dequantize: dtype is {dtype}; it must be one of floats"
     )

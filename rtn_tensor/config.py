@@ -32,8 +32,11 @@ class RTNConfig(AOBaseConfig):
             "search": of 0.8, 0.85, ..., 1.05 times that S, the one with the least sum of |w| (w - w')^2 over
             the group: what large weights lose counts for more, as clipping them costs most. Same storage; it
             takes some ten times as long.
-            "given": of weights that `load` took over from another library, with its scales. What is copied
-            into one later gets scales by the default above.
+            "minmax": S = (max - min) / (2^b - 1), of the group's weights and 0, and a zero point, a byte per
+            group: the integer that stands for 0, so that the levels lie where the weights do.
+            "given", "given_asymmetric": of weights that `load` took over from another library, with scales
+            and, the second, its zero points. What is copied into one later gets them by the default above, or
+            by "minmax".
         version: version of this config's meaning; leave it alone.
 
     Raises:

@@ -21,50 +21,63 @@ from rtn_tensor.registration import (
 )
 
 
-@define("grouped(Tensor x, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size) -> Tensor")
-def _grouped(x, qdata, scale, offs, bits, group_size):
-    kernel = choose(make_problem("grouped", x.dtype, x.shape[0], x.shape[1], qdata, scale, bits, group_size))
-    return kernel.grouped(x, qdata, scale, offs, bits, group_size)
+@define(
+    "grouped(Tensor x, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, "
+    "Tensor? zero=None) -> Tensor"
+)
+def _grouped(x, qdata, scale, offs, bits, group_size, zero=None):
+    kernel = choose(
+        make_problem("grouped", x.dtype, x.shape[0], x.shape[1], qdata, scale, bits, group_size, zero)
+    )
+    return kernel.grouped(x, qdata, scale, offs, bits, group_size, zero)
 
 
-def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
+def grouped(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
+) -> Tensor:
     """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, `qdata [E, N, B]`, `scale [E,
     N, G]`, `offs [E]` int32 cumulative ends, as for torch's grouped_mm -> `[M, N]` in x's dtype; rows past
     the last end come out zero."""
     if tracing(x, qdata, scale, offs) or wants_grad(x):
         run = _grouped_function if transformed() else rtn_ops.grouped.default
-        return run(x, qdata, scale, offs, bits, group_size)
-    return _grouped(x, qdata, scale, offs, bits, group_size)
+        return run(x, qdata, scale, offs, bits, group_size, zero)
+    return _grouped(x, qdata, scale, offs, bits, group_size, zero)
 
 
 @fake("grouped")
-def _grouped_fake(x, qdata, scale, offs, bits, group_size):
+def _grouped_fake(x, qdata, scale, offs, bits, group_size, zero=None):
     return x.new_empty(x.shape[0], qdata.shape[-2])
 
 
-def _grouped_forward(x, qdata, scale, offs, bits, group_size):
-    return rtn_ops.grouped.default(x, qdata, scale, offs, bits, group_size)
+def _grouped_forward(x, qdata, scale, offs, bits, group_size, zero=None):
+    return rtn_ops.grouped.default(x, qdata, scale, offs, bits, group_size, zero)
 
 
 def _grouped_setup(ctx, inputs, output):
-    x, qdata, scale, offs, ctx.bits, ctx.group_size = inputs
-    save_planes(ctx, qdata, scale, offs)
+    x, qdata, scale, offs, ctx.bits, ctx.group_size, zero = inputs
+    save_planes(ctx, qdata, scale, offs, zero)
     ctx.k = x.shape[-1]
 
 
 def _grouped_backward(ctx, dy):
-    qdata, scale, offs = ctx.saved_tensors
-    return grouped_dx(dy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k), None, None, None, None, None
+    qdata, scale, offs, zero = ctx.saved_tensors
+    return grouped_dx(dy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k, zero), *[None] * 6
 
 
 def _grouped_jvp(ctx, dx, *_):
-    qdata, scale, offs = ctx.saved_tensors
-    return grouped(dx, qdata, scale, offs, ctx.bits, ctx.group_size)
+    qdata, scale, offs, zero = ctx.saved_tensors
+    return grouped(dx, qdata, scale, offs, ctx.bits, ctx.group_size, zero)
 
 
 def _sorted_vmap(name: str, run) -> Any:
     def vmap(info, in_dims, x, qdata, scale, offs, *others):
-        refuse_vmapped_planes(name, in_dims[1:4])
+        refuse_vmapped_planes(name, (*in_dims[1:4], in_dims[-1]))
         # The batch goes next to the rows, which so stay sorted by expert.
         rows = x.movedim(in_dims[0], 1)
         y = run(rows.flatten(0, 1), qdata, scale, offs * info.batch_size, *others)
@@ -84,47 +97,56 @@ _grouped_function = differentiable(
 
 
 @define(
-    "grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k) "
-    "-> Tensor"
+    "grouped_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, SymInt k, "
+    "Tensor? zero=None) -> Tensor"
 )
-def _grouped_dx(dy, qdata, scale, offs, bits, group_size, k):
-    kernel = choose(make_problem("grouped_dx", dy.dtype, dy.shape[0], k, qdata, scale, bits, group_size))
-    return kernel.grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
+def _grouped_dx(dy, qdata, scale, offs, bits, group_size, k, zero=None):
+    kernel = choose(
+        make_problem("grouped_dx", dy.dtype, dy.shape[0], k, qdata, scale, bits, group_size, zero)
+    )
+    return kernel.grouped_dx(dy, qdata, scale, offs, bits, group_size, k, zero)
 
 
 def grouped_dx(
-    dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int
+    dy: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]` in dy's dtype; the rest as for
     `grouped`."""
     if tracing(dy, qdata, scale, offs) or wants_grad(dy):
         run = _grouped_dx_function if transformed() else rtn_ops.grouped_dx.default
-        return run(dy, qdata, scale, offs, bits, group_size, k)
-    return _grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
+        return run(dy, qdata, scale, offs, bits, group_size, k, zero)
+    return _grouped_dx(dy, qdata, scale, offs, bits, group_size, k, zero)
 
 
 @fake("grouped_dx")
-def _grouped_dx_fake(dy, qdata, scale, offs, bits, group_size, k):
+def _grouped_dx_fake(dy, qdata, scale, offs, bits, group_size, k, zero=None):
     return dy.new_empty(dy.shape[0], k)
 
 
-def _grouped_dx_forward(dy, qdata, scale, offs, bits, group_size, k):
-    return rtn_ops.grouped_dx.default(dy, qdata, scale, offs, bits, group_size, k)
+def _grouped_dx_forward(dy, qdata, scale, offs, bits, group_size, k, zero=None):
+    return rtn_ops.grouped_dx.default(dy, qdata, scale, offs, bits, group_size, k, zero)
 
 
 def _grouped_dx_setup(ctx, inputs, output):
-    _, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k = inputs
-    save_planes(ctx, qdata, scale, offs)
+    _, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k, zero = inputs
+    save_planes(ctx, qdata, scale, offs, zero)
 
 
 def _grouped_dx_backward(ctx, ddx):
-    qdata, scale, offs = ctx.saved_tensors
-    return grouped(ddx, qdata, scale, offs, ctx.bits, ctx.group_size), None, None, None, None, None, None
+    qdata, scale, offs, zero = ctx.saved_tensors
+    return grouped(ddx, qdata, scale, offs, ctx.bits, ctx.group_size, zero), *[None] * 7
 
 
 def _grouped_dx_jvp(ctx, ddy, *_):
-    qdata, scale, offs = ctx.saved_tensors
-    return grouped_dx(ddy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k)
+    qdata, scale, offs, zero = ctx.saved_tensors
+    return grouped_dx(ddy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k, zero)
 
 
 _grouped_dx_function = differentiable(
@@ -140,14 +162,16 @@ _grouped_dx_function = differentiable(
 @define(
     "routed(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor experts, Tensor? pairs, Tensor? offs, "
     "Tensor? router, int top_k, "
-    "str activation, int bits, int group_size) -> Tensor"
+    "str activation, int bits, int group_size, Tensor? zero=None) -> Tensor"
 )
-def _routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
+def _routed(
+    x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero=None
+):
     # Unsorted, each pair is a program of its own.
     rows = x.shape[0] * top_k if offs is not None else qdata.shape[0]
-    kernel = choose(make_problem("routed", x.dtype, rows, x.shape[1], qdata, scale, bits, group_size))
+    kernel = choose(make_problem("routed", x.dtype, rows, x.shape[1], qdata, scale, bits, group_size, zero))
     return kernel.routed(
-        x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size
+        x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero
     )
 
 
@@ -164,18 +188,23 @@ def routed(
     activation: str,
     bits: int,
     group_size: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """`grouped` of tokens that are routed to experts, gathering, bias, activation and router weights in the
     same launch; see `reference.routed`. It has no backward."""
     if tracing(x, qdata, scale):
         return rtn_ops.routed.default(
-            x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size
+            x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero
         )
-    return _routed(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size)
+    return _routed(
+        x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero
+    )
 
 
 @fake("routed")
-def _routed_fake(x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size):
+def _routed_fake(
+    x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero=None
+):
     return x.new_empty(x.shape[0] * top_k, qdata.shape[-2] // 2 if activation else qdata.shape[-2])
 
 

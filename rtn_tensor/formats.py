@@ -19,10 +19,12 @@ from torch import Tensor
 from rtn_tensor.wording import with_article
 
 CHUNK_BYTES = 16
-VERSION = 1  # of all this; files carry it
+VERSION = 2  # the latest of all this; weights, and so files, carry the earliest that has what they have
 MAX_GROUP_SIZE = 1 << 30  # no row is as long; kernels multiply it by 8 without a thought of overflow
-SCALE_METHODS = ("absmax", "signed", "search")
-GIVEN = "given"  # the scale method of weights whose scales another library found
+SCALE_METHODS = ("absmax", "signed", "search", "minmax")
+# The scale methods of weights whose scales, and zero points, another library found.
+GIVEN, GIVEN_ASYMMETRIC = "given", "given_asymmetric"
+ASYMMETRIC = ("minmax", GIVEN_ASYMMETRIC)  # those whose weights have a plane `zero`
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,7 +75,13 @@ def or_default(bits: int, group_size: int | None, scale_method: str | None) -> t
 
 def computing(bits: int, scale_method: str) -> str:
     """The scale method by which a weight of `scale_method` is quantized anew."""
-    return FORMATS[bits].scale_method if scale_method == GIVEN else scale_method
+    anew = {GIVEN: FORMATS[bits].scale_method, GIVEN_ASYMMETRIC: "minmax"}
+    return anew.get(scale_method, scale_method)
+
+
+def version_of(zero: Tensor | None) -> int:
+    """The earliest version of the format that has such planes."""
+    return 1 if zero is None else 2
 
 
 def check_version(version: int) -> None:
@@ -100,7 +108,7 @@ def check_format(bits: int, group_size: int, scale_method: str) -> None:
             f"group_size={group_size!r} is not supported; use a multiple of 32 (32, 64 and 128 are usual), "
             "or -1 for one group per row"
         )
-    if scale_method not in (*SCALE_METHODS, GIVEN):
+    if scale_method not in (*SCALE_METHODS, GIVEN, GIVEN_ASYMMETRIC):
         raise ValueError(
             f"scale_method={scale_method!r} is not supported; use one of "
             f"{', '.join(map(repr, SCALE_METHODS))}"
@@ -121,17 +129,22 @@ def check_planes(
     scale_method: str = SCALE_METHODS[0],
     transposed: bool = False,
     version: int = VERSION,
+    zero: Tensor | None = None,
 ) -> None:
-    """Raises TypeError or ValueError unless the two are the planes of one weight `[..., N, k]`: `qdata [...,
-    N, row_bytes(k)]` uint8 and `scale [..., N, groups(k, group_size)]` float, on one device, and what is said
-    of them is a format. Kernels read by it: planes from outside come through here first."""
+    """Raises TypeError or ValueError unless these are the planes of one weight `[..., N, k]`: `qdata [..., N,
+    row_bytes(k)]` uint8, `scale [..., N, groups(k, group_size)]` float, and where it is asymmetric `zero`
+    int8 of the shape of `scale`, on one device, and what is said of them is a format. Kernels read by it:
+    planes from outside come through here first."""
     check_version(version)
     check_format(bits, group_size, scale_method)
     if not isinstance(k, int | torch.SymInt) or isinstance(k, bool) or k < 0:
         raise ValueError(
             f"in_features={k!r} is no number of columns; it must be an integer, and not negative"
         )
-    for name, plane, dtypes in (("qdata", qdata, (torch.uint8,)), ("scale", scale, FLOAT_DTYPES)):
+    planes = [("qdata", qdata, (torch.uint8,)), ("scale", scale, FLOAT_DTYPES)]
+    if zero is not None:
+        planes.append(("zero", zero, (torch.int8,)))
+    for name, plane, dtypes in planes:
         if not isinstance(plane, Tensor):
             raise TypeError(f"{name} is {with_article(type(plane).__name__)}; it must be a tensor")
         if plane.dtype not in dtypes or plane.layout is not torch.strided or plane.is_nested:
@@ -140,8 +153,11 @@ def check_planes(
                 f"{name} is {plane.dtype}, {layout}; it must be a strided tensor of "
                 f"{' or '.join(map(str, dtypes))}"
             )
-    if qdata.device != scale.device:
-        raise ValueError(f"qdata is on {qdata.device} and scale on {scale.device}; move both to one device")
+    for name, plane, _ in planes:
+        if plane.device != qdata.device:
+            raise ValueError(
+                f"qdata is on {qdata.device} and {name} on {plane.device}; move both to one device"
+            )
     if not isinstance(transposed, bool) or (transposed and qdata.dim() < 2):
         raise ValueError(
             f"transposed={transposed!r} of planes of {qdata.dim()} dims; it must be a bool, and False where "
@@ -161,6 +177,18 @@ def check_planes(
             f"bits={bits} and group_size={group_size}; they must be [..., N, {FORMATS[bits].row_bytes(k)}] "
             "and "
             f"[..., N, {groups(k, group_size)}], with the same leading sizes"
+        )
+    if zero is not None and zero.shape != s_shape:
+        raise ValueError(
+            f"zero is of shape {tuple(zero.shape)} and scale of shape {tuple(s_shape)}; there must be one "
+            "zero per scale"
+        )
+    if version < version_of(zero):
+        raise ValueError(f"version={version} of the format has no plane zero; it came with version 2")
+    if (zero is not None) != (scale_method in ASYMMETRIC):
+        raise ValueError(
+            f"scale_method={scale_method!r} makes {'no' if zero is not None else 'a'} plane zero, and there "
+            f"is {'one' if zero is not None else 'none'}"
         )
 
 

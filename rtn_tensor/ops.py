@@ -9,6 +9,7 @@ argument, because `qdata` is padded.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rtn_tensor._torch import CPU_KEYS, tracing, transformed
 from rtn_tensor.expert_ops import grouped, grouped_dx, routed  # noqa: F401  (called as ops.grouped)
-from rtn_tensor.formats import FORMATS, computing, groups
+from rtn_tensor.formats import ASYMMETRIC, FORMATS, computing, groups
 from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import make_problem
 from rtn_tensor.kernels.registry import choose, forget
@@ -36,27 +37,26 @@ from rtn_tensor.registration import (
 # ------------------------------------------------------------------ linear and its backward
 
 
-@define("linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")
-def _linear(x, qdata, scale, bias, bits, group_size):
+_LINEAR = "(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size, Tensor? zero=None)"
+
+
+@define(f"linear{_LINEAR} -> Tensor")
+def _linear(x, qdata, scale, bias, bits, group_size, zero=None):
     x_MK = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     m, k = x_MK.shape
-    kernel = choose(make_problem("linear", x.dtype, m, k, qdata, scale, bits, group_size))
-    y_MN = kernel.linear(x_MK, qdata, scale, bias, bits, group_size)
+    kernel = choose(make_problem("linear", x.dtype, m, k, qdata, scale, bits, group_size, zero))
+    y_MN = kernel.linear(x_MK, qdata, scale, bias, bits, group_size, zero)
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], qdata.shape[-2])
 
 
 # csrc/torch_op.cpp takes rtn::linear on CPU tensors; what it does not run itself it calls here. Of another
 # namespace, as no graph has it.
 _python = torch.library.Library("rtn_python", "DEF")
-_python.define(
-    "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor"
-)
+_python.define(f"linear{_LINEAR} -> Tensor")
 _python.impl("linear", dispatched("linear", _linear), "CompositeExplicitAutograd")
 # The same without that call: None instead. An error that Python raises below C++ comes out as a RuntimeError,
 # Ctrl-C too.
-_python.define(
-    "linear_in_cpp(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor?"
-)
+_python.define(f"linear_in_cpp{_LINEAR} -> Tensor?")
 _cpu_linear = (
     functools.partial(torch.ops.rtn_python.linear_in_cpp.default.redispatch, CPU_KEYS)
     if cpu.register()
@@ -66,55 +66,67 @@ forget()  # what is registered runs by itself where its kernel comes first
 
 
 def linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's
-    dtype."""
+    dtype. Here and below w' = (q - zero) S, where there is a `zero [N, G]`."""
     given = (x,) if bias is None else (x, bias)
-    # Both planes are of one kind.
+    # The planes are of one kind.
     if tracing(*given) or type(qdata) is not Tensor or wants_grad(*given):
         run = _linear_function if transformed() else rtn_ops.linear.default
-        return run(x, qdata, scale, bias, bits, group_size)
+        return run(x, qdata, scale, bias, bits, group_size, zero)
     # Past autograd and torch.library, the call takes 3 us around the product; through Python it takes 9.
-    if x.is_cpu and _cpu_linear and (y := _cpu_linear(x, qdata, scale, bias, bits, group_size)) is not None:
-        return y
-    return _linear(x, qdata, scale, bias, bits, group_size)
+    if x.is_cpu and _cpu_linear:
+        y = _cpu_linear(x, qdata, scale, bias, bits, group_size, zero)
+        if y is not None:
+            return y
+    return _linear(x, qdata, scale, bias, bits, group_size, zero)
 
 
 @fake("linear")
-def _linear_fake(x, qdata, scale, bias, bits, group_size):
+def _linear_fake(x, qdata, scale, bias, bits, group_size, zero=None):
     return x.new_empty(*x.shape[:-1], qdata.shape[-2])
 
 
-def _linear_forward(x, qdata, scale, bias, bits, group_size):
-    return rtn_ops.linear.default(x, qdata, scale, bias, bits, group_size)
+def _linear_forward(x, qdata, scale, bias, bits, group_size, zero=None):
+    return rtn_ops.linear.default(x, qdata, scale, bias, bits, group_size, zero)
 
 
 def _linear_setup(ctx, inputs, output):
-    x, qdata, scale, bias, ctx.bits, ctx.group_size = inputs
-    save_planes(ctx, qdata, scale)
+    x, qdata, scale, bias, ctx.bits, ctx.group_size, zero = inputs
+    save_planes(ctx, qdata, scale, zero)
     ctx.k = x.shape[-1]
 
 
 def _linear_backward(ctx, dy):
-    qdata, scale = ctx.saved_tensors
-    dx = linear_dx(dy, qdata, scale, ctx.bits, ctx.group_size, ctx.k) if ctx.needs_input_grad[0] else None
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
-    return dx, None, None, dbias, None, None
+    qdata, scale, zero = ctx.saved_tensors
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = linear_dx(dy, qdata, scale, ctx.bits, ctx.group_size, ctx.k, zero)
+    if ctx.needs_input_grad[3]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, None, None, dbias, None, None, None
 
 
 def _linear_jvp(ctx, dx, dqdata, dscale, dbias, *_):
-    qdata, scale = ctx.saved_tensors
-    return linear(dx, qdata, scale, dbias, ctx.bits, ctx.group_size)
+    qdata, scale, zero = ctx.saved_tensors
+    return linear(dx, qdata, scale, dbias, ctx.bits, ctx.group_size, zero)
 
 
-def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size):
-    refuse_vmapped_planes("linear", in_dims[1:3])
+def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size, zero=None):
+    refuse_vmapped_planes("linear", (*in_dims[1:3], in_dims[6]))
     x = batch_first(info, in_dims[0], x)
     if in_dims[3] is None:
-        return linear(x, qdata, scale, bias, bits, group_size), 0
+        return linear(x, qdata, scale, bias, bits, group_size, zero), 0
     bias = bias.movedim(in_dims[3], 0)
-    return linear(x, qdata, scale, None, bits, group_size) + bias.view(len(bias), *[1] * (x.dim() - 2), -1), 0
+    y = linear(x, qdata, scale, None, bits, group_size, zero)
+    return y + bias.view(len(bias), *[1] * (x.dim() - 2), -1), 0
 
 
 _linear_function = differentiable(
@@ -122,49 +134,56 @@ _linear_function = differentiable(
 )
 
 
-@define("linear_dx(Tensor dy, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
-def _linear_dx(dy, qdata, scale, bits, group_size, k):
+@define(
+    "linear_dx(Tensor dy, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k, "
+    "Tensor? zero=None) -> Tensor"
+)
+def _linear_dx(dy, qdata, scale, bits, group_size, k, zero=None):
     dy_MN = dy if dy.dim() == 2 else dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
-    kernel = choose(make_problem("linear_dx", dy.dtype, dy_MN.shape[0], k, qdata, scale, bits, group_size))
-    dx_MK = kernel.linear_dx(dy_MN, qdata, scale, bits, group_size, k)
+    kernel = choose(
+        make_problem("linear_dx", dy.dtype, dy_MN.shape[0], k, qdata, scale, bits, group_size, zero)
+    )
+    dx_MK = kernel.linear_dx(dy_MN, qdata, scale, bits, group_size, k, zero)
     return dx_MK if dy.dim() == 2 else dx_MK.view(*dy.shape[:-1], k)
 
 
-def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def linear_dx(
+    dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, zero: Tensor | None = None
+) -> Tensor:
     """dx = dy @ w': `dy [..., N]`, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in dy's dtype."""
     if tracing(dy, qdata, scale) or wants_grad(dy):
         run = _linear_dx_function if transformed() else rtn_ops.linear_dx.default
-        return run(dy, qdata, scale, bits, group_size, k)
-    return _linear_dx(dy, qdata, scale, bits, group_size, k)
+        return run(dy, qdata, scale, bits, group_size, k, zero)
+    return _linear_dx(dy, qdata, scale, bits, group_size, k, zero)
 
 
 @fake("linear_dx")
-def _linear_dx_fake(dy, qdata, scale, bits, group_size, k):
+def _linear_dx_fake(dy, qdata, scale, bits, group_size, k, zero=None):
     return dy.new_empty(*dy.shape[:-1], k)
 
 
-def _linear_dx_forward(dy, qdata, scale, bits, group_size, k):
-    return rtn_ops.linear_dx.default(dy, qdata, scale, bits, group_size, k)
+def _linear_dx_forward(dy, qdata, scale, bits, group_size, k, zero=None):
+    return rtn_ops.linear_dx.default(dy, qdata, scale, bits, group_size, k, zero)
 
 
 def _linear_dx_setup(ctx, inputs, output):
-    _, qdata, scale, ctx.bits, ctx.group_size, ctx.k = inputs
-    save_planes(ctx, qdata, scale)
+    _, qdata, scale, ctx.bits, ctx.group_size, ctx.k, zero = inputs
+    save_planes(ctx, qdata, scale, zero)
 
 
 def _linear_dx_backward(ctx, ddx):
-    qdata, scale = ctx.saved_tensors
-    return linear(ddx, qdata, scale, None, ctx.bits, ctx.group_size), None, None, None, None, None
+    qdata, scale, zero = ctx.saved_tensors
+    return linear(ddx, qdata, scale, None, ctx.bits, ctx.group_size, zero), *[None] * 6
 
 
 def _linear_dx_jvp(ctx, ddy, *_):
-    qdata, scale = ctx.saved_tensors
-    return linear_dx(ddy, qdata, scale, ctx.bits, ctx.group_size, ctx.k)
+    qdata, scale, zero = ctx.saved_tensors
+    return linear_dx(ddy, qdata, scale, ctx.bits, ctx.group_size, ctx.k, zero)
 
 
-def _linear_dx_vmap(info, in_dims, dy, qdata, scale, bits, group_size, k):
-    refuse_vmapped_planes("linear_dx", in_dims[1:3])
-    return linear_dx(batch_first(info, in_dims[0], dy), qdata, scale, bits, group_size, k), 0
+def _linear_dx_vmap(info, in_dims, dy, qdata, scale, bits, group_size, k, zero=None):
+    refuse_vmapped_planes("linear_dx", (*in_dims[1:3], in_dims[6]))
+    return linear_dx(batch_first(info, in_dims[0], dy), qdata, scale, bits, group_size, k, zero), 0
 
 
 _linear_dx_function = differentiable(
@@ -175,111 +194,130 @@ _linear_dx_function = differentiable(
 # --------------------------------------------------------- embedding, quantize, dequantize
 
 
-@define("embedding(Tensor indices, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k) -> Tensor")
-def _embedding(indices, qdata, scale, bits, group_size, k):
+@define(
+    "embedding(Tensor indices, Tensor qdata, Tensor scale, int bits, int group_size, SymInt k, "
+    "Tensor? zero=None) -> Tensor"
+)
+def _embedding(indices, qdata, scale, bits, group_size, k, zero=None):
     kernel = choose(
-        make_problem("embedding", scale.dtype, indices.numel(), k, qdata, scale, bits, group_size)
+        make_problem("embedding", scale.dtype, indices.numel(), k, qdata, scale, bits, group_size, zero)
     )
-    return kernel.embedding(indices, qdata, scale, bits, group_size, k)
+    return kernel.embedding(indices, qdata, scale, bits, group_size, k, zero)
 
 
-def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def embedding(
+    indices: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None = None,
+) -> Tensor:
     """Dequantized rows: `indices [...]` int32 or int64, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in the
     scale's dtype."""
     if tracing(indices, qdata, scale):
-        return rtn_ops.embedding.default(indices, qdata, scale, bits, group_size, k)
-    return _embedding(indices, qdata, scale, bits, group_size, k)
+        return rtn_ops.embedding.default(indices, qdata, scale, bits, group_size, k, zero)
+    return _embedding(indices, qdata, scale, bits, group_size, k, zero)
 
 
 @fake("embedding")
-def _embedding_fake(indices, qdata, scale, bits, group_size, k):
+def _embedding_fake(indices, qdata, scale, bits, group_size, k, zero=None):
     return scale.new_empty(*indices.shape, k)
 
 
-def _embedding_vmap(info, in_dims, indices, qdata, scale, bits, group_size, k):
-    refuse_vmapped_planes("embedding", in_dims[1:3])
-    return embedding(batch_first(info, in_dims[0], indices), qdata, scale, bits, group_size, k), 0
+def _embedding_vmap(info, in_dims, indices, qdata, scale, bits, group_size, k, zero=None):
+    refuse_vmapped_planes("embedding", (*in_dims[1:3], in_dims[6]))
+    return embedding(batch_first(info, in_dims[0], indices), qdata, scale, bits, group_size, k, zero), 0
 
 
 torch.library.register_vmap("rtn::embedding", _embedding_vmap, lib=OPS)
 
 
-@define(
-    "quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> (Tensor "
-    "qdata, Tensor scale)"
-)
+@define("quantize(Tensor w, int bits, int group_size, str scale_method, ScalarType scale_dtype) -> Tensor[]")
 def _quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     rows, k = w.shape[:-1].numel(), w.shape[-1]
     problem = make_problem("quantize", w.dtype, rows, k, w, w, bits, group_size)._replace(
-        scale_dtype=scale_dtype
+        scale_dtype=scale_dtype, zero=scale_method in ASYMMETRIC
     )
     return choose(problem).quantize(w, bits, group_size, computing(bits, scale_method), scale_dtype, out)
 
 
 def quantize(
     w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Rounds `w [..., N, K]` to `qdata [..., N, B]` uint8 and `scale [..., N, G]` in `scale_dtype`; see
-    `reference.quantize`."""
+) -> Sequence[Tensor]:
+    """Rounds `w [..., N, K]` to `qdata [..., N, B]` uint8, `scale [..., N, G]` in `scale_dtype`, and with
+    "minmax" `zero [..., N, G]` int8; see `reference.quantize`."""
     w = w.detach()
     if tracing(w):
         return rtn_ops.quantize.default(w, bits, group_size, scale_method, scale_dtype)
     return _quantize(w, bits, group_size, scale_method, scale_dtype)
 
 
-def quantize_(w: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, scale_method: str) -> None:
+def quantize_(w: Tensor, planes: Sequence[Tensor], bits: int, group_size: int, scale_method: str) -> None:
     """`quantize` into planes that are there."""
     w = w.detach()
+    scale = planes[1]
     # Kernels write planes only where they lie whole, and where their numbers do not begin inside a number.
     if (
-        tracing(w, qdata, scale)
-        or not (qdata.is_contiguous() and scale.is_contiguous())
+        tracing(w, *planes)
+        or not all(plane.is_contiguous() for plane in planes)
         or scale.data_ptr() % scale.itemsize
     ):
-        new_qdata, new_scale = quantize(w, bits, group_size, scale_method, scale.dtype)
-        qdata.copy_(new_qdata)
-        scale.copy_(new_scale)
+        for plane, new in zip(planes, quantize(w, bits, group_size, scale_method, scale.dtype), strict=True):
+            plane.copy_(new)
         return
-    _quantize(w, bits, group_size, scale_method, scale.dtype, (qdata, scale))
-    if not qdata.is_inference():
+    _quantize(w, bits, group_size, scale_method, scale.dtype, tuple(planes))
+    if not scale.is_inference():
         # A backward that saved them is to see the change.
-        torch.autograd.graph.increment_version((qdata, scale))
+        torch.autograd.graph.increment_version(tuple(planes))
 
 
 @fake("quantize")
 def _quantize_fake(w, bits, group_size, scale_method, scale_dtype):
     *rows, k = w.shape
-    qdata = w.new_empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8)
-    return qdata, w.new_empty(*rows, groups(k, group_size), dtype=scale_dtype)
+    of_groups = [scale_dtype, torch.int8] if scale_method in ASYMMETRIC else [scale_dtype]
+    return [
+        w.new_empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8),
+        *(w.new_empty(*rows, groups(k, group_size), dtype=dtype) for dtype in of_groups),
+    ]
 
 
 @define(
-    "dequantize(Tensor qdata, Tensor scale, int bits, int group_size, SymInt k, ScalarType dtype) -> Tensor"
+    "dequantize(Tensor qdata, Tensor scale, int bits, int group_size, SymInt k, ScalarType dtype, "
+    "Tensor? zero=None) -> Tensor"
 )
-def _dequantize(qdata, scale, bits, group_size, k, dtype):
+def _dequantize(qdata, scale, bits, group_size, k, dtype, zero=None):
     rows = qdata.shape[:-1].numel()
-    kernel = choose(make_problem("dequantize", dtype, rows, k, qdata, scale, bits, group_size))
-    return kernel.dequantize(qdata, scale, bits, group_size, k, dtype)
+    kernel = choose(make_problem("dequantize", dtype, rows, k, qdata, scale, bits, group_size, zero))
+    return kernel.dequantize(qdata, scale, bits, group_size, k, dtype, zero)
 
 
 def dequantize(
-    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    """w' = q * S in fp32, rounded once to `dtype`: `qdata [..., N, B]`, `scale [..., N, G]` -> `[..., N,
-    K]`."""
+    """w' = (q - zero) * S in fp32, rounded once to `dtype`: `qdata [..., N, B]`, `scale [..., N, G]`, `zero`
+    likewise -> `[..., N, K]`."""
     if tracing(qdata, scale):
-        return rtn_ops.dequantize.default(qdata, scale, bits, group_size, k, dtype)
-    return _dequantize(qdata, scale, bits, group_size, k, dtype)
+        return rtn_ops.dequantize.default(qdata, scale, bits, group_size, k, dtype, zero)
+    return _dequantize(qdata, scale, bits, group_size, k, dtype, zero)
 
 
 @fake("dequantize")
-def _dequantize_fake(qdata, scale, bits, group_size, k, dtype):
+def _dequantize_fake(qdata, scale, bits, group_size, k, dtype, zero=None):
     return qdata.new_empty(*qdata.shape[:-1], k, dtype=dtype)
 
 
-def _dequantize_vmap(info, in_dims, qdata, scale, bits, group_size, k, dtype):
+def _dequantize_vmap(info, in_dims, qdata, scale, bits, group_size, k, dtype, zero=None):
     qdata, scale = batch_first(info, in_dims[0], qdata), batch_first(info, in_dims[1], scale)
-    return dequantize(qdata, scale, bits, group_size, k, dtype), 0
+    zero = None if zero is None else batch_first(info, in_dims[6], zero)
+    return dequantize(qdata, scale, bits, group_size, k, dtype, zero), 0
 
 
 torch.library.register_vmap("rtn::dequantize", _dequantize_vmap, lib=OPS)

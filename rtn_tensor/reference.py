@@ -1,7 +1,7 @@
 """The specification: every operation in plain fp32 torch, against which kernels are tested.
 
-Names: `w [..., N, K]` float weight, `qdata [..., N, B]` uint8, `scale [..., N, G]`, G = groups(K,
-    group_size); b = bits.
+Names: `w [..., N, K]` float weight, `qdata [..., N, B]` uint8, `scale [..., N, G]`, `zero [..., N, G]` int8
+    or None, which is 0 everywhere; G = groups(K, group_size); b = bits.
 """
 
 from collections.abc import Callable
@@ -45,20 +45,25 @@ def quantize(
     group_size: int,
     scale_method: str,
     scale_dtype: torch.dtype,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: tuple[Tensor, ...] | None = None,
     importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Rounds `w [..., N, K]` to (qdata, scale), in fp32 whatever its dtype, so bit-exact on every device.
+) -> tuple[Tensor, ...]:
+    """Rounds `w [..., N, K]` to (qdata, scale), or (qdata, scale, zero) with "minmax", in fp32 whatever its
+    dtype, so bit-exact on every device.
 
         absmax: S = 2 max|w| / (2^b - 1)        (arXiv 2505.15909)
         signed: S = w_ext / -2^(b-1), w_ext the element of largest magnitude with its sign (of a tie, the
             negative one)
         search: S = c w_ext / -2^(b-1), c of 0.8, 0.85, ..., 1.05 where sum |w| (w - q S)^2 over the group is
-        least q = clamp(rint(w / S), -2^(b-1), 2^(b-1) - 1), with the S that `scale_dtype` holds
+            least
+        q = clamp(rint(w / S), -2^(b-1), 2^(b-1) - 1), with the S that `scale_dtype` holds
 
-    An all-zero group gets S = 1; one that holds a NaN or inf gets S = NaN and q = 0. `out`: planes,
-    contiguous, that are filled and given back in the place of new ones. `importance [K]`: what "search"
-    multiplies the squared error of each column by; equal numbers change nothing.
+        minmax: S = hi / (2^b - 1) - lo / (2^b - 1), lo and hi the least and the largest of the group and 0
+        zero = clamp(-2^(b-1) - rint(lo / S)), q = clamp(rint(w / S) + zero), both to the limits above
+
+    An all-zero group gets S = 1 and q = zero; one that holds a NaN or inf gets S = NaN and q = zero = 0.
+    `out`: planes, contiguous, that are filled and given back in the place of new ones. `importance [K]`: what
+    "search" multiplies the squared error of each column by; equal numbers change nothing.
     """
     fmt = FORMATS[bits]
     k = w.shape[-1]
@@ -78,7 +83,15 @@ def quantize(
         levels = w_groups / scale.float().unsqueeze(-1)
         return scale, levels, levels.round().clamp(fmt.qmin, fmt.qmax)
 
-    if scale_method == "absmax":
+    zero = None
+    if scale_method == "minmax":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        steps = torch.full((), fmt.qmax - fmt.qmin, dtype=torch.float32, device=w.device)
+        scale, levels, _ = rounded(high / steps - low / steps)
+        shift = (fmt.qmin - (low / scale.float()).round()).clamp(fmt.qmin, fmt.qmax)
+        q = (levels.round() + shift.unsqueeze(-1)).clamp(fmt.qmin, fmt.qmax)
+        zero = shift.nan_to_num(nan=0.0).to(torch.int8)
+    elif scale_method == "absmax":
         # The formula's number, and it cannot overflow: 2 max|w| / (2^b - 1) = max|w| / (2^(b-1) - 1/2).
         # By a tensor: torch's CUDA division by a number multiplies with its inverse.
         scale, _, q = rounded(extreme.abs() / torch.full((), fmt.qmax + 0.5, device=w.device))
@@ -98,35 +111,60 @@ def quantize(
                 least, scale = torch.where(less, loss, least), torch.where(less, other, scale)
                 q = torch.where(less.unsqueeze(-1), other_q, q)
     qdata = pack(q.nan_to_num(nan=0.0).to(torch.int8).flatten(-2)[..., :k], bits)
-    return (qdata, scale.contiguous()) if out is None else (out[0].copy_(qdata), out[1].copy_(scale))
+    planes = (qdata, scale.contiguous(), *(() if zero is None else (zero.contiguous(),)))
+    return planes if out is None else tuple(to.copy_(t) for to, t in zip(out, planes, strict=True))
 
 
 def dequantize(
-    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    """w' = q * S in fp32, rounded once to `dtype`: `[..., N, K]`."""
+    """w' = (q - zero) * S in fp32, rounded once to `dtype`: `[..., N, K]`."""
     q = unpack(qdata, bits, k).float()
     if group_size == -1:
-        return (q * scale.float()).to(dtype)
+        return ((q if zero is None else q - zero) * scale.float()).to(dtype)
     padded = F.pad(q, (0, scale.shape[-1] * group_size - k)).unflatten(-1, (scale.shape[-1], group_size))
+    if zero is not None:
+        padded = padded - zero.unsqueeze(-1)
     return (padded * scale.float().unsqueeze(-1)).flatten(-2)[..., :k].to(dtype).contiguous()
 
 
 def linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """y = x @ w'^T + bias: `x [M, K]` -> `[M, N]` in x's dtype, the bias added before the one rounding."""
-    w = dequantize(qdata, scale, bits, group_size, x.shape[-1], torch.float32)
+    w = dequantize(qdata, scale, bits, group_size, x.shape[-1], torch.float32, zero)
     y = x.float() @ w.mT
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def linear_dx(
+    dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, zero: Tensor | None = None
+) -> Tensor:
     """dx = dy @ w': `dy [M, N]` -> `[M, K]` in dy's dtype."""
-    return (dy.float() @ dequantize(qdata, scale, bits, group_size, k, torch.float32)).to(dy.dtype)
+    return (dy.float() @ dequantize(qdata, scale, bits, group_size, k, torch.float32, zero)).to(dy.dtype)
 
 
-def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
+def grouped(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
+) -> Tensor:
     """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, weights `[E, N, K]` -> `[M,
     N]`.
 
@@ -135,19 +173,28 @@ def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, gr
     y = x.new_zeros(x.shape[0], qdata.shape[-2])
     start = 0
     for e, end in enumerate(offs.tolist()):
-        y[start:end] = linear(x[start:end], qdata[e], scale[e], None, bits, group_size)
+        of_expert = None if zero is None else zero[e]
+        y[start:end] = linear(x[start:end], qdata[e], scale[e], None, bits, group_size, of_expert)
         start = end
     return y
 
 
 def grouped_dx(
-    dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int
+    dy: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
     """`linear_dx` of each expert over its own rows: `dy [M, N]` -> `[M, K]`."""
     dx = dy.new_zeros(dy.shape[0], k)
     start = 0
     for e, end in enumerate(offs.tolist()):
-        dx[start:end] = linear_dx(dy[start:end], qdata[e], scale[e], bits, group_size, k)
+        of_expert = None if zero is None else zero[e]
+        dx[start:end] = linear_dx(dy[start:end], qdata[e], scale[e], bits, group_size, k, of_expert)
         start = end
     return dx
 
@@ -194,6 +241,8 @@ def routed(
     activation: str,
     bits: int,
     group_size: int,
+    zero: Tensor | None = None,
+    *,
     grouped: Callable[..., Tensor] = grouped,
 ) -> Tensor:
     """`grouped` of tokens that are routed to experts, with what comes before and after: gathered rows, bias,
@@ -214,7 +263,7 @@ def routed(
     if pairs is None or offs is None:
         assert experts is not None
         pairs, offs = sorted_pairs(experts, e)
-    y = grouped(x[pairs // top_k], qdata, scale, offs, bits, group_size)
+    y = grouped(x[pairs // top_k], qdata, scale, offs, bits, group_size, zero)
     if bias is not None:
         ends = torch.arange(len(pairs), device=x.device)
         of_row = torch.searchsorted(offs, ends, right=True)  # the expert of each row
@@ -237,9 +286,19 @@ def sorted_pairs(experts: Tensor, e: int) -> tuple[Tensor, Tensor]:
     return pairs.to(torch.int32), offs.to(torch.int32)
 
 
-def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def embedding(
+    indices: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None = None,
+) -> Tensor:
     """Rows of w' `[N, K]` in the scale's dtype: `indices [...]` -> `[..., K]`."""
     # index_select refuses the negative indices that plain indexing takes from the end.
     rows = indices.reshape(-1)
-    w = dequantize(qdata.index_select(0, rows), scale.index_select(0, rows), bits, group_size, k, scale.dtype)
+    qdata, scale = qdata.index_select(0, rows), scale.index_select(0, rows)
+    zero = None if zero is None else zero.index_select(0, rows)
+    w = dequantize(qdata, scale, bits, group_size, k, scale.dtype, zero)
     return w.view(*indices.shape, k)

@@ -24,22 +24,36 @@ class Planes(NamedTuple):
     bits: int
     group_size: int
     k: int
+    zero: Tensor | None = None
 
     def exact(self, rounded_to: torch.dtype | None = None) -> Tensor:
-        """q * S in fp64; for kernels that round the weight first, as fp32 and then `rounded_to` would hold
-        it."""
-        scale = self.scale.double()
-        if self.group_size != -1:
-            scale = scale.repeat_interleave(self.group_size, -1)[..., : self.k]
-        w = unpack(self.qdata, self.bits, self.k).double() * scale
+        """(q - zero) * S in fp64; for kernels that round the weight first, as fp32 and then `rounded_to`
+        would hold it."""
+
+        def of_columns(plane: Tensor) -> Tensor:
+            plane = plane.double()
+            return (
+                plane
+                if self.group_size == -1
+                else plane.repeat_interleave(self.group_size, -1)[..., : self.k]
+            )
+
+        q = unpack(self.qdata, self.bits, self.k).double()
+        w = (q if self.zero is None else q - of_columns(self.zero)) * of_columns(self.scale)
         return w if rounded_to is None else w.float().to(rounded_to).double()
 
 
 def random_planes(
-    *shape: int, bits: int = 4, group_size: int = 32, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    *shape: int,
+    bits: int = 4,
+    group_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    method: str = "absmax",
 ) -> Planes:
     w = torch.randn(shape, device=device)
-    return Planes(*reference.quantize(w, bits, group_size, "absmax", dtype), bits, group_size, shape[-1])
+    qdata, scale, *zero = reference.quantize(w, bits, group_size, method, dtype)
+    return Planes(qdata, scale, bits, group_size, shape[-1], *zero)
 
 
 def activations(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:

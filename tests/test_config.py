@@ -88,7 +88,7 @@ def test_a_subclass_stays_one():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [-1, 32, 96, 128, 4096])
-@pytest.mark.parametrize("scale_method", ["absmax", "signed", "search"])
+@pytest.mark.parametrize("scale_method", ["absmax", "signed", "search", "minmax"])
 def test_survives_torchao_dict_and_json(bits, group_size, scale_method):
     config = RTNConfig(bits, group_size, scale_method)
     as_dict = config_to_dict(config)
@@ -127,7 +127,8 @@ def test_group_size_is_checked(group_size):
 @pytest.mark.parametrize("scale_method", ["", "mse", "Absmax", None, 4])
 def test_scale_method_is_checked(scale_method):
     with pytest.raises(
-        ValueError, match=r"^scale_method=.* is not supported; use one of 'absmax', 'signed', " r"'search'$"
+        ValueError,
+        match=r"^scale_method=.* is not supported; use one of 'absmax', 'signed', 'search', 'minmax'$",
     ):
         RTNConfig(scale_method=scale_method)
 
@@ -145,7 +146,8 @@ def test_messages():
     with pytest.raises(ValueError, match="scale_method") as error:
         rtn_int8(scale_method="hqq")
     assert_expected_inline(
-        str(error.value), """scale_method='hqq' is not supported; use one of 'absmax', 'signed', 'search'"""
+        str(error.value),
+        """scale_method='hqq' is not supported; use one of 'absmax', 'signed', 'search', 'minmax'""",
     )
     with pytest.raises(ValueError, match="bits") as error:
         dataclasses.replace(rtn_int4(), bits=3)

@@ -25,25 +25,35 @@ def samples(op, dtype=torch.float32, requires_grad=False):
     def grad(*shape):
         return torch.randn(shape).to(dtype).requires_grad_(requires_grad)
 
-    for bits, group_size, n, k in [(4, 32, 5, 100), (8, 64, 1, 100), (4, -1, 5, 33), (8, -1, 7, 32)]:
-        w = random_planes(n, k, bits=bits, group_size=group_size, dtype=dtype)
-        experts = random_planes(3, n, k, bits=bits, group_size=group_size, dtype=dtype)
+    for bits, group_size, n, k, method in [
+        (4, 32, 5, 100, "absmax"),
+        (8, 64, 1, 100, "absmax"),
+        (4, -1, 5, 33, "absmax"),
+        (8, -1, 7, 32, "absmax"),
+        (4, 32, 5, 100, "minmax"),
+        (8, -1, 7, 33, "minmax"),
+    ]:
+        w = random_planes(n, k, bits=bits, group_size=group_size, dtype=dtype, method=method)
+        experts = random_planes(3, n, k, bits=bits, group_size=group_size, dtype=dtype, method=method)
+        zero, zeros = (() if t.zero is None else (t.zero,) for t in (w, experts))
         offs = torch.tensor([0, 2, 4], dtype=torch.int32)
         tail = (bits, group_size)
         yield from {
             "linear": [
-                (grad(*rows, k), w.qdata, w.scale, grad(n) if bias else None, *tail)
+                (grad(*rows, k), w.qdata, w.scale, grad(n) if bias else None, *tail, *zero)
                 for rows in [(), (3,), (1,), (0,), (2, 3), (2, 0), (2, 1, 3)]
                 for bias in (True, False)
             ],
             "linear_dx": [
-                (grad(*rows, n), w.qdata, w.scale, *tail, k) for rows in [(), (3,), (1,), (0,), (2, 3)]
+                (grad(*rows, n), w.qdata, w.scale, *tail, k, *zero) for rows in [(), (3,), (1,), (0,), (2, 3)]
             ],
             "grouped": [
-                (grad(m, k), experts.qdata, experts.scale, offs.clamp(max=m), *tail) for m in (5, 4, 0)
+                (grad(m, k), experts.qdata, experts.scale, offs.clamp(max=m), *tail, *zeros)
+                for m in (5, 4, 0)
             ],
             "grouped_dx": [
-                (grad(m, n), experts.qdata, experts.scale, offs.clamp(max=m), *tail, k) for m in (5, 4, 0)
+                (grad(m, n), experts.qdata, experts.scale, offs.clamp(max=m), *tail, k, *zeros)
+                for m in (5, 4, 0)
             ],
             "routed": [
                 (
@@ -56,6 +66,7 @@ def samples(op, dtype=torch.float32, requires_grad=False):
                     2,
                     "",
                     *tail,
+                    *zeros,
                 )
                 for m in (3, 1, 0)
                 for bias in (None, torch.randn(3, n).to(dtype))
@@ -65,7 +76,7 @@ def samples(op, dtype=torch.float32, requires_grad=False):
                 )
             ],
             "embedding": [
-                (torch.zeros(shape, dtype=index), w.qdata, w.scale, *tail, k)
+                (torch.zeros(shape, dtype=index), w.qdata, w.scale, *tail, k, *zero)
                 for shape, index in [
                     ((3,), torch.int64),
                     ((2, 3), torch.int32),
@@ -76,11 +87,15 @@ def samples(op, dtype=torch.float32, requires_grad=False):
             "quantize": [
                 (torch.randn(*rows, k).to(dtype), *tail, method, torch.bfloat16)
                 for rows in [(n,), (), (0,), (2, 3)]
-                for method in ("absmax", "signed")
+                for method in ("absmax", "signed", "minmax")
             ],
             "dequantize": [
-                (*planes, *tail, k, out)
-                for planes in [w[:2], experts[:2], (w.qdata[0], w.scale[0]), (w.qdata[:0], w.scale[:0])]
+                (q, s, *tail, k, out, *z)
+                for q, s, *z in [
+                    (w.qdata, w.scale, *zero),
+                    (experts.qdata, experts.scale, *zeros),
+                    *(tuple(t[at] for t in (w.qdata, w.scale, *zero)) for at in (0, slice(0))),
+                ]
                 for out in DTYPES
             ],
         }[op]
@@ -163,7 +178,7 @@ def test_fake_tensor_mode(op):
 @each_op
 def test_make_fx_sees_one_op(op):
     args = next(samples(op))
-    graph = make_fx(getattr(ops, op))(*args).graph
+    graph = make_fx(lambda *args: getattr(ops, op)(*args))(*args).graph
     called = [node.target for node in graph.nodes if node.op == "call_function" and "rtn" in str(node.target)]
     assert called == [getattr(rtn, op).default]
 
@@ -261,12 +276,13 @@ def dense(op, x, w, bias, offs):
 @differentiable
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize("rows", [(5,), (2, 3), (), (0,)])
-def test_gradients_are_those_of_the_dense_weight(op, bits, rows):
+@pytest.mark.parametrize("method", ["absmax", "minmax"])
+def test_gradients_are_those_of_the_dense_weight(op, bits, rows, method):
     """First and second derivatives, of x and of the bias."""
     experts = (3,) if op.startswith("grouped") else ()
     if experts and len(rows) != 1:
         rows = (7,)
-    w = random_planes(*experts, 6, 100, bits=bits, group_size=32)
+    w = random_planes(*experts, 6, 100, bits=bits, group_size=32, method=method)
     offs = torch.tensor([2, 2, 4], dtype=torch.int32).clamp(max=rows[0] if rows else 1)
     x = torch.randn(*rows, 6 if op.endswith("dx") else 100, requires_grad=True)
     bias = torch.randn(6, requires_grad=True) if op == "linear" else None
@@ -277,7 +293,7 @@ def test_gradients_are_those_of_the_dense_weight(op, bits, rows):
         "grouped_dx": (offs, bits, 32, 100),
     }[op]
     inputs = [x] if bias is None else [x, bias]
-    y = getattr(ops, op)(x, w.qdata, w.scale, *args)
+    y = getattr(ops, op)(x, w.qdata, w.scale, *args, w.zero)
     expected = dense(op, x, w.exact().float(), bias, offs)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
@@ -313,7 +329,9 @@ def test_backward_keeps_the_packed_planes_only(op, dtype):
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
             getattr(ops, op)(*args)
-        expected = [args[1], args[2], *([args[3]] if op.startswith("grouped") else [])]
+        zero = args[-1] if isinstance(args[-1], torch.Tensor) else None
+        expected = [args[1], args[2], *([args[3]] if op.startswith("grouped") else []), zero]
+        expected = [t for t in expected if t is not None]
         assert sum(t.nbytes for t in saved) == sum(t.nbytes for t in expected)
         assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in expected}
 

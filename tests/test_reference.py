@@ -12,26 +12,46 @@ from rtn_tensor.formats import FORMATS, SCALE_METHODS, pack, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUP_SIZES = [32, 64, 96, 128, -1]
-METHODS = ["absmax", "signed"]  # those of one formula; "search" chooses among six
+METHODS = ["absmax", "signed", "minmax"]  # those of one formula; "search" chooses among six
+
+each_kind = pytest.mark.parametrize("method", ["absmax", "minmax"])  # without a plane `zero`, and with it
 
 
 def fake_quantize(w, bits, group_size, method, scale_dtype):
-    """(q, S of every element), group by group from the formulas. A quotient of two fp32 numbers taken in fp64
+    """(q, S of every group, zero), group by group from the formulas. A quotient of two fp32 numbers taken in fp64
     and then rounded to fp32 is the fp32 quotient (53 >= 2 * 24 + 2 digits), so this is exact and shares
     nothing with the implementation."""
-    qs, scales = [], []
+    qs, scales, zeros = [], [], []
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     for group in w.double().split(w.shape[-1] if group_size == -1 else group_size, dim=-1):
         high = group.abs().amax(-1, keepdim=True)
         if method == "signed":
             holds_negative = (group == -high).any(-1, keepdim=True)
             scale = torch.where(holds_negative, -high, high) / -(2 ** (bits - 1))
+        elif method == "minmax":
+            low, high = group.amin(-1, keepdim=True).clamp(max=0), group.amax(-1, keepdim=True).clamp(min=0)
+            scale = (high / (2**bits - 1)).float() - (low / (2**bits - 1)).float()
         else:
             scale = 2 * high / (2**bits - 1)
-        scale = scale.float().to(scale_dtype)
-        q = (group / scale.double()).float().round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        qs.append(q)
+        limits = torch.finfo(scale_dtype)
+        ulp = limits.tiny * limits.eps
+        away = (
+            scale.double().sign() * (scale.double().abs() / ulp).ceil() * ulp
+        )  # from 0: where it is subnormal
+        scale = torch.where(scale.abs() < limits.tiny, away, scale.float().to(scale_dtype)).to(scale_dtype)
+        zero = torch.zeros_like(scale, dtype=torch.float32)
+        if method == "minmax":
+            zero = (qmin - (low / scale.double()).float().round()).clamp(qmin, qmax)
+        qs.append(((group / scale.double()).float().round() + zero).clamp(qmin, qmax))
         scales.append(scale)
-    return torch.cat(qs, -1), torch.cat(scales, -1)
+        zeros.append(zero.to(torch.int8))
+    return torch.cat(qs, -1), torch.cat(scales, -1), torch.cat(zeros, -1)
+
+
+def steps_from_zero(qdata, bits, k, zero=None):
+    """q - zero, of groups of 32."""
+    q = unpack(qdata, bits, k).int()
+    return q if zero is None else q - per_element(zero, 32, k)
 
 
 def per_element(scale, group_size, k):
@@ -50,8 +70,10 @@ def per_element(scale, group_size, k):
 def test_quantize_is_fake_quantization(bits, group_size, method, scale_dtype, dtype):
     for n, k in [(1, 1), (5, 31), (5, 33), (100, 100), (7, 576), (3, 1000)]:
         w = (torch.randn(n, k) * torch.rand(n, 1)).to(dtype)
-        qdata, scale = reference.quantize(w, bits, group_size, method, scale_dtype)
-        q, expected_scale = fake_quantize(w, bits, group_size, method, scale_dtype)
+        qdata, scale, *zero = reference.quantize(w, bits, group_size, method, scale_dtype)
+        q, expected_scale, expected_zero = fake_quantize(w, bits, group_size, method, scale_dtype)
+        assert (len(zero) == 1) == (method == "minmax")
+        assert all(torch.equal(t, expected_zero) for t in zero)
         assert scale.dtype == scale_dtype
         assert torch.equal(scale, expected_scale)
         assert torch.equal(unpack(qdata, bits, k).float(), q)
@@ -89,14 +111,15 @@ def test_quantize_divides_by_the_rounded_scale(bits):
 def test_closed_form_bound(bits, group_size, scale_dtype, u):
     w = torch.randn(64, 1000)
     for method in METHODS:
-        qdata, scale = reference.quantize(w, bits, group_size, method, scale_dtype)
-        error = (w.double() - Planes(qdata, scale, bits, group_size, 1000).exact()).abs()
+        qdata, scale, *zero = reference.quantize(w, bits, group_size, method, scale_dtype)
+        error = (w.double() - Planes(qdata, scale, bits, group_size, 1000, *zero).exact()).abs()
         size = per_element(scale.double().abs(), group_size, 1000)
         # signed has no level at +2^(b-1): what lies next to it comes down a whole step.
         half = torch.where(
             w.double() / per_element(scale.double(), group_size, 1000) > FORMATS[bits].qmax, 1.0, 0.5
         )
-        assert (error <= ((half if method == "signed" else 0.5) + 2 ** (bits - 1) * u) * size).all()
+        largest = 2**bits - 1 if method == "minmax" else 2 ** (bits - 1)
+        assert (error <= ((half if method == "signed" else 0.5) + largest * u) * size).all()
 
 
 @pytest.mark.parametrize("bits", FORMATS)
@@ -143,7 +166,7 @@ def test_search_takes_the_least_loss(bits, group_size, scale_dtype, dtype):
         w = (torch.randn(n, k) ** 3 * torch.rand(n, 1)).to(dtype)
         qdata, scale = reference.quantize(w, bits, group_size, "search", scale_dtype)
         q, got = unpack(qdata, bits, k).double(), scale.double()
-        _, signed = fake_quantize(w, bits, group_size, "signed", torch.float32)
+        _, signed, _ = fake_quantize(w, bits, group_size, "signed", torch.float32)
         size = k if group_size == -1 else group_size
         for j, (group, levels) in enumerate(zip(w.double().split(size, -1), q.split(size, -1), strict=True)):
             factors = torch.tensor([1.0, 0.95, 0.9, 0.85, 0.8, 1.05])
@@ -165,7 +188,7 @@ def test_search_is_better_than_signed():
     w = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
 
     def loss(method):
-        qdata, scale = reference.quantize(w, 4, 64, method, torch.bfloat16)
+        qdata, scale, *zero = reference.quantize(w, 4, 64, method, torch.bfloat16)
         return float(
             (w.abs() * (w - reference.dequantize(qdata, scale, 4, 64, 1024, torch.float32)) ** 2).sum()
         )
@@ -180,12 +203,12 @@ def test_zero_groups(bits, method, dtype):
     w = torch.zeros(3, 100, dtype=dtype)
     w[1, 32:64] = 3.0
     w[2] = -0.0
-    qdata, scale = reference.quantize(w, bits, 32, method, dtype)
-    zero = torch.ones(3, 4, dtype=torch.bool)
-    zero[1, 1] = False
-    assert (scale[zero] == 1).all()
+    qdata, scale, *zero = reference.quantize(w, bits, 32, method, dtype)
+    empty = torch.ones(3, 4, dtype=torch.bool)
+    empty[1, 1] = False
+    assert (scale[empty] == 1).all()
     assert (scale[1, 1] != 1).item()
-    q = unpack(qdata, bits, 100)
+    q = steps_from_zero(qdata, bits, 100, *zero)
     assert q[1, 32:64].all()
     q[1, 32:64] = 0
     assert not q.any()
@@ -201,11 +224,11 @@ def test_subnormal_weights_keep_their_group(bits, method, dtype):
     steps = torch.arange(1, 401, dtype=torch.float64)[:, None] * torch.tensor([[1.0, 0.5, -0.25, 0.0] * 8])
     for sign in (1, -1):
         w = (sign * steps * ulp).to(dtype)
-        qdata, scale = reference.quantize(w, bits, 32, method, dtype)
+        qdata, scale, *zero = reference.quantize(w, bits, 32, method, dtype)
         assert scale.isfinite().all()
         assert scale.all()
-        assert (unpack(qdata, bits, 32)[:, 0] != 0).all()
-        w2 = reference.dequantize(qdata, scale, bits, 32, 32, dtype)
+        assert (steps_from_zero(qdata, bits, 32, *zero)[:, 0] != 0).all()
+        w2 = reference.dequantize(qdata, scale, bits, 32, 32, dtype, *zero)
         assert w2.isfinite().all()
         # There S is itself a rounded fp32 quotient, and may lie below the exact one.
         if dtype != torch.float32:
@@ -220,8 +243,8 @@ def test_subnormal_scale_rounds_away_from_zero(bits, method, dtype):
     ulp = limits.tiny * limits.eps
     w = torch.zeros(1000, 32)
     w[:, 5] = torch.linspace(-1.5, 1.5, 1000) * limits.tiny * 2 ** (bits - 1)
-    qdata, exact = reference.quantize(w, bits, 32, method, torch.float32)
-    qdata, scale = reference.quantize(w, bits, 32, method, dtype)
+    qdata, exact, *_ = reference.quantize(w, bits, 32, method, torch.float32)
+    qdata, scale, *zero = reference.quantize(w, bits, 32, method, dtype)
     exact, scale = exact.double(), scale.double()
     small = exact.abs() < limits.tiny
     assert small.sum() > 400
@@ -235,13 +258,13 @@ def test_subnormal_scale_rounds_away_from_zero(bits, method, dtype):
 def test_overflowing_scale_is_the_largest_finite(method):
     w = torch.full((2, 64), 1e3)
     w[0, :32], w[1, 32] = 3e6, -3e6
-    qdata, scale = reference.quantize(w, 4, 32, method, torch.float16)
-    huge = 65504.0 if method == "absmax" else -65504.0
-    small = 1e3 / (7.5 if method == "absmax" else -8)
+    qdata, scale, *_ = reference.quantize(w, 4, 32, method, torch.float16)
+    huge = -65504.0 if method == "signed" else 65504.0
+    small = 1e3 / {"absmax": 7.5, "signed": -8, "minmax": 15}[method]
     assert scale[0, 0] == huge
     assert scale[1, 1] == 65504.0
     torch.testing.assert_close(scale[[0, 1], [1, 0]].float(), torch.full((2,), small), rtol=2**-11, atol=0)
-    assert unpack(qdata, 4, 64)[0, :32].tolist() == [7 if method == "absmax" else -8] * 32
+    assert unpack(qdata, 4, 64)[0, :32].tolist() == [-8 if method == "signed" else 7] * 32
     assert unpack(qdata, 4, 64)[1, 32] == -8
 
 
@@ -250,7 +273,7 @@ def test_overflowing_scale_is_the_largest_finite(method):
 def test_largest_fp32_does_not_overflow(bits, method):
     largest = torch.finfo(torch.float32).max
     w = torch.tensor([[largest, -largest]])
-    qdata, scale = reference.quantize(w, bits, 32, method, torch.float32)
+    qdata, scale, *zero = reference.quantize(w, bits, 32, method, torch.float32)
     assert scale.isfinite().all()
     if method != "search":  # which finds a scale that loses less
         assert unpack(qdata, bits, 2).tolist() == [[FORMATS[bits].qmax, FORMATS[bits].qmin]]
@@ -262,9 +285,9 @@ def test_largest_fp32_does_not_overflow(bits, method):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf_spoil_their_group_only(bits, method, dtype, bad):
     w = torch.randn(3, 100).to(dtype)
-    clean_qdata, clean_scale = reference.quantize(w, bits, 32, method, dtype)
+    clean_qdata, clean_scale, *clean_zero = reference.quantize(w, bits, 32, method, dtype)
     w[1, 40], w[2, 99] = bad, bad  # a middle group, and the short last one
-    qdata, scale = reference.quantize(w, bits, 32, method, dtype)
+    qdata, scale, *zero = reference.quantize(w, bits, 32, method, dtype)
     spoiled = torch.zeros(3, 4, dtype=torch.bool)
     spoiled[1, 1] = spoiled[2, 3] = True
     assert torch.equal(scale.isnan(), spoiled)
@@ -272,7 +295,7 @@ def test_nan_and_inf_spoil_their_group_only(bits, method, dtype, bad):
     expected = unpack(clean_qdata, bits, 100)
     expected[per_element(spoiled, 32, 100)] = 0
     assert torch.equal(unpack(qdata, bits, 100), expected)
-    w2 = reference.dequantize(qdata, scale, bits, 32, 100, dtype)
+    w2 = reference.dequantize(qdata, scale, bits, 32, 100, dtype, *zero)
     assert torch.equal(w2.isnan(), per_element(spoiled, 32, 100))
 
 
@@ -333,13 +356,14 @@ SHAPES = [
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "n", "k", "group_size"), SHAPES)
-def test_linear_and_linear_dx(bits, dtype, m, n, k, group_size):
-    w = random_planes(n, k, bits=bits, group_size=group_size, dtype=dtype)
+@each_kind
+def test_linear_and_linear_dx(bits, dtype, m, n, k, group_size, method):
+    w = random_planes(n, k, bits=bits, group_size=group_size, dtype=dtype, method=method)
     x, dy, bias = activations(m, k, dtype), activations(m, n, dtype), torch.randn(n).to(dtype)
-    planes = (w.qdata, w.scale)
-    assert_linear_close(reference.linear(x, *planes, None, bits, group_size), x, w.exact())
-    assert_linear_close(reference.linear(x, *planes, bias, bits, group_size), x, w.exact(), bias)
-    assert_linear_close(reference.linear_dx(dy, *planes, bits, group_size, k), dy, w.exact().mT)
+    planes, zero = (w.qdata, w.scale), w.zero
+    assert_linear_close(reference.linear(x, *planes, None, bits, group_size, zero), x, w.exact())
+    assert_linear_close(reference.linear(x, *planes, bias, bits, group_size, zero), x, w.exact(), bias)
+    assert_linear_close(reference.linear_dx(dy, *planes, bits, group_size, k, zero), dy, w.exact().mT)
 
 
 def test_linear_adds_the_bias_before_rounding():
@@ -354,13 +378,14 @@ def test_linear_adds_the_bias_before_rounding():
 @pytest.mark.parametrize("bits", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offs", [[0, 5, 5, 12], [17, 17, 17, 17], [0, 0, 0, 0], [1, 2, 3, 17]])
-def test_grouped_and_grouped_dx(bits, dtype, offs):
+@each_kind
+def test_grouped_and_grouped_dx(bits, dtype, offs, method):
     """Empty experts, first, middle and last; rows that no expert claims are zero."""
-    w = random_planes(4, 5, 100, bits=bits, group_size=32, dtype=dtype)
+    w = random_planes(4, 5, 100, bits=bits, group_size=32, dtype=dtype, method=method)
     x, dy = activations(17, 100, dtype), activations(17, 5, dtype)
     ends = torch.tensor(offs, dtype=torch.int32)
-    y = reference.grouped(x, w.qdata, w.scale, ends, bits, 32)
-    dx = reference.grouped_dx(dy, w.qdata, w.scale, ends, bits, 32, 100)
+    y = reference.grouped(x, w.qdata, w.scale, ends, bits, 32, w.zero)
+    dx = reference.grouped_dx(dy, w.qdata, w.scale, ends, bits, 32, 100, w.zero)
     assert (y.shape, dx.shape) == ((17, 5), (17, 100))
     for e, (start, end) in enumerate(pairwise([0, *offs])):
         assert_linear_close(y[start:end], x[start:end], w.exact()[e])
@@ -373,12 +398,13 @@ def test_grouped_and_grouped_dx(bits, dtype, offs):
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_embedding(bits, group_size, dtype, index_dtype):
-    w = random_planes(9, 100, bits=bits, group_size=group_size, dtype=dtype)
+@each_kind
+def test_embedding(bits, group_size, dtype, index_dtype, method):
+    w = random_planes(9, 100, bits=bits, group_size=group_size, dtype=dtype, method=method)
     table = w.exact().float().to(dtype)
     for indices in (torch.tensor([[8, 0, 3], [3, 3, 1]]), torch.tensor(4), torch.zeros(2, 0)):
         indices = indices.to(index_dtype)
-        got = reference.embedding(indices, w.qdata, w.scale, bits, group_size, 100)
+        got = reference.embedding(indices, w.qdata, w.scale, bits, group_size, 100, w.zero)
         assert torch.equal(got, table[indices])
 
 

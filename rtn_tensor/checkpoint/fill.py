@@ -16,7 +16,7 @@ from rtn_tensor.checkpoint.rows import Rows
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import as_part
-from rtn_tensor.formats import FLOAT_DTYPES, GIVEN
+from rtn_tensor.formats import FLOAT_DTYPES, GIVEN, GIVEN_ASYMMETRIC
 from rtn_tensor.kernels import cpu
 from rtn_tensor.quantize.report import untied_from
 from rtn_tensor.quantize.targets import is_finite
@@ -111,8 +111,10 @@ def _equal(one: Source, other: Source, dtype: torch.dtype) -> bool:
         return kept[0] == kept[1] and one.shape == other.shape and torch.equal(one.private(), other.private())
     a, b = one.view(), other.view()
     if isinstance(a, RTNQuantizedTensor) and isinstance(b, RTNQuantizedTensor):
-        alike = all(getattr(a, name) == getattr(b, name) for name in a.tensor_attribute_names)
-        return alike and torch.equal(a.qdata, b.qdata) and torch.equal(a.scale, b.scale)
+        alike = a.planes.keys() == b.planes.keys() and all(
+            getattr(a, name) == getattr(b, name) for name in a.tensor_attribute_names
+        )
+        return alike and all(torch.equal(plane, b.planes[name]) for name, plane in a.planes.items())
     # A file of torch.save has it once.
     if a.dtype == b.dtype and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
@@ -232,7 +234,7 @@ def _copy(piece: Piece, source: Any, to: Tensor) -> None:
     if isinstance(source, Rows):
         source = source.read()
     if isinstance(source, RTNQuantizedTensor):
-        if isinstance(to, RTNQuantizedTensor) and to.scale_method == GIVEN:
+        if isinstance(to, RTNQuantizedTensor) and to.scale_method in (GIVEN, GIVEN_ASYMMETRIC):
             check_finite(piece.source, source.scale)
             to.copy_(source.to(to.device))
             return

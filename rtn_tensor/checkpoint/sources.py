@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from rtn_tensor.checkpoint.files import Entry, check_regular, parse_json, read_header, weight_files
 from rtn_tensor.checkpoint.rows import Rows
-from rtn_tensor.formats import VERSION, check_version
+from rtn_tensor.formats import check_version
 from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.tensor.attributes import PLANES
 from rtn_tensor.wording import with_article
 
 SAFETENSORS_DTYPES = {
@@ -98,10 +99,13 @@ class ReadOnly:
                 self.memory.madvise(mmap.MADV_WILLNEED, at, min(READ_AHEAD, start + part.nbytes - at))
 
 
-def plane_names(fqn: str) -> list[str]:
-    """What the planes of the quantized weight `fqn` are called in a file, as by torchao."""
+IN_FILES = {"qdata": "qdata", "scale": "scale", "zero": "zero_point"}  # each plane, and its name there
+
+
+def plane_names(fqn: str) -> dict[str, str]:
+    """What each plane of the quantized weight `fqn` is called in a file, as by torchao."""
     module, _, name = fqn.rpartition(".")
-    return [f"{module}._{name}_{plane}" for plane in RTNQuantizedTensor.tensor_data_names]
+    return {plane: f"{module}._{name}_{in_file}" for plane, in_file in IN_FILES.items()}
 
 
 def flattened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -111,13 +115,12 @@ def flattened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     for name, t in tensors.items():
         if isinstance(t, RTNQuantizedTensor):
             about = {attribute: getattr(t, attribute) for attribute in t.tensor_attribute_names}
+            planes = [IN_FILES[plane] for plane in t.planes]
             metadata[name] = json.dumps(
-                {"_type": type(t).__name__, "_data": about, "_tensor_data_names": t.tensor_data_names}
+                {"_type": type(t).__name__, "_data": about, "_tensor_data_names": planes}
             )
-            flat |= {
-                plane: getattr(t, data).contiguous()
-                for plane, data in zip(plane_names(name), t.tensor_data_names, strict=True)
-            }
+            in_file = plane_names(name)
+            flat |= {in_file[plane]: data.contiguous() for plane, data in t.planes.items()}
         else:
             metadata[name] = json.dumps({"_type": "Tensor"})
             flat[name] = t.detach().contiguous()
@@ -130,7 +133,7 @@ def check_attributes(attributes: Any) -> None:
     `check_planes` looks at each."""
     if not isinstance(attributes, dict):
         raise ValueError(f"its attributes are {str(attributes)[:100]}; they must be a JSON object")
-    check_version(attributes.get("version", VERSION))  # of a later one, others are to be expected
+    check_version(attributes.get("version", 1))  # of a later one, others are to be expected
     allowed = RTNQuantizedTensor.tensor_attribute_names
     lacking = sorted({*allowed} - {"transposed", "version"} - {*attributes})
     if unknown := sorted({*attributes} - {*allowed}) or lacking:
@@ -208,17 +211,20 @@ def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
     return tensors, formats
 
 
-def _quantized_source(qdata: Source, scale: Source, fqn: str, attributes: dict) -> Source:
-    planes = (torch.empty(plane.shape, dtype=plane.dtype, device="meta") for plane in (qdata, scale))
+def _quantized_source(planes: Mapping[str, Source], fqn: str, attributes: dict) -> Source:
+    on_meta = {
+        name: torch.empty(plane.shape, dtype=plane.dtype, device="meta") for name, plane in planes.items()
+    }
+    file = planes["qdata"].file
     try:
-        shape = RTNQuantizedTensor(*planes, **attributes).shape
+        shape = RTNQuantizedTensor(**on_meta, **attributes).shape
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{qdata.file}: {fqn}: {error}") from None
+        raise ValueError(f"{file}: {fqn}: {error}") from None
 
     def private() -> Tensor:
-        return RTNQuantizedTensor(qdata.private(), scale.private(), **attributes)
+        return RTNQuantizedTensor(**{name: plane.private() for name, plane in planes.items()}, **attributes)
 
-    return Source(qdata.file, fqn, tuple(shape), scale.dtype, private, private, quantized=True)
+    return Source(file, fqn, tuple(shape), planes["scale"].dtype, private, private, quantized=True)
 
 
 def _unreadable(file: Path, why: str) -> ValueError:
@@ -320,17 +326,23 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
     # has now.
     names = {new(name): name for name in found} if formats else {}
     for fqn, attributes in formats.items():
-        qdata, scale = (found.pop(names.get(plane, ""), None) for plane in plane_names(fqn))
-        if qdata and scale:
-            if fqn in found:
-                raise found[fqn].error(
-                    f"is there twice, quantized as {qdata.name}, too; remove one of the two"
-                )
-            found[fqn] = _quantized_source(qdata, scale, fqn, attributes)
-        elif source := qdata or scale:
-            raise source.error(
-                f"is one of the two planes of {fqn}, and the other is missing; download the checkpoint again"
+        planes = {
+            plane: found.pop(names[in_file])
+            for plane, in_file in plane_names(fqn).items()
+            if in_file in names
+        }
+        if not planes:  # it is shared, and saved under its other name
+            continue
+        if missing := [plane for plane in PLANES if plane not in planes]:
+            raise next(iter(planes.values())).error(
+                f"is a plane of {fqn}, of which {' and '.join(missing)} is missing; download the "
+                "checkpoint again"
             )
+        if fqn in found:
+            raise found[fqn].error(
+                f"is there twice, quantized as {planes['qdata'].name}, too; remove one of the two"
+            )
+        found[fqn] = _quantized_source(planes, fqn, attributes)
     for name, source in found.items():
         if re.fullmatch(r"(.*\.)?_.+_qdata", name) and name.removesuffix("qdata") + "scale" in found:
             raise source.error(
@@ -360,14 +372,16 @@ def saved_attributes(
     """
     found, formats = _read_files(Path(path))
     names = {name: name for name in found}
-    if not {plane_names(fqn)[0] for fqn in formats} <= set(names):
+    if not {plane_names(fqn)["qdata"] for fqn in formats} <= set(names):
         new = renaming()
         names = {new(name): name for name in found}
     attributes = {}
     for fqn in formats:
-        qdata, scale = (found.get(names.get(plane, "")) for plane in plane_names(fqn))
-        if qdata and scale:  # else the weight is shared, and saved under its other name
-            _quantized_source(qdata, scale, fqn, formats[fqn])
-            module, _, name = qdata.name.rpartition(".")
+        planes = {
+            plane: found[names[in_file]] for plane, in_file in plane_names(fqn).items() if in_file in names
+        }
+        if {*PLANES} <= {*planes}:  # else the weight is shared, and saved under its other name
+            _quantized_source(planes, fqn, formats[fqn])
+            module, _, name = planes["qdata"].name.rpartition(".")
             attributes[f"{module}.{name.removeprefix('_').removesuffix('_qdata')}"] = formats[fqn]
     return attributes

@@ -22,7 +22,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling
 # a ctypes.Structure 4.
-ABI = 3
+ABI = 4
 _LINEAR = struct.Struct("=29q")
 _PLANES = struct.Struct("=19q")
 _NO_MEMORY, _REFUSED = -1, -2
@@ -221,12 +221,26 @@ def _linear(
 
 
 def linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
     return _linear(x, qdata, scale, bias, None, bits, group_size)
 
 
-def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
+def grouped(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
+) -> Tensor:
     return _linear(x, qdata, scale, None, offs, bits, group_size)
 
 
@@ -273,8 +287,8 @@ def quantize(
     group_size: int,
     scale_method: str,
     scale_dtype: torch.dtype,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
     *rows, k = w.shape
     qdata, scale = out or (
         torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8),
@@ -294,7 +308,13 @@ def quantize(
 
 
 def dequantize(
-    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
 ) -> Tensor:
     w = torch.empty(*qdata.shape[:-1], k, dtype=dtype)
     if w.numel():
@@ -305,7 +325,15 @@ def dequantize(
     return w
 
 
-def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def embedding(
+    indices: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None = None,
+) -> Tensor:
     w = torch.empty(*indices.shape, k, dtype=scale.dtype)
     if w.numel():
         if not indices.data_ptr():
@@ -332,6 +360,8 @@ def why_not(problem: Problem) -> str | None:
             f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of "
             f"{problem.scale_dtype}."
         )
+    if problem.zero:
+        return "It reads no zero points."
     if problem.bits not in (4, 8):
         return f"It reads 4 and 8 bits, not {problem.bits}."
     return None if library() is not None else _load()[1]

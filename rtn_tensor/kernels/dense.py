@@ -10,22 +10,38 @@ from rtn_tensor.kernels import cpu, triton
 from rtn_tensor.kernels.problem import Kernel, Problem, make_problem
 
 
-def _weight(qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
-    problem = make_problem("dequantize", dtype, qdata.shape[0], k, qdata, scale, bits, group_size)
+def _weight(
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+    zero: Tensor | None,
+) -> Tensor:
+    problem = make_problem("dequantize", dtype, qdata.shape[0], k, qdata, scale, bits, group_size, zero)
     for kernel in (cpu.KERNEL, triton.KERNEL):
         if kernel.why_not(problem) is None:
-            return kernel.dequantize(qdata, scale, bits, group_size, k, dtype)
-    return reference.dequantize(qdata, scale, bits, group_size, k, dtype)
+            return kernel.dequantize(qdata, scale, bits, group_size, k, dtype, zero)
+    return reference.dequantize(qdata, scale, bits, group_size, k, dtype, zero)
 
 
 def linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    return F.linear(x, _weight(qdata, scale, bits, group_size, x.shape[-1], x.dtype), bias)
+    return F.linear(x, _weight(qdata, scale, bits, group_size, x.shape[-1], x.dtype, zero), bias)
 
 
-def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
-    return dy @ _weight(qdata, scale, bits, group_size, k, dy.dtype)
+def linear_dx(
+    dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, zero: Tensor | None = None
+) -> Tensor:
+    return dy @ _weight(qdata, scale, bits, group_size, k, dy.dtype, zero)
 
 
 def why_not(problem: Problem) -> str | None:

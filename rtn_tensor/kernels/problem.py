@@ -26,6 +26,7 @@ class Problem(NamedTuple):
     experts: int | None = None
     # Bytes that the address of qdata (for "quantize", of the float weight) is a multiple of, at most 16.
     alignment: int = 16
+    zero: bool = False  # whether the weight has a plane `zero`
 
 
 def bucket(m: int) -> int:
@@ -67,7 +68,15 @@ def capability(index: int | None) -> tuple[int, int]:
 
 
 def make_problem(
-    op: str, dtype: torch.dtype, m: int, k: int, qdata: Tensor, scale: Tensor, bits: int, group_size: int
+    op: str,
+    dtype: torch.dtype,
+    m: int,
+    k: int,
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
 ) -> Problem:
     """The `Problem` of running `op` over `m` rows with the weight in these planes. M is rounded up to a power
     of two, so that few choices are ever made."""
@@ -87,6 +96,7 @@ def make_problem(
         k,
         qdata.size(0) if dims > 2 else None,
         (address & -address & 15) or 16,
+        zero is not None,
     )
 
 
@@ -116,7 +126,7 @@ class Kernel:
     grouped_dx: Callable[..., Tensor] = _LACKING
     routed: Callable[..., Tensor] = _LACKING
     embedding: Callable[..., Tensor] = _LACKING
-    quantize: Callable[..., tuple[Tensor, Tensor]] = _LACKING
+    quantize: Callable[..., tuple[Tensor, ...]] = _LACKING
     dequantize: Callable[..., Tensor] = _LACKING
 
 

@@ -186,6 +186,7 @@ def explain(
             weight.scale,
             weight.bits,
             weight.group_size,
+            weight.zero,
         )
     else:
         device = device_of(device)

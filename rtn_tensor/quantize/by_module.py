@@ -61,8 +61,8 @@ class InFiles:
     def put(self, places: Sequence[Target], rounded: Rounding) -> None:
         target = places[0]
         q, planes = rounded(float_weight(target), target.config), self._planes[target.fqn]
-        planes.qdata.copy_(q.qdata)
-        planes.scale.copy_(q.scale)
+        for name, plane in planes.planes.items():
+            plane.copy_(q.planes[name])
 
 
 class Refining:
@@ -157,15 +157,26 @@ class Refining:
             parts = w if w.dim() == 3 else w[None]
             done = [self._refined(target.fqn, part, config, found.get(e)) for e, part in enumerate(parts)]
             self._note(target.fqn, [one for one in done if isinstance(one, Rounded)], len(done))
-            planes = (torch.stack([one[i] for one in done]).view(*w.shape[:-1], -1) for i in range(2))
+            of_parts = (one.planes if isinstance(one, Rounded) else one for one in done)
+            qdata, scale, *zero = (
+                torch.stack(plane).view(*w.shape[:-1], -1) for plane in zip(*of_parts, strict=True)
+            )
             return RTNQuantizedTensor(
-                *planes, config.bits, config.group_size, config.scale_method, w.shape[-1]
+                qdata,
+                scale,
+                config.bits,
+                config.group_size,
+                config.scale_method,
+                w.shape[-1],
+                zero=zero[0] if zero else None,
             )
 
         # The one whose module was reached first: of it the float weight is there.
         self._weights.put(sorted(places, key=lambda t: t is not target), rounded)
 
-    def _refined(self, fqn: str, w_NK: Tensor, config: RTNConfig, moments: Moments | None) -> tuple:
+    def _refined(
+        self, fqn: str, w_NK: Tensor, config: RTNConfig, moments: Moments | None
+    ) -> Rounded | Sequence[Tensor]:
         """The planes of one matrix, and the errors where its inputs are known."""
         if moments is None or moments.count < FEW:
             return ops.quantize(w_NK, config.bits, config.group_size, config.scale_method, w_NK.dtype)

@@ -123,7 +123,7 @@ def report(model: nn.Module) -> Report:
         w = held(whole)
         quantized = isinstance(w, RTNQuantizedTensor)
         before = w.numel() * w.dtype.itemsize
-        after = w.qdata.nbytes + w.scale.nbytes if quantized else before
+        after = w.nbytes if quantized else before
         if id(whole) in first:
             note, before, after = f"shared with {first[id(whole)]}", 0, 0
         elif quantized and untied_from(whole):

@@ -1,6 +1,7 @@
 """Rounding that makes up for itself: each column's error is spread over the columns that are still to be
 rounded, as the inputs' second moments say (GPTQ: Frantar et al., arXiv 2210.17323)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from rtn_tensor import ops, reference
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import FORMATS, pack, unpack
+from rtn_tensor.formats import FORMATS, Format, pack, unpack
 
 DAMPING = 0.01  # of the moments' mean diagonal; ten times as much until the factorization succeeds
 CHUNK = 1 << 22  # elements whose scales are searched at once: 16 MB in fp32, a dozen times
@@ -53,14 +54,17 @@ def spread(moments: Tensor) -> Spread:
         damping *= 10
 
 
-def round_columns(w_NK: Tensor, scale_NK: Tensor, by: Spread, qmin: int, qmax: int) -> Tensor:
-    """The integers q [N, K] of `w_NK` by the scales of its elements, all in fp32.
+def round_columns(
+    w_NK: Tensor, scale_NK: Tensor, by: Spread, fmt: Format, zero_NK: Tensor | None = None
+) -> Tensor:
+    """The integers q - zero [N, K] of `w_NK` by the scales, and zero points, of its elements, all in fp32.
 
-    Column j is rounded, q = clamp(rint(w / S)), and every later column k takes -(w_j - q S) U_jk / U_jj.
-    Where H is a multiple of the identity, that is plain rounding.
+    Column j is rounded, q - zero = clamp(rint(w / S)), and every later column k takes -(w_j - w'_j) U_jk /
+    U_jj. Where H is a multiple of the identity, that is plain rounding.
     """
     # Columns as rows: each then lies whole.
     w_KN, scale_KN = (t.T[by.order].contiguous() for t in (w_NK, scale_NK))
+    shift_KN = None if zero_NK is None else zero_NK.T[by.order].contiguous()
     q_KN = torch.empty_like(w_KN)
     upper, k = by.upper, len(by.order)
     for start in range(0, k, COLUMNS):
@@ -68,7 +72,11 @@ def round_columns(w_NK: Tensor, scale_NK: Tensor, by: Spread, qmin: int, qmax: i
         errors = torch.empty_like(w_KN[start:end])
         for j in range(start, end):
             q = q_KN[j]
-            torch.div(w_KN[j], scale_KN[j], out=q).round_().clamp_(qmin, qmax)
+            torch.div(w_KN[j], scale_KN[j], out=q).round_()
+            if shift_KN is None:
+                q.clamp_(fmt.qmin, fmt.qmax)
+            else:
+                q.clamp_(fmt.qmin - shift_KN[j], fmt.qmax - shift_KN[j])
             error = torch.addcmul(w_KN[j], q, scale_KN[j], value=-1, out=errors[j - start]).div_(upper[j, j])
             w_KN[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
         w_KN[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
@@ -85,8 +93,7 @@ def objective(error_NK: Tensor, moments_KK: Tensor) -> float:
 class Rounded(NamedTuple):
     """The planes of a weight [N, K], and the square error of its outputs by them and by plain rounding."""
 
-    qdata: Tensor
-    scale: Tensor
+    planes: Sequence[Tensor]
     error: float
     plain_error: float
 
@@ -130,24 +137,28 @@ def refine(w_NK: Tensor, config: RTNConfig, by: Spread) -> Rounded:
     fmt, k = FORMATS[config.bits], w_NK.shape[1]
     wide_NK = w_NK.float()
 
-    def error(q_NK: Tensor, scale: Tensor) -> float:
+    def error(steps_NK: Tensor, scale: Tensor) -> float:
         of_columns = _of_columns(scale, config.group_size, k)
-        return objective(torch.addcmul(wide_NK, q_NK, of_columns, value=-1), by.moments)
+        return objective(torch.addcmul(wide_NK, steps_NK, of_columns, value=-1), by.moments)
 
-    qdata, scale = ops.quantize(w_NK, config.bits, config.group_size, config.scale_method, w_NK.dtype)
-    best = Rounded(qdata, scale, plain := error(unpack(qdata, config.bits, k).float(), scale), plain)
+    qdata, scale, *zero = ops.quantize(w_NK, config.bits, config.group_size, config.scale_method, w_NK.dtype)
+    zero_NK = _of_columns(zero[0], config.group_size, k) if zero else None
+    q_NK = unpack(qdata, config.bits, k).float()
+    plain = error(q_NK if zero_NK is None else q_NK - zero_NK, scale)
+    best = Rounded((qdata, scale, *zero), plain, plain)
     if config.scale_method == "search":
         scale = _searched(w_NK, config, by.moments.diagonal())
-    q_NK = round_columns(wide_NK, _of_columns(scale, config.group_size, k), by, fmt.qmin, fmt.qmax)
+    steps_NK = round_columns(wide_NK, _of_columns(scale, config.group_size, k), by, fmt, zero_NK)
     if config.scale_method == "search":
-        scale = fit_scales(wide_NK, q_NK, scale, config.group_size, by)
-    if (refined := error(q_NK, scale)) < plain:
-        best = Rounded(pack(q_NK.to(torch.int8), config.bits), scale, refined, plain)
+        scale = fit_scales(wide_NK, steps_NK, scale, config.group_size, by)
+    if (refined := error(steps_NK, scale)) < plain:
+        q_NK = steps_NK if zero_NK is None else steps_NK + zero_NK
+        best = Rounded((pack(q_NK.to(torch.int8), config.bits), scale, *zero), refined, plain)
     return best
 
 
 def _of_columns(scale: Tensor, group_size: int, k: int) -> Tensor:
-    """The scale of each element, [N, K] fp32."""
+    """The scale, or zero point, of each element, [N, K] fp32."""
     if group_size == -1:
         return scale.float().expand(-1, k)
     return scale.float().repeat_interleave(group_size, 1)[:, :k]

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 PLANES = ["qdata", "scale"]
+OPTIONAL_PLANES = ["zero"]  # which lie beside the scales, as many numbers as there are of these
 FORMAT = ["bits", "group_size", "scale_method", "in_features", "transposed", "version"]
 # What a copy or view has of its own.
 _MADE_ANEW = {
     *PLANES,
+    *OPTIONAL_PLANES,
     *FORMAT,
     "_is_param",
     "_is_flat",

@@ -8,19 +8,19 @@ from torch import Tensor
 
 from rtn_tensor import _torch
 from rtn_tensor.tensor.callers import callers
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor, aten, on_op, rebuilt
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor, aten, by_plane, on_op, rebuilt
 from rtn_tensor.tensor.views import join_op
 
 
-def _by_plane(func, args: tuple, kwargs: dict) -> list[Any]:
-    """What `func` gives for each plane of the quantized tensors among its arguments."""
-    return [
-        func(
-            *_torch.tree_map_only(RTNQuantizedTensor, lambda w, plane=plane: getattr(w, plane), args),
-            **kwargs,
+def _by_plane(func, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What `func` gives for each plane of the quantized tensors among its arguments, which have the same."""
+    w = next(t for t in _torch.tree_leaves(args) if isinstance(t, RTNQuantizedTensor))
+    return {
+        name: func(
+            *_torch.tree_map_only(RTNQuantizedTensor, lambda w, name=name: w.planes[name], args), **kwargs
         )
-        for plane in RTNQuantizedTensor.tensor_data_names
-    ]
+        for name in w.planes
+    }
 
 
 if torch.distributed.is_available():
@@ -38,7 +38,7 @@ if torch.distributed.is_available():
                 "tensors for it on the other ranks; "
                 "use rtn_tensor.load_from_rank0(model, state_dict)"
             )
-        *others, (_, work) = _by_plane(func, args, kwargs)
+        *others, (_, work) = _by_plane(func, args, kwargs).values()
         for _, other in others:
             other.wait()
         return args[0], work
@@ -47,11 +47,10 @@ if torch.distributed.is_available():
     def gather_or_broadcast(func, types, args, kwargs):
         """Each plane is waited for before the next is sent: gloo corrupts the heap where two are gathered at
         once (torch 2.11 to 2.13)."""
-        w = args[0]
         # Some columns of a weight, say, which torch 2.11 does not gather.
-        w = rebuilt(w, w.qdata.contiguous(), w.scale.contiguous())
+        w = by_plane(args[0], Tensor.contiguous)
         return rebuilt(
-            w, *_by_plane(lambda *a, **k: functional.wait_tensor(func(*a, **k)), (w, *args[1:]), kwargs)
+            w, _by_plane(lambda *a, **k: functional.wait_tensor(func(*a, **k)), (w, *args[1:]), kwargs)
         )
 
     @on_op([functional.wait_tensor.default, functional._wrap_tensor_autograd.default])
@@ -111,8 +110,7 @@ def pad_rows(func, types, args, kwargs):
         raise NotImplementedError(
             f"{type(w).__name__} pads its rows with zeros only, not {list(pad)} with {value}"
         )
-    qdata, scale = _by_plane(func, args, kwargs)
-    return rebuilt(w, qdata, scale)
+    return rebuilt(w, _by_plane(func, args, kwargs))
 
 
 def _sends_a_state_dict() -> bool:

@@ -11,12 +11,14 @@ from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import return_and_correct_aliasing
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.reference import round_scale
+from rtn_tensor.tensor.attributes import FORMAT, OPTIONAL_PLANES, PLANES
 from rtn_tensor.tensor.callers import called_by
 from rtn_tensor.tensor.errors import named_error, or_float
 from rtn_tensor.tensor.layout import new_planes
 from rtn_tensor.tensor.quantized import (
     RTNQuantizedTensor,
     aten,
+    by_plane,
     check_dtype,
     format_of,
     on_function,
@@ -28,21 +30,16 @@ from rtn_tensor.wording import with_article
 
 @on_op([aten.detach.default, aten.alias.default, aten.clone.default])
 def alias_or_clone_op(func, types, args, kwargs):
-    w = args[0]
     # Planes are always laid out row by row, whatever memory format is asked for.
-    planes = (func(p) for p in (w.qdata, w.scale))
-    out = rebuilt(w, *planes)
+    out = by_plane(args[0], func)
     return out if func is aten.clone.default else return_and_correct_aliasing(func, args, kwargs, out)
 
 
 @on_function(Tensor.contiguous)
 def contiguous(func, types, args, kwargs):
     w = args[0]
-    return (
-        w
-        if w.qdata.is_contiguous() and w.scale.is_contiguous()
-        else rebuilt(w, w.qdata.contiguous(), w.scale.contiguous())
-    )
+    whole = all(plane.is_contiguous() for plane in w.planes.values())
+    return w if whole else by_plane(w, Tensor.contiguous)
 
 
 def converted_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -70,8 +67,8 @@ def dequantize_op(func, types, args, kwargs):
 def to_copy_op(func, types, args, kwargs):
     w = args[0]
     to = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking", "pin_memory")}
-    scale = converted_scale(w, kwargs.get("dtype") or w.scale.dtype)
-    return rebuilt(w, func(w.qdata, **to), func(scale, **to))
+    planes = w.planes | {"scale": converted_scale(w, kwargs.get("dtype") or w.scale.dtype)}
+    return rebuilt(w, {name: func(plane, **to) for name, plane in planes.items()})
 
 
 @on_op(aten.copy_.default)
@@ -92,16 +89,17 @@ def copy_op(func, types, args, kwargs):
             "scale; copy whole rows",
         )
     if isinstance(src, RTNQuantizedTensor):
-        if (dst.bits, dst.group_size, dst.transposed) != (src.bits, src.group_size, src.transposed):
+        formats = [(w.bits, w.group_size, w.transposed, [*w.planes]) for w in (dst, src)]
+        if formats[0] != formats[1]:
             raise named_error(
                 dst,
                 f"cannot copy_ {src!r} into {dst!r}: the formats differ; copy_ from src.dequantize() to "
                 "requantize",
                 TypeError,
             )
-        scale = converted_scale(src, dst.scale.dtype)
-        dst.qdata.copy_(src.qdata)
-        dst.scale.copy_(scale)
+        planes = src.planes | {"scale": converted_scale(src, dst.scale.dtype)}
+        for name, plane in dst.planes.items():
+            plane.copy_(planes[name])
     else:
         if why := registration.unfit(src):
             raise named_error(dst, f"the tensor to copy is {why}", TypeError)
@@ -117,7 +115,11 @@ def copy_op(func, types, args, kwargs):
         w = src.to(dst.qdata.device)
         check_dtype(w.dtype, dst)
         ops.quantize_(
-            w.mT if dst.transposed else w, dst.qdata, dst.scale, dst.bits, dst.group_size, dst.scale_method
+            w.mT if dst.transposed else w,
+            [*dst.planes.values()],
+            dst.bits,
+            dst.group_size,
+            dst.scale_method,
         )
     return dst
 
@@ -158,8 +160,8 @@ def arithmetic_op(func, types, args, kwargs):
     # What is quantized twice is another number; so rows that stay as they are keep their bits, as where an
     # optimizer adds zeros.
     changed = (after != before).any(-2 if w.transposed else -1)[..., None]
-    w.qdata.copy_(torch.where(changed, fresh.qdata, w.qdata))
-    w.scale.copy_(torch.where(changed, fresh.scale, w.scale))
+    for name, plane in w.planes.items():
+        plane.copy_(torch.where(changed, fresh.planes[name], plane))
     return w
 
 
@@ -209,8 +211,8 @@ def new_op(func, types, args, kwargs):
     check_dtype(dtype, w)
     to = {"device": kwargs.get("device") or w.qdata.device, "pin_memory": kwargs.get("pin_memory") or False}
     factory = torch.zeros if func in (aten.zeros_like.default, aten.new_zeros.default) else torch.empty
-    planes = new_planes(factory, shape, w.bits, w.group_size, dtype, **to)
-    new = rebuilt(w, *planes, in_features=shape[-1])
+    planes = new_planes(factory, shape, w.bits, w.group_size, dtype, w.zero is not None, **to)
+    new = rebuilt(w, planes, in_features=shape[-1])
     # FSDP2 asks for a shard with its padding, and then for the part that is no padding.
     if func == aten.new_zeros.default:
         new._padded_rows = shape[0]
@@ -225,19 +227,18 @@ def equal_op(func, types, args, kwargs):
     return (
         a.shape == b.shape
         and format_of(a) == format_of(b)
-        and a.qdata.equal(b.qdata)
-        and a.scale.equal(b.scale)
+        and all(plane.equal(b.planes[name]) for name, plane in a.planes.items())
     )
 
 
 @on_op(aten.is_pinned.default)
 def is_pinned_op(func, types, args, kwargs):
-    return args[0].qdata.is_pinned() and args[0].scale.is_pinned()
+    return all(plane.is_pinned() for plane in args[0].planes.values())
 
 
 @on_op(aten._pin_memory.default)
 def pin_memory_op(func, types, args, kwargs):
-    return rebuilt(args[0], args[0].qdata.pin_memory(), args[0].scale.pin_memory())
+    return by_plane(args[0], Tensor.pin_memory)
 
 
 @on_function(Tensor.data.__get__)  # type: ignore[attr-defined]
@@ -275,11 +276,12 @@ def set_data(func, types, args, kwargs):
         if new.shape != w.shape:
             rows = min(len(new), len(w))
             kept = (new[:rows] == w[:rows].dequantize(new.dtype)).all(-1).nonzero().flatten()
-            fresh.qdata[kept], fresh.scale[kept] = w.qdata[kept], w.scale[kept].to(new.dtype)
+            for name, plane in fresh.planes.items():
+                plane[kept] = w.planes[name][kept].to(plane.dtype)
         new = fresh.mT if w.transposed else fresh
     with _torch.without_overrides():
         func(w, new)  # size, strides, dtype and device
-    for name in (*w.tensor_data_names, *w.tensor_attribute_names, "_shares_scale"):
+    for name in (*PLANES, *OPTIONAL_PLANES, *FORMAT, "_shares_scale"):
         setattr(w, name, getattr(new, name))
 
 
@@ -324,14 +326,14 @@ def get_base(func, types, args, kwargs):
 
 @on_function(Tensor.share_memory_)
 def share_memory(func, types, args, kwargs):
-    args[0].qdata.share_memory_()
-    args[0].scale.share_memory_()
+    for plane in args[0].planes.values():
+        plane.share_memory_()
     return args[0]
 
 
 @on_function(Tensor.is_shared)
 def is_shared(func, types, args, kwargs):
-    return args[0].qdata.is_shared() and args[0].scale.is_shared()
+    return all(plane.is_shared() for plane in args[0].planes.values())
 
 
 @on_function(Tensor.data_ptr)

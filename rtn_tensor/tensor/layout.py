@@ -10,11 +10,18 @@ from rtn_tensor.formats import FORMATS, groups
 
 
 def new_planes(
-    factory, shape: Sequence[int], bits: int, group_size: int, dtype: torch.dtype, **kwargs
-) -> tuple[Tensor, Tensor]:
+    factory, shape: Sequence[int], bits: int, group_size: int, dtype: torch.dtype, zero: bool, **kwargs
+) -> dict[str, Tensor]:
+    """The planes of a weight of `shape`, by name, with one of zero points or without."""
     *rows, k = shape
-    qdata = factory((*rows, FORMATS[bits].row_bytes(k)), dtype=torch.uint8, **kwargs)
-    return qdata, factory((*rows, groups(k, group_size)), dtype=dtype, **kwargs)
+    of_groups = {"scale": dtype} | ({"zero": torch.int8} if zero else {})
+    return {
+        "qdata": factory((*rows, FORMATS[bits].row_bytes(k)), dtype=torch.uint8, **kwargs),
+        **{
+            name: factory((*rows, groups(k, group_size)), dtype=of, **kwargs)
+            for name, of in of_groups.items()
+        },
+    }
 
 
 def contiguous_strides(shape: Sequence[int]) -> list[int]:

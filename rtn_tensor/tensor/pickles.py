@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from rtn_tensor.formats import VERSION
-from rtn_tensor.tensor.attributes import FORMAT, PLANES
+from rtn_tensor.formats import check_version
+from rtn_tensor.tensor.attributes import FORMAT, OPTIONAL_PLANES, PLANES
 from rtn_tensor.wording import with_article
 
 
@@ -19,7 +19,7 @@ def set_state(w: Any, state: Any) -> None:
         state = state[0]
     names = [*PLANES, *FORMAT]
     if not isinstance(state, dict) or (
-        missing := [name for name in names if name not in {"version": VERSION, **state}]
+        missing := [name for name in names if name not in {"version": 1, **state}]
     ):
         lacking = (
             f"lacks {', '.join(missing)}"
@@ -30,9 +30,10 @@ def set_state(w: Any, state: Any) -> None:
             f"the state of {with_article(type(w).__name__)} {lacking}; the file is damaged, "
             "or of another library"
         )
-    state = {"version": VERSION, **state}
-    made = type(w)(*(state[name] for name in names))
-    for plane in (made.qdata, made.scale):
+    state = {"version": 1, **state}
+    check_version(state["version"])  # what is new is made without one
+    made = type(w)(*(state[name] for name in names), **{name: state.get(name) for name in OPTIONAL_PLANES})
+    for plane in made.planes.values():
         # Rows of one memory would make a tensor of any size from a file of a few bytes.
         if not plane.is_meta and plane.nbytes > plane.untyped_storage().nbytes():
             raise ValueError(

@@ -129,7 +129,7 @@ def _check_indices(what: str, t: Tensor, w: RTNQuantizedTensor) -> None:
 def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_features: bool) -> Tensor:
     """x @ w'^T + bias where `over_in_features`, else x @ w' + bias, with w' `[N, K]` as the planes hold
     it."""
-    qdata, scale = w.qdata, w.scale
+    qdata, scale, zero = w.qdata, w.scale, w.zero
     if qdata.dim() != 2:
         raise named_error(
             w,
@@ -142,9 +142,9 @@ def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_feat
     if over_in_features:
         # Only a bias [N] is fused: addmm may bring one of another shape.
         fused = bias if bias is not None and bias.shape == (qdata.shape[0],) else None
-        y = ops.linear(x, qdata, scale, fused, w.bits, w.group_size)
+        y = ops.linear(x, qdata, scale, fused, w.bits, w.group_size, zero)
         return y if bias is None or fused is bias else _plus(y, bias, w)
-    y = ops.linear_dx(x, qdata, scale, w.bits, w.group_size, w.in_features)
+    y = ops.linear_dx(x, qdata, scale, w.bits, w.group_size, w.in_features, zero)
     return y if bias is None else _plus(y, bias, w)
 
 
@@ -244,9 +244,9 @@ def _grouped_mm(
     a = _check_operand(a, b, b.shape[-2])
     _check_indices("offs", offs, b)
     if b.transposed:
-        y = ops.grouped(a, b.qdata, b.scale, offs, b.bits, b.group_size)
+        y = ops.grouped(a, b.qdata, b.scale, offs, b.bits, b.group_size, b.zero)
     else:
-        y = ops.grouped_dx(a, b.qdata, b.scale, offs, b.bits, b.group_size, b.in_features)
+        y = ops.grouped_dx(a, b.qdata, b.scale, offs, b.bits, b.group_size, b.in_features, b.zero)
     if bias is not None:
         y = _plus(y, _check_bias(bias, y, b), b)
     return y if out_dtype is None else y.to(out_dtype)
@@ -275,7 +275,13 @@ def _embedding(
         raise named_error(weight, f"padding_idx={padding_idx} is out of range: the weight has {rows} rows")
     try:
         return ops.embedding(
-            input, weight.qdata, weight.scale, weight.bits, weight.group_size, weight.in_features
+            input,
+            weight.qdata,
+            weight.scale,
+            weight.bits,
+            weight.group_size,
+            weight.in_features,
+            weight.zero,
         )
     except IndexError as error:
         raise named_error(weight, str(error), IndexError) from None

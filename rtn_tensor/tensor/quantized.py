@@ -3,6 +3,7 @@ knows."""
 
 import functools
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from torchao.utils import TorchAOBaseTensor
 
 from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import is_batchedtensor, tree_leaves, tree_map_only
-from rtn_tensor.formats import FLOAT_DTYPES, VERSION, check_format, check_planes, or_default
+from rtn_tensor.formats import (
+    ASYMMETRIC,
+    FLOAT_DTYPES,
+    check_format,
+    check_planes,
+    or_default,
+    version_of,
+)
 from rtn_tensor.tensor import sharding
 from rtn_tensor.tensor.attributes import FORMAT, PLANES, ParameterLike, carried
 from rtn_tensor.tensor.callers import is_computed_anew
@@ -31,12 +39,15 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         qdata: `[..., N, B]` uint8, the packed integers (`rtn_tensor.formats` gives the order); B = 16 *
             ceil(K * bits / 128).
         scale: `[..., N, G]`, G = ceil(K / group_size), in the dtype that the tensor shows as its own.
+        zero: `[..., N, G]` int8, the integer that stands for 0 in each group, of an asymmetric weight; else
+            None.
         bits: as in `RTNConfig`.
         group_size: as there.
         scale_method: as there.
         in_features: K.
         transposed: whether the tensor's last two dims stand swapped, as after `t()`; the planes never move.
-        version: of what the planes mean; a later one than this library's is refused.
+        version: of what the planes mean, the earliest that has them all; a later one than this library's is
+            refused.
 
     The tensor has the shape and dtype of the weight it stands for, never requires a gradient (asking for one
     is ignored), passes gradients to its inputs, and gives views that alias it. Rows (and leading dims) slice
@@ -51,16 +62,19 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
     __module__ = "rtn_tensor.tensor"  # where every pickle that was ever written looks for it
 
     tensor_data_names = PLANES
+    # For torchao's writer of safetensors: transformers reads planes of a few names only, and this is the one.
+    optional_tensor_data_names = ["zero_point"]
     tensor_attribute_names = FORMAT
 
     qdata: Tensor
     scale: Tensor
+    zero: Tensor | None = None
     bits: int
     group_size: int
     scale_method: str
     in_features: int
     transposed: bool
-    version: int = VERSION
+    version: int = 1
     # What is known of the weight beside its numbers, where it is: what its model calls it; the names that it
     # was shared with, whose weight stayed float; the rows of its shard, with FSDP2's padding. Like what users
     # set, it goes along with each copy and view.
@@ -76,25 +90,57 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
 
     @staticmethod
     def __new__(
-        cls, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION
+        cls,
+        qdata,
+        scale,
+        bits,
+        group_size,
+        scale_method,
+        in_features,
+        transposed=False,
+        version=None,
+        zero=None,
     ):
         # A compiler may hold these two as symbols.
         bits, group_size = (int(n) if isinstance(n, torch.SymInt) else n for n in (bits, group_size))
-        check_planes(qdata, scale, bits, group_size, in_features, scale_method, transposed, version)
+        version = version_of(zero) if version is None else version
+        check_planes(qdata, scale, bits, group_size, in_features, scale_method, transposed, version, zero)
         layout = layout_of(qdata, bits, in_features, transposed)
         return _torch.wrapper(cls, *layout, dtype=scale.dtype, device=qdata.device)
 
     def __init__(
-        self, qdata, scale, bits, group_size, scale_method, in_features, transposed=False, version=VERSION
+        self,
+        qdata,
+        scale,
+        bits,
+        group_size,
+        scale_method,
+        in_features,
+        transposed=False,
+        version=None,
+        zero=None,
     ):
         self.qdata = qdata
         self.scale = scale
+        if zero is not None:
+            self.zero = zero
         self.bits = int(bits)
         self.group_size = int(group_size)
         self.scale_method = scale_method
         self.in_features = in_features
         self.transposed = transposed
-        self.version = version
+        self.version = version_of(zero) if version is None else version
+
+    @property
+    def planes(self) -> dict[str, Tensor]:
+        """The planes that there are, by name."""
+        planes = {"qdata": self.qdata, "scale": self.scale}
+        return planes if self.zero is None else planes | {"zero": self.zero}
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        """`zero`, by the name that it has in files."""
+        return self.zero
 
     @classmethod
     def from_float(
@@ -136,8 +182,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
             )
         for got in (w.dtype, dtype or w.dtype):
             check_dtype(got)
-        qdata, scale = ops.quantize(w, bits, group_size, scale_method, dtype or w.dtype)
-        return cls(qdata, scale, bits, group_size, scale_method, w.shape[-1])
+        qdata, scale, *zero = ops.quantize(w, bits, group_size, scale_method, dtype or w.dtype)
+        return cls(qdata, scale, bits, group_size, scale_method, w.shape[-1], zero=zero[0] if zero else None)
 
     @classmethod
     def empty(
@@ -155,12 +201,14 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         check_dtype(dtype)
         if not shape or not all(isinstance(n, int | torch.SymInt) for n in shape):
             raise TypeError(f"shape is {shape}; give its sizes one by one, as in empty(4096, 1024)")
-        planes = new_planes(torch.empty, shape, bits, group_size, dtype, device=device)
-        return cls(*planes, bits, group_size, scale_method, shape[-1])
+        zero = scale_method in ASYMMETRIC
+        planes = new_planes(torch.empty, shape, bits, group_size, dtype, zero, device=device)
+        made: Any = dict(zip(FORMAT, (bits, group_size, scale_method, shape[-1]), strict=False))
+        return cls(**planes, **made)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The plain tensor q * S, computed in fp32 and rounded once to `dtype` (by default the tensor's), in
-        its shape.
+        """The plain tensor (q - zero) * S, computed in fp32 and rounded once to `dtype` (by default the
+        tensor's), in its shape.
 
         Raises:
             TypeError: `dtype` is none of floats.
@@ -172,7 +220,13 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
                 TypeError,
             )
         w = ops.dequantize(
-            self.qdata, self.scale, self.bits, self.group_size, self.in_features, dtype or self.scale.dtype
+            self.qdata,
+            self.scale,
+            self.bits,
+            self.group_size,
+            self.in_features,
+            dtype or self.scale.dtype,
+            self.zero,
         )
         return w.mT if self.transposed else w
 
@@ -183,19 +237,21 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         if flat is None:
             attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
             attributes["scale_method"] = _MethodOf(self)
-            flat = self._flat = self.tensor_data_names, tuple(attributes.values())
+            flat = self._flat = [*self.planes], tuple(attributes.values())
         return flat
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # Of the class: `swap_tensors` sets `__class__`.
-        if name in RTNQuantizedTensor.tensor_attribute_names or name == "fqn":
+        if name in RTNQuantizedTensor.tensor_attribute_names or name in ("fqn", "zero"):
             vars(self).pop("_flat", None)
 
     # Before a copy or a file is made of all that lies on the tensor.
     def _clear_non_serializable_cached_data(self) -> None:
         super()._clear_non_serializable_cached_data()
         vars(self).pop("_flat", None)
+        if self.zero is None:  # as of a weight that never had any
+            vars(self).pop("zero", None)
 
     @classmethod
     def __tensor_unflatten__(cls, tensor_data_dict, tensor_attributes, outer_size, outer_stride):
@@ -228,8 +284,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
     def _stable_hash_for_caching(self) -> str:
         """What a compiled graph depends on, for torch's cache of them on disk."""
         planes = [
-            (p.dtype, tuple(p.shape), p.stride(), p.storage_offset(), p.device)
-            for p in (self.qdata, self.scale)
+            (p.dtype, tuple(p.shape), p.stride(), p.storage_offset(), p.device) for p in self.planes.values()
         ]
         attributes = [getattr(self, name) for name in self.tensor_attribute_names]
         return hashlib.sha256(
@@ -242,7 +297,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
     @property
     def nbytes(self) -> int:
         """Bytes of the planes."""
-        return self.qdata.nbytes + self.scale.nbytes
+        return sum(plane.nbytes for plane in self.planes.values())
 
     def element_size(self) -> float:  # type: ignore[override]
         """Bytes per element, a fraction (0.53125 for 4 bits and one 16-bit scale per 64), so that numel() *
@@ -373,17 +428,22 @@ class _MethodOf(str):
         return str, (str(self),)
 
 
-def rebuilt(w: RTNQuantizedTensor, qdata: Tensor, scale: Tensor, **changed: Any) -> RTNQuantizedTensor:
+def rebuilt(w: RTNQuantizedTensor, planes: Mapping[str, Tensor], **changed: Any) -> RTNQuantizedTensor:
     """A tensor of `w`'s format over other planes; what users set on `w` and what is known of it go along."""
     attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
     # torch refuses an inference tensor as a view of one that is none, which `w.t()` would be in inference
     # mode.
     with torch.inference_mode(w.is_inference()):
-        new = type(w)(qdata, scale, **attributes)
+        new = type(w)(**planes, **attributes)
     vars(new).update(carried(vars(w)))
-    if w._shares_scale and _torch.is_alias_of(scale, w.scale):  # a copy has a scale of its own
+    if w._shares_scale and _torch.is_alias_of(planes["scale"], w.scale):  # a copy has a scale of its own
         new._shares_scale = True
     return new
+
+
+def by_plane(w: RTNQuantizedTensor, change: Callable[[Tensor], Tensor], **changed: Any) -> RTNQuantizedTensor:
+    """`rebuilt` over what `change` makes of each plane."""
+    return rebuilt(w, {name: change(plane) for name, plane in w.planes.items()}, **changed)
 
 
 def dim_of_planes(w: RTNQuantizedTensor, dim: int) -> int:
@@ -399,4 +459,4 @@ def is_packed(w: RTNQuantizedTensor, dim: int) -> bool:
 
 
 def format_of(w: RTNQuantizedTensor) -> tuple:
-    return w.bits, w.group_size, w.scale_method, w.transposed, w.scale.dtype
+    return w.bits, w.group_size, w.scale_method, w.transposed, w.scale.dtype, [*w.planes]

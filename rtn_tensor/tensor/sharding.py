@@ -17,7 +17,7 @@ def pre_all_gather(w: Any, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
     """What FSDP2 gathers of a shard: the planes, padded as those of the other ranks are (0.26 of a bf16
     weight at int4)."""
     rows = getattr(w, "_padded_rows", len(w.qdata))
-    planes = tuple(padded_plane(plane, rows) for plane in (w.qdata, w.scale))
+    planes = tuple(padded_plane(plane, rows) for plane in w.planes.values())
     attributes = {name: getattr(w, name) for name in FORMAT}
     if mesh.size() > 1:
         return planes, (attributes, None)
@@ -32,14 +32,16 @@ def post_all_gather(w: Any, outputs: Any, metadata: Any, param_dtype: Any, *, ou
     """The whole tensor over the gathered planes, its scale in the dtype that a MixedPrecisionPolicy asks
     for."""
     attributes, shapes = metadata
-    if shapes is None:
-        qdata, scale = outputs
-    else:
-        size = math.prod(shapes[0])
-        qdata, scale = (
-            outputs[0][:size].view(shapes[0]),
-            outputs[0][size:].view(w.scale.dtype).view(shapes[1]),
-        )
+    gathered = outputs
+    if shapes is not None:
+        dtypes = [plane.dtype for plane in w.planes.values()]
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        gathered = [
+            part.view(dtype).view(shape)
+            for part, dtype, shape in zip(outputs[0].split(sizes), dtypes, shapes, strict=True)
+        ]
+    planes = dict(zip(w.planes, gathered, strict=True))
+    scale = planes["scale"]
     if out is not None:  # over the same memory as the first time, filled again
         out = out.to_local() if hasattr(out, "to_local") else out  # a DTensor, under tensor parallelism
         if out.scale.dtype != scale.dtype:
@@ -47,4 +49,5 @@ def post_all_gather(w: Any, outputs: Any, metadata: Any, param_dtype: Any, *, ou
             with _torch.same_version(out.scale):
                 out.scale.copy_(scale[: len(out.scale)])
         return None
-    return type(w)(qdata, scale.to(param_dtype), **attributes), outputs
+    planes["scale"] = scale.to(param_dtype)
+    return type(w)(**planes, **attributes), outputs

@@ -16,6 +16,7 @@ from rtn_tensor.tensor.layout import contiguous_strides
 from rtn_tensor.tensor.quantized import (
     RTNQuantizedTensor,
     aten,
+    by_plane,
     dim_of_planes,
     format_of,
     is_packed,
@@ -30,7 +31,7 @@ def sliced(w: RTNQuantizedTensor, dim: int, start: Any, end: Any, step: int = 1)
     start, end, _ = slice(start, end).indices(size)
     dim = dim_of_planes(w, dim)
     if dim < w.qdata.dim() - 1:
-        return rebuilt(w, *(aten.slice.Tensor(p, dim, start, end, step) for p in (w.qdata, w.scale)))
+        return by_plane(w, lambda plane: aten.slice.Tensor(plane, dim, start, end, step))
     k = max(end - start, 0)
     fmt = FORMATS[w.bits]
     unit = fmt.chunk if w.group_size == -1 else w.group_size
@@ -42,9 +43,10 @@ def sliced(w: RTNQuantizedTensor, dim: int, start: Any, end: Any, step: int = 1)
             f"cuts must be multiples of {unit}, or at the end, {size}",
         )
     start = start if k else 0
-    qdata = w.qdata.narrow(dim, fmt.row_bytes(start), fmt.row_bytes(k))
-    scale = w.scale if w.group_size == -1 else w.scale.narrow(dim, groups(start, unit), groups(k, unit))
-    out = rebuilt(w, qdata, scale.view(scale.shape), in_features=k)
+    first, count = (0, 1) if w.group_size == -1 else (groups(start, unit), groups(k, unit))
+    planes = {name: plane.narrow(dim, first, count) for name, plane in w.planes.items() if name != "qdata"}
+    planes["qdata"] = w.qdata.narrow(dim, fmt.row_bytes(start), fmt.row_bytes(k))
+    out = rebuilt(w, planes, in_features=k)
     if w.group_size == -1 and k < size:
         out._shares_scale = True
     return out
@@ -82,9 +84,7 @@ def selected(w: RTNQuantizedTensor, dim: int, index: int) -> RTNQuantizedTensor:
         )
     # Without its rows a weight has no two dims to stand swapped.
     transposed = w.transposed and plane_dim != w.dim() - 2
-    return rebuilt(
-        w, *(aten.select.int(p, plane_dim, index) for p in (w.qdata, w.scale)), transposed=transposed
-    )
+    return by_plane(w, lambda plane: aten.select.int(plane, plane_dim, index), transposed=transposed)
 
 
 @on_op(aten.select.int)
@@ -117,10 +117,10 @@ def view_op(func, types, args, kwargs):
             f"in_features={w.in_features}",
         )
     if same_shape:
-        out = rebuilt(w, *(p.view(p.shape) for p in (w.qdata, w.scale)))
+        out = by_plane(w, lambda plane: plane.view(plane.shape))
         out._is_flat = flat
     else:
-        out = rebuilt(w, *(func(p, [*size[:-1], p.shape[-1]]) for p in (w.qdata, w.scale)))
+        out = by_plane(w, lambda plane: func(plane, [*size[:-1], plane.shape[-1]]))
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
@@ -147,14 +147,16 @@ def _as_strided(
             [*(s // elements for s in stride[:-1]), stride[-1]],
             [s % elements for s in stride[:-1]],
         )
-    # The smallest step from row to row of `w`, in each plane; every other one must be a multiple, and the
-    # same multiple in both.
+    # The smallest step from row to row of `w`, in qdata and in the planes beside it; every other one must be
+    # a multiple, and the same multiple in all.
+    of_groups = {name: plane for name, plane in w.planes.items() if name != "qdata"}
+    beside = zip(*(plane.stride() for plane in of_groups.values()), strict=True)
     steps = [
-        (q, s, n)
-        for n, q, s in zip(w.qdata.shape[:-1], w.qdata.stride(), w.scale.stride(), strict=False)
+        (q, n, s)
+        for n, q, s in zip(w.qdata.shape[:-1], w.qdata.stride(), beside, strict=False)
         if n > 1 and q
     ]
-    row, scale_row, _ = min(steps, default=(0, 0, 1))
+    row, _, rows = min(steps, default=(0, 1, (0,) * len(of_groups)))
     shift = offset // elements - w.qdata.storage_offset()
     first = shift // row if row else 0
     column = (shift - first * row) * elements
@@ -162,11 +164,11 @@ def _as_strided(
     wanted = [(n, s) for n, s in zip(size[:-1], strides, strict=False) if n > 1]
     last = first * row + sum((n - 1) * s for n, s in wanted)
     whole = stride[-1] == 1 and offset % elements == 0 and not any(uneven)
-    alike = all(q * scale_row == s * row for q, s, _ in steps)
+    alike = all(q * r == s * row for q, _, beside in steps for s, r in zip(beside, rows, strict=True))
     rows_lie_in_w = (
         all(s % row == 0 if row else s == 0 for _, s in wanted)
         and 0 <= first
-        and last <= sum((n - 1) * q for q, _, n in steps)
+        and last <= sum((n - 1) * q for q, n, _ in steps)
     )
     columns_lie_in_w = (
         0 <= column <= w.in_features - k
@@ -175,15 +177,15 @@ def _as_strided(
     )
     if not (whole and alike and (rows_lie_in_w or 0 in size) and columns_lie_in_w):
         return None
-    scale_strides = [*(s // row * scale_row if row else 0 for s in strides[:-1]), w.scale.stride(-1)]
-    scale_column = 0 if w.group_size == -1 else column // unit
-    qdata = w.qdata.as_strided([*size[:-1], fmt.row_bytes(k)], strides, offset // elements)
-    scale = w.scale.as_strided(
-        [*size[:-1], groups(k, w.group_size)],
-        scale_strides,
-        w.scale.storage_offset() + first * scale_row + scale_column * w.scale.stride(-1),
-    )
-    out = rebuilt(w, qdata, scale, in_features=k, transposed=transposed)
+    group = 0 if w.group_size == -1 else column // unit
+    planes = {"qdata": w.qdata.as_strided([*size[:-1], fmt.row_bytes(k)], strides, offset // elements)}
+    for (name, plane), step in zip(of_groups.items(), rows, strict=True):
+        planes[name] = plane.as_strided(
+            [*size[:-1], groups(k, w.group_size)],
+            [*(s // row * step if row else 0 for s in strides[:-1]), plane.stride(-1)],
+            plane.storage_offset() + first * step + group * plane.stride(-1),
+        )
+    out = rebuilt(w, planes, in_features=k, transposed=transposed)
     if w.group_size == -1 and k < w.in_features:
         out._shares_scale = True
     return out
@@ -222,9 +224,7 @@ def unsqueeze_op(func, types, args, kwargs):
             f"cannot unsqueeze at dim {dim}: the last {2 if w.transposed else 1} dim(s) of "
             f"{tuple(w.shape)} must stay last{or_float(w)}",
         )
-    return return_and_correct_aliasing(
-        func, args, kwargs, rebuilt(w, *(func(p, plane_dim) for p in (w.qdata, w.scale)))
-    )
+    return return_and_correct_aliasing(func, args, kwargs, by_plane(w, lambda plane: func(plane, plane_dim)))
 
 
 @on_op([aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims])
@@ -239,8 +239,8 @@ def squeeze_op(func, types, args, kwargs):
             f"cannot squeeze dim(s) {squeezed} of shape {tuple(w.shape)}: only the first "
             f"{leading} dim(s) may go",
         )
-    planes = (aten.squeeze.dims(p, squeezed) for p in (w.qdata, w.scale))
-    return return_and_correct_aliasing(func, args, kwargs, rebuilt(w, *planes))
+    out = by_plane(w, lambda plane: aten.squeeze.dims(plane, squeezed))
+    return return_and_correct_aliasing(func, args, kwargs, out)
 
 
 def permuted(w: RTNQuantizedTensor, order: Sequence[int]) -> RTNQuantizedTensor:
@@ -257,9 +257,7 @@ def permuted(w: RTNQuantizedTensor, order: Sequence[int]) -> RTNQuantizedTensor:
             f"cannot permute {tuple(w.shape)} to {tuple(order)}: the last two dims may swap, and the "
             "others among themselves",
         )
-    return rebuilt(
-        w, *(aten.permute.default(p, plane_order) for p in (w.qdata, w.scale)), transposed=transposed
-    )
+    return by_plane(w, lambda plane: aten.permute.default(plane, plane_order), transposed=transposed)
 
 
 @on_op([aten.t.default, aten.transpose.int, aten.permute.default])
@@ -298,7 +296,7 @@ def expand_op(func, types, args, kwargs):
         )
     # vmap over a weight asks for it
     return return_and_correct_aliasing(
-        func, args, kwargs, rebuilt(w, *(func(p, [*size[:-2], -1, -1]) for p in (w.qdata, w.scale)))
+        func, args, kwargs, by_plane(w, lambda plane: func(plane, [*size[:-2], -1, -1]))
     )
 
 
@@ -313,7 +311,7 @@ def index_op(func, types, args, kwargs):
             f"cannot index {covered} dim(s) of shape {tuple(w.shape)} by tensors: only the first {free} "
             f"can be{or_float(w)}",
         )
-    return rebuilt(w, *(func(p, indices) for p in (w.qdata, w.scale)))
+    return by_plane(w, lambda plane: func(plane, indices))
 
 
 @on_op(aten.index_select.default)
@@ -323,7 +321,7 @@ def index_select_op(func, types, args, kwargs):
         raise named_error(
             w, f"cannot index_select along dim {dim} of {tuple(w.shape)}: it is packed; dequantize() first"
         )
-    return rebuilt(w, *(func(p, dim_of_planes(w, dim), index) for p in (w.qdata, w.scale)))
+    return by_plane(w, lambda plane: func(plane, dim_of_planes(w, dim), index))
 
 
 @on_op([aten.cat.default, aten.stack.default])
@@ -381,5 +379,5 @@ def join_op(func, types, args, kwargs):
             f"cannot {name} weights of in_features {[t.in_features for t in tensors]} along dim "
             f"{dim}; they must be the same",
         )
-    planes = (func([getattr(t, plane) for t in tensors], plane_dim) for plane in first.tensor_data_names)
-    return rebuilt(first, *planes, in_features=in_features)
+    planes = {name: func([t.planes[name] for t in tensors], plane_dim) for name in first.planes}
+    return rebuilt(first, planes, in_features=in_features)

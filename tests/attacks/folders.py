@@ -18,15 +18,15 @@ def make():
     return nn.Sequential(nn.Embedding(50, 96), nn.Linear(96, 33), nn.Linear(33, 64, bias=False))
 
 
-def quantized(bits=4):
+def quantized(bits=4, **kwargs):
     model = make()
-    quantize_(model, (rtn_int4 if bits == 4 else rtn_int8)(32), lambda module, fqn: fqn == "1")
+    quantize_(model, (rtn_int4 if bits == 4 else rtn_int8)(32, **kwargs), lambda module, fqn: fqn == "1")
     return model
 
 
-def saved(folder):
+def saved(folder, **kwargs):
     """The folder of a quantized module, and its file."""
-    save(quantized(), folder)
+    save(quantized(**kwargs), folder)
     return folder / "model.safetensors"
 
 

@@ -50,13 +50,14 @@ ATTRIBUTES = {
     "scale_method of a list": {"scale_method": ["absmax"]},
     "transposed as text": {"transposed": "no"},
     "transposed of a number": {"transposed": 1},
-    "a later version": {"version": 2},
+    "a later version": {"version": 3},
     "a version of 0": {"version": 0},
     "a negative version": {"version": -1},
     "a version as text": {"version": "1"},
     "a version of none": {"version": None},
     "a huge version": {"version": 1 << 90},
-    "an unknown attribute": {"zero_point": 8},
+    "minmax without its plane": {"scale_method": "minmax"},
+    "an unknown attribute": {"zeros": 8},
     "planes among the attributes": {"qdata": [1, 2]},
 }
 LACKING = ["bits", "group_size", "scale_method", "in_features"]

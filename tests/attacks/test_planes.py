@@ -9,8 +9,10 @@ from forked import survives
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_metadata import WEIGHT, from_pretrained, llama  # noqa: F401  (a fixture)
+from test_metadata import altered as metadata_altered
+from tiny_llama import tiny_llama
 
-from rtn_tensor import RTNQuantizedTensor
+from rtn_tensor import RTNQuantizedTensor, quantize_, rtn_int4, save
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.cli import main
 
@@ -73,6 +75,72 @@ def test_load(tmp_path, changes):
     assert outcome.error == "ValueError"
     assert str(file) in outcome.message or "does not fit the model" in outcome.message
     assert QUANTIZED in outcome.message or "1._weight" in outcome.message
+
+
+# What becomes of zero [33, 3].
+OF_ZERO = {
+    "of unsigned bytes": lambda z: z.to(torch.uint8),
+    "of words": lambda z: z.to(torch.int32),
+    "of floats": lambda z: z.float(),
+    "of fp8": lambda z: z.float().to(torch.float8_e4m3fn),
+    "of bools": lambda z: z != 0,
+    "one column short": lambda z: z[:, :-1].contiguous(),
+    "one column longer": lambda z: torch.cat([z, z[:, :1]], 1),
+    "of one column": lambda z: z[:, :1].contiguous(),
+    "one row short": lambda z: z[:-1].contiguous(),
+    "without rows": lambda z: z[:0],
+    "without columns": lambda z: z[:, :0],
+    "of one dim": lambda z: z.flatten(),
+    "of three dims": lambda z: z[None],
+    "without dims": lambda z: z[0, 0],
+    "transposed": lambda z: z.T.contiguous(),
+    "missing": "missing",
+}
+
+
+@pytest.mark.parametrize("change", OF_ZERO.values(), ids=OF_ZERO)
+def test_zero_points(tmp_path, change):
+    file = saved(tmp_path / "model", scale_method="minmax")
+    assert survives(read, tmp_path / "model").value is True
+    altered(file, ["1._weight_zero_point"], [change])
+    outcome = survives(read, tmp_path / "model")
+    assert outcome.error == "ValueError"
+    assert str(file) in outcome.message
+    assert QUANTIZED in outcome.message or "1._weight" in outcome.message
+
+
+@pytest.mark.parametrize("plane", ["qdata", "scale"])
+def test_zero_points_without_another_plane(tmp_path, plane):
+    file = saved(tmp_path / "model", scale_method="minmax")
+    altered(file, [f"1._weight_{plane}"], ["missing"])
+    outcome = survives(read, tmp_path / "model")
+    assert outcome.error == "ValueError"
+    assert f"is a plane of {QUANTIZED}, of which {plane} is missing" in outcome.message
+
+
+def test_zero_points_of_a_symmetric_weight(tmp_path):
+    """By the attributes or by the version there can be none."""
+    for change, why in (
+        ({"scale_method": "absmax"}, "makes no plane zero, and there is one"),
+        ({"version": 1}, "version=1 of the format has no plane zero"),
+    ):
+        file = saved(tmp_path / next(iter(change)), scale_method="minmax")
+        metadata_altered(file, QUANTIZED, change)
+        outcome = survives(read, file.parent)
+        assert outcome.error == "ValueError"
+        assert why in outcome.message
+
+
+@pytest.mark.parametrize("change", OF_ZERO.values(), ids=OF_ZERO)
+def test_zero_points_of_a_transformers_folder(tmp_path, change):
+    model = tiny_llama(layers=1)
+    quantize_(model, rtn_int4(32, "minmax"), lambda module, fqn: fqn.endswith("q_proj"))
+    save(model, tmp_path / "model")
+    module, _, name = WEIGHT.rpartition(".")
+    assert survives(from_pretrained, tmp_path / "model").value is None
+    altered(tmp_path / "model" / "model.safetensors", [f"{module}._{name}_zero_point"], [change])
+    assert survives(main, ["inspect", str(tmp_path / "model")]).value == 1
+    assert WEIGHT in survives(from_pretrained, tmp_path / "model").value
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)

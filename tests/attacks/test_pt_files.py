@@ -95,7 +95,8 @@ LIES = [
     *[{"bits": n} for n in (2, *numbers(4))],
     *[{"group_size": n} for n in numbers(32)],
     *[{"in_features": n} for n in numbers(95)],  # so near that its planes are as large
-    *[{"version": n} for n in (0, -1, 2, 1 << 40, "1", None, True, 1.0)],
+    *[{"scale_method": "minmax"}, {"zero": 8}, {"zero": torch.zeros(64, 3, dtype=torch.int8)}],
+    *[{"version": n} for n in (0, -1, 3, 1 << 40, "1", None, True, 1.0)],
     *[{"scale_method": m} for m in ("", "median", 4, None, ["absmax"])],
     *[{"transposed": t} for t in (1, "no", None, [True])],
     *[{"qdata": bytes_(*shape)} for shape in ((N, 47), (N, 0), (0, 48), (N - 1, 48), (48,), (), (1, N, 48))],
@@ -137,8 +138,8 @@ def test_a_file_without_a_version_is_of_the_first():
 
 
 def test_a_file_of_the_future_says_so():
-    outcome = survives(load_and_use, saved({"w": weight(version=2)}))
-    assert "version 2 of the format, and this rtn-tensor reads up to 1; upgrade rtn-tensor" in outcome.message
+    outcome = survives(load_and_use, saved({"w": weight(version=3)}))
+    assert "version 3 of the format, and this rtn-tensor reads up to 2; upgrade rtn-tensor" in outcome.message
 
 
 def test_what_was_saved_is_read():

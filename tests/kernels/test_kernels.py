@@ -54,6 +54,7 @@ def having(*ops):
 products = having("linear", "linear_dx", "grouped", "grouped_dx")
 each_bits = pytest.mark.parametrize("bits", FORMATS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_kind = pytest.mark.parametrize("method", ["absmax", "minmax"])  # without a plane `zero`, and with it
 
 
 @pytest.fixture(autouse=True)
@@ -68,19 +69,19 @@ def _poisoned(monkeypatch):
 
 def run(kernel, op, x, w, bias=None, offs=None):
     if reason := why_not(
-        kernel, make_problem(op, x.dtype, x.shape[0], w.k, w.qdata, w.scale, w.bits, w.group_size)
+        kernel, make_problem(op, x.dtype, x.shape[0], w.k, w.qdata, w.scale, w.bits, w.group_size, w.zero)
     ):
         pytest.skip(reason)
     third = {"linear": (bias,), "linear_dx": (), "grouped": (offs,), "grouped_dx": (offs,)}[op]
     k = (w.k,) if op.endswith("dx") else ()
-    return getattr(kernel, op)(x, w.qdata, w.scale, *third, w.bits, w.group_size, *k)
+    return getattr(kernel, op)(x, w.qdata, w.scale, *third, w.bits, w.group_size, *k, w.zero)
 
 
 def check(kernel, op, x, w, bias=None):
     """Runs the op and holds what comes out to the bound. For experts the rows are dealt as to one that is
     empty first, one in the middle, and nobody at the end."""
     rounds = kernel.rounds_weight(
-        make_problem(op, x.dtype, x.shape[0], w.k, w.qdata, w.scale, w.bits, w.group_size)
+        make_problem(op, x.dtype, x.shape[0], w.k, w.qdata, w.scale, w.bits, w.group_size, w.zero)
     )
     exact = w.exact(x.dtype if rounds else None)
     exact = exact.mT if op.endswith("dx") else exact
@@ -95,10 +96,17 @@ def check(kernel, op, x, w, bias=None):
     assert torch.equal(y[offs[-1] :], torch.zeros_like(y[offs[-1] :]))
 
 
-def operands(op, m, n, k, bits, group_size, dtype, device):
+def operands(op, m, n, k, bits, group_size, dtype, device, method="absmax"):
     experts = (4,) if op.startswith("grouped") else ()
-    w = random_planes(*experts, n, k, bits=bits, group_size=group_size, dtype=dtype, device=device)
+    w = random_planes(
+        *experts, n, k, bits=bits, group_size=group_size, dtype=dtype, device=device, method=method
+    )
     return activations(m, n if op.endswith("dx") else k, dtype, device), w
+
+
+def cut(w, at):
+    """`w` with each plane indexed by `at`."""
+    return w._replace(qdata=w.qdata[at], scale=w.scale[at], zero=None if w.zero is None else w.zero[at])
 
 
 # -------------------------------------------------------------- products, within the bound
@@ -108,8 +116,9 @@ def operands(op, m, n, k, bits, group_size, dtype, device):
 @each_bits
 @each_dtype
 @pytest.mark.parametrize(("m", "n", "k", "group_size"), SHAPES)
-def test_product(kernel, op, device, bits, dtype, m, n, k, group_size):
-    x, w = operands(op, m, n, k, bits, group_size, dtype, device)
+@each_kind
+def test_product(kernel, op, device, bits, dtype, m, n, k, group_size, method):
+    x, w = operands(op, m, n, k, bits, group_size, dtype, device, method)
     check(kernel, op, x, w)
     if op == "linear":
         check(kernel, op, x, w, torch.randn(n, device=device).to(dtype))
@@ -117,22 +126,24 @@ def test_product(kernel, op, device, bits, dtype, m, n, k, group_size):
 
 @products
 @each_bits
-def test_product_with_an_fp32_scale(kernel, op, device, bits):
+@each_kind
+def test_product_with_an_fp32_scale(kernel, op, device, bits, method):
     """As under autocast: the activations are bf16, the weight's dtype is fp32."""
-    x, w = operands(op, 3, 5, 100, bits, 32, torch.float32, device)
+    x, w = operands(op, 3, 5, 100, bits, 32, torch.float32, device, method)
     check(kernel, op, x.bfloat16(), w)
 
 
 @products
 @each_bits
 @pytest.mark.parametrize("group_size", [32, 64, -1])
-def test_product_with_strided_operands(kernel, op, device, bits, group_size):
+@each_kind
+def test_product_with_strided_operands(kernel, op, device, bits, group_size, method):
     m, n, k = 17, 5, 164
-    x, big = operands(op, m, n + 3, k, bits, group_size, torch.bfloat16, device)
-    rows = Planes(big.qdata[..., 2 : n + 2, :], big.scale[..., 2 : n + 2, :], bits, group_size, k)
+    x, big = operands(op, m, n + 3, k, bits, group_size, torch.bfloat16, device, method)
+    rows = cut(big, (..., slice(2, n + 2), slice(None)))
     # Columns 64: ; with group_size -1 the part keeps the whole scale.
-    skipped = 0 if group_size == -1 else 64 // group_size
-    columns = Planes(rows.qdata[..., 8 * bits :], rows.scale[..., skipped:], bits, group_size, k - 64)
+    columns = cut(rows, (..., slice(0 if group_size == -1 else 64 // group_size, None)))
+    columns = columns._replace(qdata=rows.qdata[..., 8 * bits :], k=k - 64)
     assert not columns.qdata.is_contiguous()
     for w in (rows, columns):
         x = activations(m, n if op.endswith("dx") else w.k, torch.bfloat16, device)
@@ -147,7 +158,8 @@ def test_product_with_strided_operands(kernel, op, device, bits, group_size):
 @products
 @each_bits
 @each_dtype
-def test_product_with_planes_aligned_to_8_bytes(kernel, op, device, bits, dtype):
+@each_kind
+def test_product_with_planes_aligned_to_8_bytes(kernel, op, device, bits, dtype, method):
     """As a memory-mapped file gives them."""
 
     def shift(plane):
@@ -156,18 +168,20 @@ def test_product_with_planes_aligned_to_8_bytes(kernel, op, device, bits, dtype)
         assert shifted.data_ptr() % 16 == 8
         return shifted
 
-    x, w = operands(op, 17, 100, 576, bits, 64, dtype, device)
-    check(kernel, op, x, w._replace(qdata=shift(w.qdata), scale=shift(w.scale)))
+    x, w = operands(op, 17, 100, 576, bits, 64, dtype, device, method)
+    zero = None if w.zero is None else shift(w.zero)
+    check(kernel, op, x, w._replace(qdata=shift(w.qdata), scale=shift(w.scale), zero=zero))
 
 
 @products
 @each_bits
-def test_product_with_two_threads(kernel, op, device, bits):
+@each_kind
+def test_product_with_two_threads(kernel, op, device, bits, method):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for m in (1, 17):
-            check(kernel, op, *operands(op, m, 100, 576, bits, 64, torch.bfloat16, device))
+            check(kernel, op, *operands(op, m, 100, 576, bits, 64, torch.bfloat16, device, method))
     finally:
         torch.set_num_threads(before)
 
@@ -176,7 +190,8 @@ def test_product_with_two_threads(kernel, op, device, bits):
 @each_bits
 @each_dtype
 @pytest.mark.parametrize(("n", "k", "group_size"), [(5, 100, 32), (100, 576, 96), (5, 1000, -1)])
-def test_product_is_exact_on_small_integers(kernel, op, device, bits, dtype, n, k, group_size):
+@each_kind
+def test_product_is_exact_on_small_integers(kernel, op, device, bits, dtype, n, k, group_size, method):
     """Every partial sum is a multiple of 2^-6 below 2^16, so fp32 holds it whatever the order: one rounding
     at the end remains."""
     experts = (4,) if op.startswith("grouped") else ()
@@ -184,7 +199,11 @@ def test_product_is_exact_on_small_integers(kernel, op, device, bits, dtype, n, 
     scale = torch.exp2(torch.randint(-6, -2, (*experts, n, groups(k, group_size)))) * (
         1 - 2 * torch.randint(2, (n, 1))
     )
-    w = Planes(pack(q, bits).to(device), scale.to(device, dtype), bits, group_size, k)
+    zero = None
+    if method == "minmax":
+        limits = FORMATS[bits].qmin, FORMATS[bits].qmax + 1
+        zero = torch.randint(*limits, scale.shape, dtype=torch.int8, device=device)
+    w = Planes(pack(q, bits).to(device), scale.to(device, dtype), bits, group_size, k, zero)
     x = torch.randint(-4, 5, (17, n if op.endswith("dx") else k), device=device).to(dtype)
     bias = torch.randint(-4, 5, (n,), device=device).to(dtype) if op == "linear" else None
     offs = torch.tensor([0, 6, 6, 17], dtype=torch.int32, device=device)
@@ -204,15 +223,18 @@ def test_product_is_exact_on_small_integers(kernel, op, device, bits, dtype, n, 
 @each_bits
 @each_dtype
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_dequantize(kernel, op, device, bits, dtype, group_size):
+@each_kind
+def test_dequantize(kernel, op, device, bits, dtype, group_size, method):
     for shape in [(1, 32), (5, 100), (3, 5, 1000), (0, 64)]:
         for scale_dtype in DTYPES:
-            w = random_planes(*shape, bits=bits, group_size=group_size, dtype=scale_dtype, device=device)
+            w = random_planes(
+                *shape, bits=bits, group_size=group_size, dtype=scale_dtype, device=device, method=method
+            )
             if reason := why_not(
-                kernel, make_problem(op, dtype, shape[0], w.k, w.qdata, w.scale, bits, group_size)
+                kernel, make_problem(op, dtype, shape[0], w.k, w.qdata, w.scale, bits, group_size, w.zero)
             ):
                 pytest.skip(reason)
-            got = kernel.dequantize(w.qdata, w.scale, bits, group_size, w.k, dtype)
+            got = kernel.dequantize(w.qdata, w.scale, bits, group_size, w.k, dtype, w.zero)
             assert got.dtype == dtype
             assert torch.equal(got, w.exact().float().to(dtype))
 
@@ -221,8 +243,9 @@ def test_dequantize(kernel, op, device, bits, dtype, group_size):
 @each_bits
 @each_dtype
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_embedding(kernel, op, device, bits, dtype, group_size):
-    w = random_planes(9, 1000, bits=bits, group_size=group_size, dtype=dtype, device=device)
+@each_kind
+def test_embedding(kernel, op, device, bits, dtype, group_size, method):
+    w = random_planes(9, 1000, bits=bits, group_size=group_size, dtype=dtype, device=device, method=method)
     for indices in (
         torch.tensor([[8, 0], [3, 3]]),
         torch.tensor([1], dtype=torch.int32),
@@ -230,12 +253,18 @@ def test_embedding(kernel, op, device, bits, dtype, group_size):
     ):
         indices = indices.to(device)
         if reason := why_not(
-            kernel, make_problem(op, dtype, indices.numel(), w.k, w.qdata, w.scale, bits, group_size)
+            kernel,
+            make_problem(op, dtype, indices.numel(), w.k, w.qdata, w.scale, bits, group_size, w.zero),
         ):
             pytest.skip(reason)
-        got = kernel.embedding(indices, w.qdata, w.scale, bits, group_size, w.k)
+        got = kernel.embedding(indices, w.qdata, w.scale, bits, group_size, w.k, w.zero)
         assert got.dtype == dtype
         assert torch.equal(got, w.exact().float().to(dtype)[indices])
+
+
+def problem(op, dtype, m, w, bits, group_size, method):
+    """Of quantizing `w`."""
+    return make_problem(op, dtype, m, w.shape[-1], w, w, bits, group_size)._replace(zero=method == "minmax")
 
 
 @having("quantize")
@@ -256,33 +285,30 @@ def test_quantize(kernel, op, device, bits, dtype, method, group_size):
     for scale_dtype in DTYPES:
         for view in (w, w[1:, 1:4, :100], w[2].t().contiguous().t(), w[:, :0]):
             on_device = view.to(device)
-            if reason := why_not(
-                kernel, make_problem(op, dtype, 5, view.shape[-1], on_device, on_device, bits, group_size)
-            ):
+            if reason := why_not(kernel, problem(op, dtype, 5, on_device, bits, group_size, method)):
                 pytest.skip(reason)
-            qdata, scale = kernel.quantize(on_device, bits, group_size, method, scale_dtype)
-            expected_qdata, expected_scale = reference.quantize(view, bits, group_size, method, scale_dtype)
-            assert torch.equal(qdata.cpu(), expected_qdata)
-            assert scale.dtype == scale_dtype
-            torch.testing.assert_close(scale.cpu(), expected_scale, rtol=0, atol=0, equal_nan=True)
+            got = kernel.quantize(on_device, bits, group_size, method, scale_dtype)
+            expected = reference.quantize(view, bits, group_size, method, scale_dtype)
+            assert got[1].dtype == scale_dtype
+            for plane, due in zip(got, expected, strict=True):
+                torch.testing.assert_close(plane.cpu(), due, rtol=0, atol=0, equal_nan=True)
 
 
 @having("quantize")
 @each_bits
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_quantize_into_planes_that_are_there(kernel, op, device, bits, group_size):
+@each_kind
+def test_quantize_into_planes_that_are_there(kernel, op, device, bits, group_size, method):
     for dtype, scale_dtype in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16)):
         w = torch.randn(2, 5, 100).to(dtype).to(device)
-        if reason := why_not(kernel, make_problem(op, dtype, 10, 100, w, w, bits, group_size)):
+        if reason := why_not(kernel, problem(op, dtype, 10, w, bits, group_size, method)):
             pytest.skip(reason)
-        expected = kernel.quantize(w, bits, group_size, "absmax", scale_dtype)
+        expected = kernel.quantize(w, bits, group_size, method, scale_dtype)
         planes = [torch.zeros(4, *plane.shape[1:], dtype=plane.dtype, device=device) for plane in expected]
         out = tuple(plane[1:3] for plane in planes)
         assert all(
             a is b
-            for a, b in zip(
-                kernel.quantize(w, bits, group_size, "absmax", scale_dtype, out), out, strict=True
-            )
+            for a, b in zip(kernel.quantize(w, bits, group_size, method, scale_dtype, out), out, strict=True)
         )
         for plane, filled in zip(planes, expected, strict=True):
             assert torch.equal(plane[1:3], filled)

@@ -42,7 +42,7 @@ def test_the_integers_are_those_of_the_method_in_fp64(bits, n, k, group_size):
     _, scale_NK = scales(w, bits, group_size)
     by = spread(h)
     fmt = FORMATS[bits]
-    q = round_columns(w, scale_NK, by, fmt.qmin, fmt.qmax)
+    q = round_columns(w, scale_NK, by, fmt)
     expected = by_elimination(w, scale_NK, h, by.damping, by.order, fmt.qmin, fmt.qmax)
     assert torch.equal(q.double(), expected)
     plain = (w / scale_NK).round().clamp(fmt.qmin, fmt.qmax)
@@ -55,12 +55,13 @@ def test_the_integers_are_those_of_the_method_in_fp64(bits, n, k, group_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_by_equal_moments_it_is_plain_rounding(bits, method, dtype):
     w = torch.randn(6, 100).to(dtype)
-    qdata, scale = reference.quantize(w, bits, 32, method, dtype)
+    qdata, scale, *zero = reference.quantize(w, bits, 32, method, dtype)
     weighed = reference.quantize(w, bits, 32, method, dtype, importance=torch.full((100,), 3.5))
     assert torch.equal(weighed[1], scale)
-    _, scale_NK = scale, scale.float().repeat_interleave(32, 1)[:, :100]
+    scale_NK, *zero_NK = (t.float().repeat_interleave(32, 1)[:, :100] for t in (scale, *zero))
     fmt = FORMATS[bits]
-    q = round_columns(w.float(), scale_NK, spread(3.5 * torch.eye(100)), fmt.qmin, fmt.qmax)
+    steps = round_columns(w.float(), scale_NK, spread(3.5 * torch.eye(100)), fmt, *zero_NK)
+    q = steps + zero_NK[0] if zero else steps
     assert torch.equal(pack(q.to(torch.int8), bits), qdata)
 
 
@@ -72,13 +73,13 @@ def test_no_weight_comes_out_worse_than_plain(bits, method, rows, group_size):
     w, h = torch.randn(7, 72).bfloat16(), moments(72, rows)
     config = rtn(bits, group_size, method)
     done = refine(w, config, spread(h))
-    q = RTNQuantizedTensor(done.qdata, done.scale, bits, group_size, method, 72)
+    q = RTNQuantizedTensor(*done.planes[:2], bits, group_size, method, 72, zero=[*done.planes, None][2])
     plain = RTNQuantizedTensor.from_float(w, bits, group_size, method)
     error, before = (objective(w.float() - t.dequantize(torch.float32), h) for t in (q, plain))
     assert done.error == pytest.approx(error, rel=1e-3)
     assert done.plain_error == pytest.approx(before, rel=1e-3)
     assert error <= before
-    assert done.scale.dtype == w.dtype
+    assert done.planes[1].dtype == w.dtype
     if rows == 400:
         assert error < 0.9 * before
 
@@ -88,8 +89,8 @@ def test_plain_rounding_is_kept_where_it_is_better(monkeypatch):
     w, config = torch.randn(4, 64), rtn(4, 32, "absmax")
     done = refine(w, config, spread(moments(64)))
     qdata, scale = reference.quantize(w, 4, 32, "absmax", w.dtype)
-    assert torch.equal(done.qdata, qdata)
-    assert torch.equal(done.scale, scale)
+    assert torch.equal(done.planes[0], qdata)
+    assert torch.equal(done.planes[1], scale)
     assert done.error == done.plain_error
 
 
@@ -131,7 +132,7 @@ def test_moments_that_cannot_be_inverted(h):
     assert torch.equal(by.upper, by.upper.triu())
     assert (by.upper.diagonal() > 0).all()
     done = refine(torch.randn(3, 40).bfloat16(), rtn(4, 32, "search"), by)
-    q = RTNQuantizedTensor(done.qdata, done.scale, 4, 32, "search", 40)
+    q = RTNQuantizedTensor(*done.planes, 4, 32, "search", 40)
     assert q.dequantize().isfinite().all()
 
 
@@ -147,6 +148,6 @@ def test_a_dead_column_keeps_its_plain_rounding():
     h[10] = h[:, 10] = 0
     w = torch.randn(4, 64)
     scale, scale_NK = scales(w, 4, 32)
-    q = round_columns(w, scale_NK, spread(h), -8, 7)
+    q = round_columns(w, scale_NK, spread(h), FORMATS[4])
     assert torch.equal(q[:, 10], (w / scale_NK).round().clamp(-8, 7)[:, 10])
     assert unpack(pack(q.to(torch.int8), 4), 4, 64).shape == (4, 64)

@@ -118,6 +118,8 @@ def check_view(w, fn):
         assert isinstance(part, RTNQuantizedTensor)
         assert_same(part.dequantize(), expected)
         part.qdata.zero_()
+        if part.zero is not None:
+            part.zero.zero_()
         expected.zero_()
     # Written through the parts, so they alias, and nothing else was touched.
     assert_same(w.dequantize(), dense)

@@ -35,7 +35,7 @@ def renaming(model: Any) -> Callable[[str], str]:
     def new(name: str) -> str:
         name = rename_source_key(name, renamings, [])[0]
         module, _, last = name.rpartition(".")
-        if (plane := re.fullmatch("_(.+)_(qdata|scale)", last)) is None:
+        if (plane := re.fullmatch("_(.+)_(qdata|scale|zero_point)", last)) is None:
             return name
         # transformers adds or removes the prefix of a base model by the name of the weight.
         weight = rename_source_key(f"{module}.{plane[1]}", [], [], model.base_model_prefix, state)[0]

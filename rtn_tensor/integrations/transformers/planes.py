@@ -13,8 +13,11 @@ from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.tensor.callers import callers
 
 
-def _from_planes(qdata: Tensor, scale: Tensor, **attributes: Any) -> RTNQuantizedTensor:
-    """A weight of a file, whose attributes nobody has looked at yet.
+def _from_planes(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None = None, **attributes: Any
+) -> RTNQuantizedTensor:
+    """A weight of a file, whose attributes nobody has looked at yet; `zero_point` is what its plane `zero` is
+    called there.
 
     Raises:
         TypeError, ValueError: the planes are not those of a weight with such attributes, nor a rank's part of
@@ -23,8 +26,8 @@ def _from_planes(qdata: Tensor, scale: Tensor, **attributes: Any) -> RTNQuantize
     check_attributes(attributes)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         attributes["in_features"] = _columns_here(qdata, scale, attributes)
-        return RTNQuantizedTensor(qdata, scale, **attributes)
-    w = RTNQuantizedTensor(qdata, scale, **attributes)
+        return RTNQuantizedTensor(qdata, scale, zero=zero_point, **attributes)
+    w = RTNQuantizedTensor(qdata, scale, zero=zero_point, **attributes)
     if (place := _place()) is not None and w.shape != (shape := place[1]):
         raise ValueError(
             f"{place[0]} has shape {tuple(w.shape)} in the file, and {tuple(shape)} in the model; give the "

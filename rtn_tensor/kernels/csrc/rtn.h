@@ -12,7 +12,7 @@ enum { RTN_OK = 0, RTN_NO_MEMORY = -1, RTN_REFUSED = -2 };  // the last: the arg
 
 // Of the two structs below and of what the functions do. A caller compares it, as a library may be older or newer than what calls it: raise it
 // with every change, here and in kernels/cpu.py.
-enum { RTN_ABI = 3 };
+enum { RTN_ABI = 4 };
 
 // y[rows of expert e] = x[rows of expert e] @ w'[e]^T + bias, w' = q * S. Strides count elements; the last dim of every array is dense.
 // Every field is 8 bytes, so that the caller can pack them without padding.

@@ -107,6 +107,7 @@ Tensor product(const Value* stack) {
   if (!direct || (forced && *forced)) return nullptr;
   if (!x.read(Tensor(stack[0])) || !qdata.read(Tensor(stack[1])) || !scale.read(Tensor(stack[2]))) return nullptr;
   const Value* optional = reinterpret_cast<const Value*>(stack[3]);
+  if (stack[6]) return nullptr;
   if (x.dtype < 0 || scale.dtype < 0 || x.dim < 1 || x.dim > MOST_DIMS || qdata.dim != 2 || scale.dim != 2) return nullptr;
   if (qdata.torch_dtype != torch.uint8()) return nullptr;
   if (!(x.contiguous() || (x.dim == 2 && x.dense_rows())) || !qdata.dense_rows() || !scale.dense_rows()) return nullptr;
@@ -161,7 +162,9 @@ Tensor product(const Value* stack) {
 // The tensors on the stack are ours to give back.
 void release(Value* stack) {
   for (int i = 0; i < 3; ++i) torch.delete_tensor(Tensor(stack[i]));
-  if (Value* optional = reinterpret_cast<Value*>(stack[3])) {
+  for (const int i : {3, 6}) {
+    Value* optional = reinterpret_cast<Value*>(stack[i]);
+    if (!optional) continue;
     torch.delete_tensor(Tensor(*optional));
     if (torch.delete_value) torch.delete_value(optional);
     else delete optional;
@@ -198,7 +201,7 @@ extern "C" int rtn_register(void) {
 extern "C" int rtn_define(void) {
   void* library;
   if (!torch.load() || torch.library_init_fragment("rtn", __FILE__, __LINE__, &library)) return -1;
-  if (torch.library_def(library, "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size) -> Tensor")) return -1;
+  if (torch.library_def(library, "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size, Tensor? zero=None) -> Tensor")) return -1;
   direct = true;
   return rtn_register();
 }

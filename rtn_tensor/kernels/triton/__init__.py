@@ -39,31 +39,62 @@ def _launch() -> Any:
 
 
 def linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    return _launch().linear(x, qdata, scale, bias, bits, group_size)
+    return _launch().linear(x, qdata, scale, bias, bits, group_size, zero)
 
 
-def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
-    return _launch().linear_dx(dy, qdata, scale, bits, group_size, k)
+def linear_dx(
+    dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, zero: Tensor | None = None
+) -> Tensor:
+    return _launch().linear_dx(dy, qdata, scale, bits, group_size, k, zero)
 
 
-def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
-    return _launch().grouped(x, qdata, scale, offs, bits, group_size)
+def grouped(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
+) -> Tensor:
+    return _launch().grouped(x, qdata, scale, offs, bits, group_size, zero)
 
 
 def grouped_dx(
-    dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int
+    dy: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    return _launch().grouped_dx(dy, qdata, scale, offs, bits, group_size, k)
+    return _launch().grouped_dx(dy, qdata, scale, offs, bits, group_size, k, zero)
 
 
 def routed(*args: Any) -> Tensor:
     return _launch().routed(*args)
 
 
-def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
-    return _launch().embedding(indices, qdata, scale, bits, group_size, k)
+def embedding(
+    indices: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None = None,
+) -> Tensor:
+    return _launch().embedding(indices, qdata, scale, bits, group_size, k, zero)
 
 
 def quantize(
@@ -72,15 +103,21 @@ def quantize(
     group_size: int,
     scale_method: str,
     scale_dtype: torch.dtype,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
     return _launch().quantize(w, bits, group_size, scale_method, scale_dtype, out)
 
 
 def dequantize(
-    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
 ) -> Tensor:
-    return _launch().dequantize(qdata, scale, bits, group_size, k, dtype)
+    return _launch().dequantize(qdata, scale, bits, group_size, k, dtype, zero)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -98,6 +135,8 @@ def why_not(problem: Problem) -> str | None:
             f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of "
             f"{problem.scale_dtype}."
         )
+    if problem.zero:
+        return "It reads no zero points."
     if problem.bits not in (4, 8):
         return f"It reads 4 and 8 bits, not {problem.bits}."
     if problem.op != "quantize" and problem.alignment < 16:

@@ -60,7 +60,13 @@ def config_of(
 
 
 def linear(
-    x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group_size: int
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
     (m, k), n = x.shape, qdata.shape[0]
     y = x.new_empty(m, n)
@@ -120,7 +126,9 @@ def launch_linear(
     return y
 
 
-def linear_dx(dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def linear_dx(
+    dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, zero: Tensor | None = None
+) -> Tensor:
     (m, n), device = dy.shape, dy.device
     dx = dy.new_empty(m, k)
     if not dx.numel():
@@ -159,7 +167,15 @@ def dx_blocks(m: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     return (16, 64, 64, 4, 3) if m <= 16 else (64, 64, 64, 4, 3) if m <= 64 else (128, 64, 128, 8, 3)
 
 
-def grouped(x: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int) -> Tensor:
+def grouped(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
+) -> Tensor:
     return routed(x, qdata, scale, None, None, None, offs, None, 1, "", bits, group_size)
 
 
@@ -176,6 +192,7 @@ def routed(
     activation: str,
     bits: int,
     group_size: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
     e, rows_of_w = qdata.shape[:2]
     n = rows_of_w // 2 if activation else rows_of_w
@@ -232,7 +249,14 @@ def routed(
 
 
 def grouped_dx(
-    dy: Tensor, qdata: Tensor, scale: Tensor, offs: Tensor, bits: int, group_size: int, k: int
+    dy: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    offs: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None = None,
 ) -> Tensor:
     (m, n), e, device = dy.shape, qdata.shape[0], dy.device
     dx = dy.new_empty(m, k)
@@ -277,8 +301,8 @@ def quantize(
     group_size: int,
     scale_method: str,
     scale_dtype: torch.dtype,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
     *rows, k = w.shape
     qdata, scale = out or (
         torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8, device=w.device),
@@ -313,7 +337,13 @@ def quantize(
 
 
 def rows_of(
-    qdata: Tensor, scale: Tensor, index: Tensor | None, y: Tensor, bits: int, group_size: int
+    qdata: Tensor,
+    scale: Tensor,
+    index: Tensor | None,
+    y: Tensor,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
 ) -> None:
     """Fills `y [R, K]` with q * S of the rows of `qdata [N, B]` that `index [R]` names, of all where it is
     None."""
@@ -342,7 +372,13 @@ def rows_of(
 
 
 def dequantize(
-    qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, dtype: torch.dtype
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
 ) -> Tensor:
     w = torch.empty(*qdata.shape[:-1], k, dtype=dtype, device=qdata.device)
     if w.numel():
@@ -357,7 +393,15 @@ def dequantize(
     return w
 
 
-def embedding(indices: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int) -> Tensor:
+def embedding(
+    indices: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    zero: Tensor | None = None,
+) -> Tensor:
     w = torch.empty(*indices.shape, k, dtype=scale.dtype, device=qdata.device)
     if w.numel():
         rows_of(qdata, scale, indices.reshape(-1).contiguous(), w.view(-1, k), bits, group_size)
