@@ -14,7 +14,15 @@ from peft_version import skip_if_transformers_refuses_it
 from tiny_llama import tiny_tokenizer
 
 import rtn_tensor
-from benchmarks.real_model import CACHE, MODEL, ModelUnavailable, smollm2, state_of_the_union, task_data
+from benchmarks.real_model import (
+    CACHE,
+    MODEL,
+    ModelUnavailable,
+    smollm2,
+    smollm2_gguf,
+    state_of_the_union,
+    task_data,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -133,7 +141,7 @@ def test_commands(page, tmp_path):
             "lm_eval", reason="lm-evaluation-harness, which one of them runs, is not installed"
         )
     try:
-        smollm2(), state_of_the_union(), task_data()
+        smollm2(), smollm2_gguf(), state_of_the_union(), task_data()
     except ModelUnavailable as reason:
         pytest.skip(str(reason))
     (tmp_path / ".cache").symlink_to(CACHE)
@@ -144,7 +152,7 @@ def test_commands(page, tmp_path):
 
 def test_every_command_is_shown():
     shown = {line.split()[1] for page in WITH_COMMANDS for line in commands(page, "rtn-tensor")}
-    assert {"quantize", "inspect", "generate", "perplexity", "evaluate", "explain"} <= shown
+    assert {"quantize", "export", "inspect", "generate", "perplexity", "evaluate", "explain"} <= shown
 
 
 # ------------------------------------------------------------ links, and what is generated

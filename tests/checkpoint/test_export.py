@@ -275,14 +275,12 @@ def test_what_cannot_be_exported(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plane_that_is_not_written(tmp_path, monkeypatch):
-    model = llama()
-    planes = RTNQuantizedTensor.__tensor_flatten__
-    monkeypatch.setattr(
-        RTNQuantizedTensor, "__tensor_flatten__", lambda self: ([*planes(self)[0], "zero"], planes(self)[1])
-    )
-    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj.weight has a plane 'zero'"):
-        export(model, tmp_path / "a")
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_a_plane_that_is_not_written(tmp_path, name):
+    model = llama(rtn(4, 32, "minmax"))
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj.weight has a plane 'zero', which"):
+        export(model, tmp_path / "a", name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_model_stays_as_it_was(tmp_path):
