@@ -79,9 +79,25 @@ def computing(bits: int, scale_method: str) -> str:
     return anew.get(scale_method, scale_method)
 
 
-def version_of(zero: Tensor | None) -> int:
-    """The earliest version of the format that has such planes."""
-    return 1 if zero is None else 2
+def version_of(zero: Tensor | None, float_dtype: torch.dtype | None = None) -> int:
+    """The earliest version of the format that has such planes, and shows such a dtype."""
+    return 1 if zero is None and float_dtype is None else 2
+
+
+def shown_apart(scale: Tensor, float_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype that a weight shows, by itself or by its name; None where it is that of its scale.
+
+    Raises:
+        ValueError: no weight can have it.
+    """
+    if float_dtype is None:
+        return None
+    for dtype in FLOAT_DTYPES:
+        if float_dtype in (dtype, str(dtype).removeprefix("torch.")):
+            return None if dtype == scale.dtype else dtype
+    raise ValueError(
+        f"float_dtype={str(float_dtype)[:100]!r} is not supported; use {', '.join(map(str, FLOAT_DTYPES))}"
+    )
 
 
 def check_version(version: int) -> None:
@@ -130,6 +146,7 @@ def check_planes(
     transposed: bool = False,
     version: int = VERSION,
     zero: Tensor | None = None,
+    float_dtype: torch.dtype | None = None,
 ) -> None:
     """Raises TypeError or ValueError unless these are the planes of one weight `[..., N, k]`: `qdata [..., N,
     row_bytes(k)]` uint8, `scale [..., N, groups(k, group_size)]` float, and where it is asymmetric `zero`
@@ -183,8 +200,9 @@ def check_planes(
             f"zero is of shape {tuple(zero.shape)} and scale of shape {tuple(s_shape)}; there must be one "
             "zero per scale"
         )
-    if version < version_of(zero):
-        raise ValueError(f"version={version} of the format has no plane zero; it came with version 2")
+    if version < version_of(zero, float_dtype):
+        has = "no plane zero" if zero is not None else "no dtype but that of the scale"
+        raise ValueError(f"version={version} of the format has {has}; it came with version 2")
     if (zero is not None) != (scale_method in ASYMMETRIC):
         raise ValueError(
             f"scale_method={scale_method!r} makes {'no' if zero is not None else 'a'} plane zero, and there "

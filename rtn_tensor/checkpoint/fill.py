@@ -20,7 +20,7 @@ from rtn_tensor.formats import FLOAT_DTYPES, GIVEN, GIVEN_ASYMMETRIC
 from rtn_tensor.kernels import cpu
 from rtn_tensor.quantize.report import untied_from
 from rtn_tensor.quantize.targets import is_finite
-from rtn_tensor.tensor.attributes import user_attributes
+from rtn_tensor.tensor.attributes import ATTRIBUTES, user_attributes
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 # Bytes of a tensor that are quantized at once, and fewer where quantizing copies them first: a transposed
@@ -112,7 +112,7 @@ def _equal(one: Source, other: Source, dtype: torch.dtype) -> bool:
     a, b = one.view(), other.view()
     if isinstance(a, RTNQuantizedTensor) and isinstance(b, RTNQuantizedTensor):
         alike = a.planes.keys() == b.planes.keys() and all(
-            getattr(a, name) == getattr(b, name) for name in a.tensor_attribute_names
+            getattr(a, name) == getattr(b, name) for name in ATTRIBUTES
         )
         return alike and all(torch.equal(plane, b.planes[name]) for name, plane in a.planes.items())
     # A file of torch.save has it once.

@@ -20,7 +20,7 @@ from rtn_tensor.checkpoint.files import Entry, check_regular, parse_json, read_h
 from rtn_tensor.checkpoint.rows import Rows
 from rtn_tensor.formats import check_version
 from rtn_tensor.tensor import RTNQuantizedTensor
-from rtn_tensor.tensor.attributes import PLANES
+from rtn_tensor.tensor.attributes import ATTRIBUTES, DEFAULTS, FORMAT, PLANES
 from rtn_tensor.wording import with_article
 
 SAFETENSORS_DTYPES = {
@@ -114,7 +114,9 @@ def flattened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     metadata = {"format": "pt"}
     for name, t in tensors.items():
         if isinstance(t, RTNQuantizedTensor):
-            about = {attribute: getattr(t, attribute) for attribute in t.tensor_attribute_names}
+            about = {attribute: getattr(t, attribute) for attribute in FORMAT}
+            if t.float_dtype is not None:
+                about["float_dtype"] = {"_type": "torch.dtype", "_data": str(t.float_dtype)[len("torch.") :]}
             planes = [IN_FILES[plane] for plane in t.planes]
             metadata[name] = json.dumps(
                 {"_type": type(t).__name__, "_data": about, "_tensor_data_names": planes}
@@ -134,8 +136,8 @@ def check_attributes(attributes: Any) -> None:
     if not isinstance(attributes, dict):
         raise ValueError(f"its attributes are {str(attributes)[:100]}; they must be a JSON object")
     check_version(attributes.get("version", 1))  # of a later one, others are to be expected
-    allowed = RTNQuantizedTensor.tensor_attribute_names
-    lacking = sorted({*allowed} - {"transposed", "version"} - {*attributes})
+    allowed = ATTRIBUTES
+    lacking = sorted({*allowed} - {*DEFAULTS} - {*attributes})
     if unknown := sorted({*attributes} - {*allowed}) or lacking:
         why = f"lack {', '.join(lacking)}" if lacking else f"have {', '.join(unknown)[:100]}, too"
         raise ValueError(f"its attributes {why}; they must be {', '.join(allowed)}")
@@ -165,6 +167,8 @@ def _attributes(name: str, text: str) -> dict[str, Any] | None:
             "float checkpoint"
         )
     attributes = about.get("_data")
+    if isinstance(attributes, dict) and isinstance(dtype := attributes.get("float_dtype"), dict):
+        attributes = attributes | {"float_dtype": dtype.get("_data")}  # as torchao writes a dtype
     try:
         check_attributes(attributes)
     except ValueError as error:
@@ -217,14 +221,14 @@ def _quantized_source(planes: Mapping[str, Source], fqn: str, attributes: dict) 
     }
     file = planes["qdata"].file
     try:
-        shape = RTNQuantizedTensor(**on_meta, **attributes).shape
+        w = RTNQuantizedTensor(**on_meta, **attributes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {fqn}: {error}") from None
 
     def private() -> Tensor:
         return RTNQuantizedTensor(**{name: plane.private() for name, plane in planes.items()}, **attributes)
 
-    return Source(file, fqn, tuple(shape), planes["scale"].dtype, private, private, quantized=True)
+    return Source(file, fqn, tuple(w.shape), w.dtype, private, private, quantized=True)
 
 
 def _unreadable(file: Path, why: str) -> ValueError:

@@ -9,11 +9,14 @@ from torchao.utils import TorchAOBaseTensor
 PLANES = ["qdata", "scale"]
 OPTIONAL_PLANES = ["zero"]  # which lie beside the scales, as many numbers as there are of these
 FORMAT = ["bits", "group_size", "scale_method", "in_features", "transposed", "version"]
+ATTRIBUTES = [*FORMAT, "float_dtype"]  # the last is in a file only where it is given
+# What those are of which a file says nothing.
+DEFAULTS = {"transposed": False, "version": 1, "float_dtype": None}
 # What a copy or view has of its own.
 _MADE_ANEW = {
     *PLANES,
     *OPTIONAL_PLANES,
-    *FORMAT,
+    *ATTRIBUTES,
     "_is_param",
     "_is_flat",
     "_shares_scale",

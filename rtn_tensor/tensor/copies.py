@@ -11,7 +11,7 @@ from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import return_and_correct_aliasing
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.reference import round_scale
-from rtn_tensor.tensor.attributes import FORMAT, OPTIONAL_PLANES, PLANES
+from rtn_tensor.tensor.attributes import ATTRIBUTES, OPTIONAL_PLANES, PLANES
 from rtn_tensor.tensor.callers import called_by
 from rtn_tensor.tensor.errors import named_error, or_float
 from rtn_tensor.tensor.layout import new_planes
@@ -67,8 +67,14 @@ def dequantize_op(func, types, args, kwargs):
 def to_copy_op(func, types, args, kwargs):
     w = args[0]
     to = {k: v for k, v in kwargs.items() if k in ("device", "non_blocking", "pin_memory")}
-    planes = w.planes | {"scale": converted_scale(w, kwargs.get("dtype") or w.scale.dtype)}
-    return rebuilt(w, {name: func(plane, **to) for name, plane in planes.items()})
+    dtype, planes = kwargs.get("dtype"), w.planes
+    changed: dict[str, Any] = {}
+    if w.float_dtype is None:
+        planes = planes | {"scale": converted_scale(w, dtype or w.scale.dtype)}
+    elif dtype is not None:  # the scales stay those that the checkpoint has
+        check_dtype(dtype, w)
+        changed = {"float_dtype": dtype, "version": None}
+    return rebuilt(w, {name: func(plane, **to) for name, plane in planes.items()}, **changed)
 
 
 @on_op(aten.copy_.default)
@@ -207,12 +213,13 @@ def new_op(func, types, args, kwargs):
                 w, f"cannot make a transposed tensor of shape {tuple(shape)}; it needs at least 2 dims"
             )
         shape[-2:] = shape[:-3:-1]
-    dtype = kwargs.get("dtype") or w.scale.dtype
+    dtype = kwargs.get("dtype") or w.float_dtype or w.scale.dtype
     check_dtype(dtype, w)
+    scale_dtype = dtype if w.float_dtype is None else w.scale.dtype
     to = {"device": kwargs.get("device") or w.qdata.device, "pin_memory": kwargs.get("pin_memory") or False}
     factory = torch.zeros if func in (aten.zeros_like.default, aten.new_zeros.default) else torch.empty
-    planes = new_planes(factory, shape, w.bits, w.group_size, dtype, w.zero is not None, **to)
-    new = rebuilt(w, planes, in_features=shape[-1])
+    planes = new_planes(factory, shape, w.bits, w.group_size, scale_dtype, w.zero is not None, **to)
+    new = rebuilt(w, planes, in_features=shape[-1], float_dtype=dtype, version=None)
     # FSDP2 asks for a shard with its padding, and then for the part that is no padding.
     if func == aten.new_zeros.default:
         new._padded_rows = shape[0]
@@ -281,7 +288,7 @@ def set_data(func, types, args, kwargs):
         new = fresh.mT if w.transposed else fresh
     with _torch.without_overrides():
         func(w, new)  # size, strides, dtype and device
-    for name in (*PLANES, *OPTIONAL_PLANES, *FORMAT, "_shares_scale"):
+    for name in (*PLANES, *OPTIONAL_PLANES, *ATTRIBUTES, "_shares_scale"):
         setattr(w, name, getattr(new, name))
 
 

@@ -3,8 +3,10 @@
 from typing import Any
 
 from rtn_tensor.formats import check_version
-from rtn_tensor.tensor.attributes import FORMAT, OPTIONAL_PLANES, PLANES
+from rtn_tensor.tensor.attributes import ATTRIBUTES, DEFAULTS, OPTIONAL_PLANES, PLANES
 from rtn_tensor.wording import with_article
+
+NOT_OF_OLD = {name: DEFAULTS[name] for name in ("version", "float_dtype")}
 
 
 def set_state(w: Any, state: Any) -> None:
@@ -17,9 +19,9 @@ def set_state(w: Any, state: Any) -> None:
     # torch adds the slots of a class, and there are none.
     if isinstance(state, tuple) and len(state) == 2 and not state[1]:
         state = state[0]
-    names = [*PLANES, *FORMAT]
+    names = [*PLANES, *ATTRIBUTES]
     if not isinstance(state, dict) or (
-        missing := [name for name in names if name not in {"version": 1, **state}]
+        missing := [name for name in names if name not in {**NOT_OF_OLD, **state}]
     ):
         lacking = (
             f"lacks {', '.join(missing)}"
@@ -30,7 +32,7 @@ def set_state(w: Any, state: Any) -> None:
             f"the state of {with_article(type(w).__name__)} {lacking}; the file is damaged, "
             "or of another library"
         )
-    state = {"version": 1, **state}
+    state = {**NOT_OF_OLD, **state}
     check_version(state["version"])  # what is new is made without one
     made = type(w)(*(state[name] for name in names), **{name: state.get(name) for name in OPTIONAL_PLANES})
     for plane in made.planes.values():
@@ -45,4 +47,5 @@ def set_state(w: Any, state: Any) -> None:
         raise ValueError(
             f"the file says that the weight has {mine}, and its planes that it has {due}; the file is damaged"
         )
-    vars(w).update({name: value for name, value in state.items() if name != "_flat"})
+    unsaid = {"_flat", *(name for name in ("float_dtype",) if state[name] is None)}
+    vars(w).update({name: value for name, value in state.items() if name not in unsaid})

@@ -11,7 +11,7 @@ from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import tree_leaves
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.tensor.errors import named_error
-from rtn_tensor.tensor.quantized import RTNQuantizedTensor, aten, on_function, on_op
+from rtn_tensor.tensor.quantized import RTNQuantizedTensor, aten, by_plane, on_function, on_op
 from rtn_tensor.wording import with_article
 
 
@@ -46,7 +46,7 @@ def _check_operand(x: Tensor, w: RTNQuantizedTensor, size: int) -> Tensor:
     autocast = _autocast_dtype(x)
     if autocast:
         x = _cast_by_autocast(x, autocast)
-    if x.dtype != (dtype := w.scale.dtype) and x.dtype != autocast:
+    if x.dtype != (dtype := w.float_dtype or w.scale.dtype) and x.dtype != autocast:
         _check_kind("x", x, w)
         other = f" or weight.to({x.dtype})" if x.dtype in FLOAT_DTYPES else ""
         raise named_error(w, f"x is {x.dtype} but the weight is {dtype}; use x.to({dtype}){other}", TypeError)
@@ -273,6 +273,8 @@ def _embedding(
     rows = weight.qdata.shape[0]
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise named_error(weight, f"padding_idx={padding_idx} is out of range: the weight has {rows} rows")
+    if weight.float_dtype is not None:  # the op gives rows in the dtype of the scale, and so rounds twice
+        return _rows(weight, input).dequantize()
     try:
         return ops.embedding(
             input,
@@ -285,6 +287,18 @@ def _embedding(
         )
     except IndexError as error:
         raise named_error(weight, str(error), IndexError) from None
+
+
+def _rows(w: RTNQuantizedTensor, indices: Tensor) -> RTNQuantizedTensor:
+    """The rows of a matrix that `indices [...]` name, `[..., K]`."""
+    rows = len(w.qdata)
+    if indices.device.type == "cpu" and indices.numel() and not _torch.tracing(indices):
+        low, high = (int(n) for n in indices.aminmax())
+        if low < 0 or high >= rows:
+            raise named_error(
+                w, f"index {low if low < 0 else high} is out of range for {rows} rows", IndexError
+            )
+    return by_plane(w, lambda plane: plane[indices])
 
 
 def _into(out: Tensor | None, product: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -19,10 +19,11 @@ from rtn_tensor.formats import (
     check_format,
     check_planes,
     or_default,
+    shown_apart,
     version_of,
 )
 from rtn_tensor.tensor import sharding
-from rtn_tensor.tensor.attributes import FORMAT, PLANES, ParameterLike, carried
+from rtn_tensor.tensor.attributes import ATTRIBUTES, FORMAT, PLANES, ParameterLike, carried
 from rtn_tensor.tensor.callers import is_computed_anew
 from rtn_tensor.tensor.errors import is_traced, named_error, or_float
 from rtn_tensor.tensor.layout import layout_of, new_planes
@@ -38,7 +39,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
     Attributes:
         qdata: `[..., N, B]` uint8, the packed integers (`rtn_tensor.formats` gives the order); B = 16 *
             ceil(K * bits / 128).
-        scale: `[..., N, G]`, G = ceil(K / group_size), in the dtype that the tensor shows as its own.
+        scale: `[..., N, G]`, G = ceil(K / group_size), in the dtype that the tensor shows as its own, or in
+            another where `float_dtype` is given.
         zero: `[..., N, G]` int8, the integer that stands for 0 in each group, of an asymmetric weight; else
             None.
         bits: as in `RTNConfig`.
@@ -48,6 +50,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         transposed: whether the tensor's last two dims stand swapped, as after `t()`; the planes never move.
         version: of what the planes mean, the earliest that has them all; a later one than this library's is
             refused.
+        float_dtype: the dtype that the tensor shows where its scale has another, as float16 scales of GPTQ's
+            in a bfloat16 model; else None. `.to(dtype)` then changes this, and keeps the scale.
 
     The tensor has the shape and dtype of the weight it stands for, never requires a gradient (asking for one
     is ignored), passes gradients to its inputs, and gives views that alias it. Rows (and leading dims) slice
@@ -75,6 +79,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
     in_features: int
     transposed: bool
     version: int = 1
+    float_dtype: torch.dtype | None = None
     # What is known of the weight beside its numbers, where it is: what its model calls it; the names that it
     # was shared with, whose weight stayed float; the rows of its shard, with FSDP2's padding. Like what users
     # set, it goes along with each copy and view.
@@ -99,14 +104,18 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         in_features,
         transposed=False,
         version=None,
+        float_dtype=None,
         zero=None,
     ):
         # A compiler may hold these two as symbols.
         bits, group_size = (int(n) if isinstance(n, torch.SymInt) else n for n in (bits, group_size))
-        version = version_of(zero) if version is None else version
-        check_planes(qdata, scale, bits, group_size, in_features, scale_method, transposed, version, zero)
+        apart = shown_apart(scale, float_dtype) if isinstance(scale, Tensor) else None
+        version = version_of(zero, apart) if version is None else version
+        check_planes(
+            qdata, scale, bits, group_size, in_features, scale_method, transposed, version, zero, apart
+        )
         layout = layout_of(qdata, bits, in_features, transposed)
-        return _torch.wrapper(cls, *layout, dtype=scale.dtype, device=qdata.device)
+        return _torch.wrapper(cls, *layout, dtype=apart or scale.dtype, device=qdata.device)
 
     def __init__(
         self,
@@ -118,6 +127,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         in_features,
         transposed=False,
         version=None,
+        float_dtype=None,
         zero=None,
     ):
         self.qdata = qdata
@@ -129,13 +139,21 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         self.scale_method = scale_method
         self.in_features = in_features
         self.transposed = transposed
-        self.version = version_of(zero) if version is None else version
+        apart = shown_apart(scale, float_dtype)
+        if apart is not None:
+            self.float_dtype = apart
+        self.version = version_of(zero, apart) if version is None else version
 
     @property
     def planes(self) -> dict[str, Tensor]:
         """The planes that there are, by name."""
         planes = {"qdata": self.qdata, "scale": self.scale}
         return planes if self.zero is None else planes | {"zero": self.zero}
+
+    @property
+    def optional_tensor_attribute_names(self) -> list[str]:
+        """For torchao's writer, which would write one that is None, too."""
+        return [name for name in ATTRIBUTES if name not in FORMAT and getattr(self, name) is not None]
 
     @property
     def zero_point(self) -> Tensor | None:
@@ -194,17 +212,20 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         scale_method: str | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
+        scale_dtype: torch.dtype | None = None,
     ) -> "RTNQuantizedTensor":
-        """An uninitialized `[..., N, K]` tensor, for `copy_` to fill; on any device, meta included."""
+        """An uninitialized `[..., N, K]` tensor, for `copy_` to fill; on any device, meta included. The scale
+        is in `scale_dtype`, by default the tensor's."""
         group_size, scale_method = or_default(bits, group_size, scale_method)
         check_format(bits, group_size, scale_method)
         check_dtype(dtype)
         if not shape or not all(isinstance(n, int | torch.SymInt) for n in shape):
             raise TypeError(f"shape is {shape}; give its sizes one by one, as in empty(4096, 1024)")
         zero = scale_method in ASYMMETRIC
-        planes = new_planes(torch.empty, shape, bits, group_size, dtype, zero, device=device)
+        check_dtype(scale_dtype or dtype)
+        planes = new_planes(torch.empty, shape, bits, group_size, scale_dtype or dtype, zero, device=device)
         made: Any = dict(zip(FORMAT, (bits, group_size, scale_method, shape[-1]), strict=False))
-        return cls(**planes, **made)
+        return cls(**planes, **made, float_dtype=dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The plain tensor (q - zero) * S, computed in fp32 and rounded once to `dtype` (by default the
@@ -225,7 +246,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
             self.bits,
             self.group_size,
             self.in_features,
-            dtype or self.scale.dtype,
+            dtype or self.float_dtype or self.scale.dtype,
             self.zero,
         )
         return w.mT if self.transposed else w
@@ -235,27 +256,30 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         # 0.8 us each time, where this takes 0.07; and a tuple compares in half the time of the base's dict.
         flat = self._flat
         if flat is None:
-            attributes = {name: getattr(self, name) for name in self.tensor_attribute_names}
+            attributes = {name: getattr(self, name) for name in FORMAT}
             attributes["scale_method"] = _MethodOf(self)
+            if self.float_dtype is not None:
+                attributes["float_dtype"] = self.float_dtype
             flat = self._flat = [*self.planes], tuple(attributes.values())
         return flat
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # Of the class: `swap_tensors` sets `__class__`.
-        if name in RTNQuantizedTensor.tensor_attribute_names or name in ("fqn", "zero"):
+        if name in ATTRIBUTES or name in ("fqn", "zero"):
             vars(self).pop("_flat", None)
 
     # Before a copy or a file is made of all that lies on the tensor.
     def _clear_non_serializable_cached_data(self) -> None:
         super()._clear_non_serializable_cached_data()
         vars(self).pop("_flat", None)
-        if self.zero is None:  # as of a weight that never had any
-            vars(self).pop("zero", None)
+        for name in ("zero", "float_dtype"):
+            if getattr(self, name) is None:  # as of a weight that never had any
+                vars(self).pop(name, None)
 
     @classmethod
     def __tensor_unflatten__(cls, tensor_data_dict, tensor_attributes, outer_size, outer_stride):
-        attributes = dict(zip(cls.tensor_attribute_names, tensor_attributes, strict=True))
+        attributes = dict(zip(ATTRIBUTES, tensor_attributes, strict=False))
         name = getattr(method := attributes["scale_method"], "fqn", None)
         attributes["scale_method"] = str(method)
         # A graph with dynamic shapes gives in_features as the symbol it was traced with; the size it ran with
@@ -286,7 +310,7 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         planes = [
             (p.dtype, tuple(p.shape), p.stride(), p.storage_offset(), p.device) for p in self.planes.values()
         ]
-        attributes = [getattr(self, name) for name in self.tensor_attribute_names]
+        attributes = [getattr(self, name) for name in ATTRIBUTES]
         return hashlib.sha256(
             repr((type(self).__qualname__, _sources(), attributes, planes)).encode()
         ).hexdigest()
@@ -430,7 +454,7 @@ class _MethodOf(str):
 
 def rebuilt(w: RTNQuantizedTensor, planes: Mapping[str, Tensor], **changed: Any) -> RTNQuantizedTensor:
     """A tensor of `w`'s format over other planes; what users set on `w` and what is known of it go along."""
-    attributes = {name: getattr(w, name) for name in w.tensor_attribute_names} | changed
+    attributes = {name: getattr(w, name) for name in ATTRIBUTES} | changed
     # torch refuses an inference tensor as a view of one that is none, which `w.t()` would be in inference
     # mode.
     with torch.inference_mode(w.is_inference()):
@@ -459,4 +483,4 @@ def is_packed(w: RTNQuantizedTensor, dim: int) -> bool:
 
 
 def format_of(w: RTNQuantizedTensor) -> tuple:
-    return w.bits, w.group_size, w.scale_method, w.transposed, w.scale.dtype, [*w.planes]
+    return w.bits, w.group_size, w.scale_method, w.transposed, w.scale.dtype, w.float_dtype, [*w.planes]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import _torch
-from rtn_tensor.tensor.attributes import FORMAT
+from rtn_tensor.tensor.attributes import ATTRIBUTES
 from rtn_tensor.tensor.layout import padded_plane
 
 
@@ -18,7 +18,7 @@ def pre_all_gather(w: Any, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
     weight at int4)."""
     rows = getattr(w, "_padded_rows", len(w.qdata))
     planes = tuple(padded_plane(plane, rows) for plane in w.planes.values())
-    attributes = {name: getattr(w, name) for name in FORMAT}
+    attributes = {name: getattr(w, name) for name in ATTRIBUTES}
     if mesh.size() > 1:
         return planes, (attributes, None)
     # Of what one rank "gathers" FSDP2 copies the first tensor only.
@@ -49,5 +49,8 @@ def post_all_gather(w: Any, outputs: Any, metadata: Any, param_dtype: Any, *, ou
             with _torch.same_version(out.scale):
                 out.scale.copy_(scale[: len(out.scale)])
         return None
-    planes["scale"] = scale.to(param_dtype)
+    if w.float_dtype is None:
+        planes["scale"] = scale.to(param_dtype)
+    else:
+        attributes = attributes | {"float_dtype": param_dtype}
     return type(w)(**planes, **attributes), outputs
