@@ -236,6 +236,8 @@ def _copy(piece: Piece, source: Any, to: Tensor) -> None:
     if isinstance(source, RTNQuantizedTensor):
         if isinstance(to, RTNQuantizedTensor) and to.scale_method in (GIVEN, GIVEN_ASYMMETRIC):
             check_finite(piece.source, source.scale)
+            if to.zero is not None and source.zero is None:  # of a part that is symmetric
+                source = with_zeros(source)
             to.copy_(source.to(to.device))
             return
         source = source.dequantize(torch.float32)
@@ -248,6 +250,13 @@ def _copy(piece: Piece, source: Any, to: Tensor) -> None:
     to.copy_(rows)
     # Where a group held a NaN or inf, its scale is NaN.
     check_finite(piece.source, to.scale if isinstance(to, RTNQuantizedTensor) else rows)
+
+
+def with_zeros(w: RTNQuantizedTensor) -> RTNQuantizedTensor:
+    zero = torch.zeros_like(w.scale, dtype=torch.int8)
+    return RTNQuantizedTensor(
+        w.qdata, w.scale, w.bits, w.group_size, GIVEN_ASYMMETRIC, w.in_features, zero=zero
+    )
 
 
 @torch.no_grad()

@@ -44,12 +44,18 @@ from rtn_tensor.tensor.attributes import user_attributes
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
 
-def _empty(t: Tensor, config: RTNConfig | None, transposed: bool, device: torch.device) -> Tensor:
+def _empty(
+    t: Tensor,
+    config: RTNConfig | None,
+    transposed: bool,
+    device: torch.device,
+    scale_dtype: torch.dtype | None,
+) -> Tensor:
     if config is None:
         return torch.empty(t.shape, dtype=t.dtype, device=device)
     arguments = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
     w = RTNQuantizedTensor.empty(
-        *(t.mT if transposed else t).shape, **arguments, dtype=t.dtype, device=device
+        *(t.mT if transposed else t).shape, **arguments, dtype=t.dtype, device=device, scale_dtype=scale_dtype
     )
     return w.mT if transposed else w
 
@@ -171,11 +177,11 @@ def load(
     fqns: dict[int, list[str]] = defaultdict(list)
     for fqn, t in state.items():
         fqns[id(t)].append(fqn)
-    targets = (
-        targets_of(model, config, default_filter(model, config, filter_fn))
-        if config is not None
-        else kept_targets(model, pieces, places, fqns)
-    )
+    scale_dtypes: dict[str, torch.dtype] = {}
+    if config is not None:
+        targets = targets_of(model, config, default_filter(model, config, filter_fn))
+    else:
+        targets, scale_dtypes = kept_targets(model, pieces, places, fqns)
     configs = {t.fqn: t.config for t in targets}
     if how is not None:
         lost = [
@@ -184,7 +190,14 @@ def load(
         _say_what_is_lost(path, how, lost, config)
     with together(next((ranks_of(t) for t in state.values() if held(t) is not t), None)):
         new = _read_into(
-            pieces, state, fqns, config, targets, device, lambda total: _bar(path.name, total, progress)
+            pieces,
+            state,
+            fqns,
+            config,
+            targets,
+            scale_dtypes,
+            device,
+            lambda total: _bar(path.name, total, progress),
         )
     put(places, new, configs, fqns if config is not None else {}, apart)
     if is_pretrained(model):
@@ -322,6 +335,7 @@ def _read_into(
     fqns: Mapping[int, list[str]],
     config: AOBaseConfig | Rules | None,
     targets: list[Target],
+    scale_dtypes: Mapping[str, torch.dtype],
     device: torch.device | str | None,
     bar: Callable[[int], Any],
 ) -> dict[int, dict[RTNConfig | None, Tensor]]:
@@ -346,7 +360,8 @@ def _read_into(
             copied.append(here)
         for c in {configs.get(fqn): None for fqn in fqns[id(old)]}:
             if c not in new[id(old)]:
-                new[id(old)][c] = _empty(held(old), c, not transposed.isdisjoint(fqns[id(old)]), to)
+                turned = not transposed.isdisjoint(fqns[id(old)])
+                new[id(old)][c] = _empty(held(old), c, turned, to, scale_dtypes.get(piece.target))
     destinations = {p.target: list(new[id(state[p.target])].values()) for p in copied}
     total = sum(p.nbytes * len(destinations[p.target]) for p in copied)
     with bar(total) as meter:

@@ -14,6 +14,7 @@ class Kept(NamedTuple):
     bits: int
     group_size: int
     scale_dtype: torch.dtype
+    asymmetric: bool = False  # whether there is a plane `zero`
 
 
 @dataclass(frozen=True)

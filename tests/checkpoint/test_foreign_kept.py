@@ -76,6 +76,32 @@ FORMATS = {
         F16,
         (4, 32),
     ),
+    "AWQ": (made.awq, made.AWQ_CONFIG, F16, (4, 32)),
+    "GPTQ, asymmetric": (partial(made.gptq, symmetric=False), made.gptq_config(sym=False), F16, (4, 32)),
+    "GPTQ, asymmetric, 8 bits, version 2": (
+        partial(made.gptq, bits=8, symmetric=False, v2=True),
+        made.gptq_config(8, sym=False, checkpoint_format="gptq_v2"),
+        F16,
+        (8, 32),
+    ),
+    "compressed-tensors, asymmetric": (
+        partial(made.compressed, symmetric=False),
+        CT(symmetric=False),
+        BF16,
+        (4, 32),
+    ),
+    "compressed-tensors, asymmetric rows of 8 bits": (
+        partial(made.compressed, bits=8, group_size=-1, symmetric=False),
+        CT(bits=8, group_size=None, symmetric=False),
+        BF16,
+        (8, -1),
+    ),
+    "compressed-tensors, int8, asymmetric": (
+        partial(made.int_quantized, symmetric=False),
+        CT("int-quantized", 8, None, symmetric=False),
+        BF16,
+        (8, -1),
+    ),
     "AWQ, symmetric": (partial(made.awq, symmetric=True), made.AWQ_CONFIG, F16, (4, 32)),
     "compressed-tensors": (made.compressed, CT(), BF16, (4, 32)),
     "compressed-tensors, 8 bits": (partial(made.compressed, bits=8), CT(bits=8), BF16, (8, 32)),
@@ -107,6 +133,8 @@ def same_planes(a, b):
     assert torch.equal(a.qdata, b.qdata)
     assert a.scale.dtype == b.scale.dtype
     assert torch.equal(a.scale, b.scale)
+    assert (a.zero is None) == (b.zero is None)
+    assert a.zero is None or torch.equal(a.zero, b.zero)
 
 
 @pytest.mark.parametrize(("make", "config", "dtype", "fmt"), FORMATS.values(), ids=FORMATS)
@@ -120,7 +148,7 @@ def test_bit_for_bit(tmp_path, make, config, dtype, fmt):
         assert isinstance(got, RTNQuantizedTensor), name
         bits, group_size = fmt
         assert (got.bits, got.group_size) == (bits, -1 if w.shape[1] <= group_size else group_size)
-        assert got.scale_method == "given"
+        assert got.scale_method == ("given" if got.zero is None else "given_asymmetric")
         assert torch.equal(got.dequantize(torch.float32), w), name
     save(loaded, tmp_path / "ours")
     again = load(tmp_path / "ours")
@@ -134,6 +162,34 @@ def test_bit_for_bit(tmp_path, make, config, dtype, fmt):
         torch.testing.assert_close(
             logits, model(ids).logits, rtol=0.05, atol=0.05 * float(logits.abs().max())
         )
+
+
+@pytest.mark.parametrize(
+    "name", ["GPTQ", "GPTQ, asymmetric", "AWQ", "compressed-tensors", "bitsandbytes, int8"]
+)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_scales_keep_their_dtype(tmp_path, name, dtype):
+    """As float16 scales in a bfloat16 model, which are not rounded; through files, and transformers, too."""
+    from transformers import AutoModelForCausalLM
+
+    make, config, scale_dtype, _ = FORMATS[name]
+    stands_for = made.write(tmp_path / "theirs", tiny_llama(layers=1, dtype=dtype), make, config)
+    loaded = load(tmp_path / "theirs")
+    for weight, w in stands_for.items():
+        got = loaded.get_parameter(weight)
+        assert (got.dtype, got.scale.dtype) == (dtype, scale_dtype)
+        assert torch.equal(got.dequantize(F32), w)
+    ids = torch.arange(8)[None]
+    save(loaded, tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=dtype)
+    again = load(tmp_path / "ours")
+    with torch.no_grad():
+        logits = loaded(ids).logits
+        assert logits.dtype == dtype
+        for other in (again, theirs):
+            assert torch.equal(other(ids).logits, logits)
+            for weight in stands_for:
+                same_planes(other.get_parameter(weight), loaded.get_parameter(weight))
 
 
 @pytest.mark.parametrize("name", ["GPTQ", "compressed-tensors, 8 bits", "bitsandbytes, int8"])

@@ -57,6 +57,34 @@ def mixed_precision(ranks, folder):
 
 
 @case
+def scales_of_another_dtype(ranks, folder):
+    """They are gathered as they are; of a MixedPrecisionPolicy's dtype is what the weight shows."""
+
+    def apart(dtype):
+        model = quantized(layers(64, 96, 48)).half()
+        for layer in model[::2]:
+            w = layer.weight
+            about = w.bits, w.group_size, w.scale_method, w.in_features
+            new = RTNQuantizedTensor(w.qdata, w.scale, *about, float_dtype=dtype)
+            layer.weight = nn.Parameter(new, requires_grad=False)
+            layer.bias.data = layer.bias.data.to(dtype)
+        return model
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, expected = x_of(64).to(dtype), apart(dtype)(x_of(64).to(dtype))
+        model = sharded(apart(dtype))
+        assert model[0].weight.to_local().scale.dtype == torch.float16
+        for _ in range(2):
+            assert torch.equal(model(x), expected)
+        dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/apart{dtype}")
+    model = sharded(apart(torch.float32), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    for _ in range(2):
+        y = model(x_of(64))
+        assert y.dtype == torch.bfloat16
+        same(y.float(), apart(torch.bfloat16)(x_of(64).bfloat16()).float(), 1e-2)
+
+
+@case
 def wire(ranks, folder):
     """What is gathered of a weight of int4 with groups of 128: 0.26 of bf16, where the ranks divide the
     rows."""

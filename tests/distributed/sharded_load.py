@@ -1,8 +1,15 @@
 """`load` into sharded models: each rank reads its own part."""
 
+import json
+import warnings
+from pathlib import Path
+
 import pytest
+import torch
 import torch.distributed as dist
+from foreign_formats import gptq, gptq_config
 from ranks import Cases
+from safetensors.torch import save_file
 from sharded_models import layers, mlp, parallel, quantized, same, sharded, x_of
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -82,3 +89,38 @@ def unfit(ranks, folder):
         match="the model has run under fully_shard, which keeps its parameters; do this before the first",
     ):
         load(path, model=model)
+
+
+@case
+def of_other_libraries(ranks, folder):
+    """GPTQ's integers, zeros and float16 scales, in a model of another dtype: each rank keeps its own part."""
+    path = Path(folder) / "gptq"
+    for make, shard in ((lambda: layers(64, 96, 64), sharded), KINDS[1]):
+        plain = make()
+        if dist.get_rank() == 0:
+            state = dict(plain.state_dict())
+            torch.manual_seed(5)
+            for name in [name for name in state if name.endswith("weight")]:
+                planes, _ = gptq(*state.pop(name).shape, symmetric=False)
+                state |= {f"{name.removesuffix('weight')}{end}": plane for end, plane in planes.items()}
+            path.mkdir(exist_ok=True)
+            save_file(state, path / "model.safetensors")
+            (path / "config.json").write_text(json.dumps({"quantization_config": gptq_config(sym=False)}))
+        dist.barrier()
+        whole = load(path, model=make())
+        model = load(path, model=shard(make().to("meta")))
+        for w, of_all in zip(model.parameters(), whole.parameters(), strict=True):
+            local = w.to_local() if hasattr(w, "to_local") else w
+            if isinstance(of_all, RTNQuantizedTensor):
+                assert isinstance(local, RTNQuantizedTensor)
+                assert (local.dtype, local.scale.dtype) == (torch.float32, torch.float16)
+                assert local.zero is not None
+        for _ in range(2):
+            same(model(x_of(64)), whole(x_of(64)))
+        model = shard(make().to("meta"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            load(path, rtn_int4(32), model)
+            due = load(path, rtn_int4(32), make())
+        same(model(x_of(64)), due(x_of(64)))
+        dist.barrier()

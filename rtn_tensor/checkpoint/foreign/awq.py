@@ -18,12 +18,12 @@ from rtn_tensor.checkpoint.foreign.words import (
     ending,
     fields,
     floats,
+    kept_format,
     option,
     put,
     quantized_rows,
     signed,
 )
-from rtn_tensor.checkpoint.rows import Kept
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.formats import FLOAT_DTYPES, groups
 
@@ -84,15 +84,13 @@ def _weight(name: str, words: Source, scales: Source, zeros: Source, group_size:
     check_plane(scales, (count, n), *FLOAT_DTYPES)
     check_plane(zeros, (count, n // 8), torch.int32)
     group_of = torch.arange(k) // (k if group_size == -1 else group_size)
-    kept = None
-    if bool((zeros.view() == 0x88888888 - (1 << 32)).all()) and (count == 1 or group_size % 32 == 0):
-        kept = Kept(4, -1 if count == 1 else group_size, scales.dtype)
+    asymmetric = bool((zeros.view() != 0x88888888 - (1 << 32)).any())
+    kept = kept_format(4, group_size, count, scales, asymmetric)
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         q = signed(_numbers(words.view(), start, stop).t().contiguous(), 4)
         scale = scales.view()[:, start:stop].t()
-        if kept is not None:
-            return quantized_rows(q, scale, kept)
-        return floats(q, scale, signed(_numbers(zeros.view(), start, stop).t().contiguous(), 4), group_of)
+        zero = signed(_numbers(zeros.view(), start, stop).t().contiguous(), 4)
+        return floats(q, scale, zero, group_of) if kept is None else quantized_rows(q, scale, kept, zero)
 
     return computed(words, name, (n, k), compute, kept)

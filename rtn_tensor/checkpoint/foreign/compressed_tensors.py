@@ -30,6 +30,7 @@ from rtn_tensor.checkpoint.foreign.words import (
     ending,
     fields,
     floats,
+    kept_format,
     nibbles,
     option,
     put,
@@ -45,7 +46,6 @@ from rtn_tensor.checkpoint.foreign.written import (
     notes,
     unlike_parts,
 )
-from rtn_tensor.checkpoint.rows import Kept
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.formats import FLOAT_DTYPES, groups, pack_gptq
 
@@ -224,12 +224,6 @@ def _order(
     return group_of, torch.equal(group_of, in_order)
 
 
-def _kept(bits: int, group_size: int, count: int, scale: Source) -> Kept | None:
-    if count != 1 and group_size % 32:
-        return None
-    return Kept(bits, -1 if count == 1 else group_size, scale.dtype)
-
-
 def _packed(
     found: Mapping[str, Source], module: str, packed: Source, scale: Source, about: Mapping[str, Any]
 ) -> Source:
@@ -251,19 +245,21 @@ def _packed(
     if zeros is not None:
         rows = -(-n * bits // 32) if packed_zeros else n
         check_plane(zeros, (rows if shape[0] == n else 1, shape[1]), torch.int32, torch.int8)
-    kept = _kept(bits, group_size, shape[1], scale) if in_order and zeros is None else None
+
+    def all_zeros() -> Tensor | None:
+        if zeros is None:
+            return None
+        zero = zeros.view()
+        return (signed(fields(zero.t(), bits), bits)[:, :n].t() if packed_zeros else zero).expand(n, -1)
+
+    asymmetric = zeros is not None and bool(all_zeros().any())
+    kept = kept_format(bits, group_size, shape[1], scale, asymmetric) if in_order else None
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         q = signed(fields(packed.view()[start:stop], bits), bits)[:, :k]
-        scales = scale.view().expand(n, -1)[start:stop]
-        if kept is not None:
-            return quantized_rows(q, scales, kept)
-        zero = None
-        if zeros is not None:
-            zero = zeros.view()
-            zero = signed(fields(zero.t(), bits), bits)[:, :n].t() if packed_zeros else zero
-            zero = zero.expand(n, -1)[start:stop]
-        return floats(q, scales, zero, group_of)
+        scales, zero = scale.view().expand(n, -1)[start:stop], all_zeros()
+        zero = zero if zero is None else zero[start:stop]
+        return floats(q, scales, zero, group_of) if kept is None else quantized_rows(q, scales, kept, zero)
 
     return computed(packed, f"{module}.weight", (n, k), compute, kept)
 
@@ -271,7 +267,7 @@ def _packed(
 def _integers(
     found: Mapping[str, Source], module: str, weight: Source, scale: Source, about: Mapping[str, Any]
 ) -> Source:
-    bits = _number(weight, about, "num_bits", (4, 8))
+    _number(weight, about, "num_bits", (4, 8))
     if len(weight.shape) != 2:
         raise weight.error(f"has shape {list(weight.shape)}; an int-quantized weight must be [N, K]")
     n, k = weight.shape
@@ -284,19 +280,16 @@ def _integers(
         zeros = beside(found, weight, f"{module}.weight_zero_point")
     if zeros is not None and not (zeros.shape == (1,) and shape == (1, 1)):
         check_plane(zeros, shape, torch.int8)
+    asymmetric = zeros is not None and bool(zeros.view().any())
     # In a byte each there may be any number.
-    kept = _kept(8, group_size, shape[1], scale) if in_order and zeros is None else None
+    kept = kept_format(8, group_size, shape[1], scale, asymmetric) if in_order else None
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         q = weight.view()[start:stop]
         scales = scale.view().view(shape).expand(n, -1)[start:stop]
-        if kept is not None:
-            return quantized_rows(q, scales, kept)
-        return floats(
-            q, scales, None if zeros is None else zeros.view().view(shape).expand(n, -1)[start:stop], group_of
-        )
+        zero = None if zeros is None else zeros.view().view(shape).expand(n, -1)[start:stop]
+        return floats(q, scales, zero, group_of) if kept is None else quantized_rows(q, scales, kept, zero)
 
-    del bits
     return computed(weight, f"{module}.weight", (n, k), compute, kept)
 
 

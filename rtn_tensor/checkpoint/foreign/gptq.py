@@ -21,6 +21,7 @@ from rtn_tensor.checkpoint.foreign.words import (
     ending,
     fields,
     floats,
+    kept_format,
     option,
     put,
     quantized_rows,
@@ -36,7 +37,6 @@ from rtn_tensor.checkpoint.foreign.written import (
     notes,
     unlike_parts,
 )
-from rtn_tensor.checkpoint.rows import Kept
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, groups, pack_gptq
 
@@ -318,19 +318,21 @@ def _weight(
                 "download the checkpoint again"
             )
     middle = -FORMATS[bits].qmin
-    symmetric = bool((fields(zeros.view(), bits)[:, :n] == middle - less_one).all())
+    numbers = fields(zeros.view(), bits)[:, :n]
+    asymmetric = bool((numbers != middle - less_one).any())
     kept = None
-    if symmetric and torch.equal(group_of, in_order) and (count == 1 or group_size % 32 == 0):
-        kept = Kept(bits, -1 if count == 1 else group_size, scales.dtype)
+    if torch.equal(group_of, in_order):
+        largest = int(numbers.max()) + less_one - middle if numbers.numel() else 0
+        kept = kept_format(bits, group_size, count, scales, asymmetric, largest)
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         q = signed(fields(words.view()[:, start:stop].t(), bits), bits)
         scale = scales.view()[:, start:stop].t()
-        if kept is not None:
+        if kept is not None and not kept.asymmetric:
             return quantized_rows(q, scale, kept)
         first = start * bits // 32
         some = fields(zeros.view()[:, first : -(-stop * bits // 32)], bits)[:, start - first * 32 // bits :]
         zero = some[:, : stop - start].t().int() + (less_one - middle)
-        return floats(q, scale, zero, group_of)
+        return floats(q, scale, zero, group_of) if kept is None else quantized_rows(q, scale, kept, zero)
 
     return computed(words, name, (n, k), compute, kept)

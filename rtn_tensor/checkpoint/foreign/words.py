@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rtn_tensor.checkpoint.rows import Kept, Rows
 from rtn_tensor.checkpoint.sources import Source
-from rtn_tensor.formats import FORMATS, pack
+from rtn_tensor.formats import FORMATS, GIVEN, GIVEN_ASYMMETRIC, pack
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 # What the 16 numbers of fp4 (e2m1) stand for.
@@ -98,10 +98,22 @@ def signed(u: Tensor, bits: int) -> Tensor:
     return (u ^ 128).view(torch.int8) if bits == 8 else u.view(torch.int8) + FORMATS[bits].qmin
 
 
-def quantized_rows(q: Tensor, scale: Tensor, kept: Kept) -> RTNQuantizedTensor:
-    """Rows of integers `[n, K]` and their scales `[n, G]`, in this library's form."""
+def quantized_rows(q: Tensor, scale: Tensor, kept: Kept, zero: Tensor | None = None) -> RTNQuantizedTensor:
+    """Rows of integers `[n, K]`, their scales and zeros `[n, G]`, in this library's form."""
     planes = pack(q, kept.bits), scale.contiguous()
-    return RTNQuantizedTensor(*planes, kept.bits, kept.group_size, "absmax", q.shape[-1])
+    about = kept.bits, kept.group_size, GIVEN_ASYMMETRIC if kept.asymmetric else GIVEN, q.shape[-1]
+    zero = zero.to(torch.int8).contiguous() if kept.asymmetric and zero is not None else None
+    return RTNQuantizedTensor(*planes, *about, zero=zero)
+
+
+def kept_format(
+    bits: int, group_size: int, count: int, scale: Source, asymmetric: bool, largest_zero: int = 0
+) -> Kept | None:
+    """How a weight with `count` groups in a row, whose columns are in order, is kept; None where it cannot
+    be: its groups end inside a chunk, or a zero is no int8."""
+    if (count != 1 and group_size % 32) or largest_zero > 127:
+        return None
+    return Kept(bits, -1 if count == 1 else group_size, scale.dtype, asymmetric)
 
 
 def floats(q: Tensor, scale: Tensor, zero: Tensor | None, group_of: Tensor) -> Tensor:
