@@ -239,4 +239,4 @@ def pack_gptq(q: Tensor, bits: int) -> Tensor:
     packed = fields[..., ::count]
     for i in range(1, count):
         packed = packed | (fields[..., i::count] << (bits * i))
-    return packed.contiguous().view(torch.int32)
+    return packed.clone(memory_format=torch.contiguous_format).view(torch.int32)

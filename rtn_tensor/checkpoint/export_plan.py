@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from rtn_tensor.checkpoint.fill import some
 from rtn_tensor.checkpoint.foreign import compressed_tensors, gguf, gptq
-from rtn_tensor.checkpoint.foreign.written import PLANES, Engine, Lazy, Weight, group_sizes, planes_of
-from rtn_tensor.formats import GIVEN
+from rtn_tensor.checkpoint.foreign.written import Engine, Lazy, Weight, group_sizes, planes_of
+from rtn_tensor.formats import GIVEN, GIVEN_ASYMMETRIC
 from rtn_tensor.integrations.transformers.files import tensors_in_files
 from rtn_tensor.integrations.transformers.models import ends
 from rtn_tensor.quantize.report import Report, report
 from rtn_tensor.tensor import RTNQuantizedTensor
 
+SYMMETRIC = frozenset({"qdata", "scale"})
 LEAST_ROWS = 32  # of a weight for which engines have kernels
 
 
@@ -30,21 +31,33 @@ class FolderFormat:
             that of the output layer.
         engines: which programs read what is written of such weights and float linears.
         refuses: why a weight cannot be written, and the way out; None where it can.
+        planes: of a weight that it has.
         copies_of_config: other files that hold the same as config.json's quantization_config.
     """
 
     tensors: Callable[[Weight], dict[str, Lazy]]
     config: Callable[[Sequence[Weight], Collection[str], str | None], dict[str, Any]]
     engines: Callable[[Sequence[Weight], Collection[str]], list[Engine]]
-    refuses: Callable[[Weight], str | None] = lambda weight: None
+    refuses: Callable[[Weight], str | None]
+    planes: frozenset[str] = SYMMETRIC
     copies_of_config: tuple[str, ...] = ()
 
 
 FORMATS = {
     "compressed-tensors": FolderFormat(
-        compressed_tensors.tensors, compressed_tensors.config, compressed_tensors.engines
+        compressed_tensors.tensors,
+        compressed_tensors.config,
+        compressed_tensors.engines,
+        compressed_tensors.refuses,
+        SYMMETRIC | {"zero"},
     ),
-    "gptq": FolderFormat(gptq.tensors, gptq.config, gptq.engines, gptq.refuses, ("quantize_config.json",)),
+    "gptq": FolderFormat(
+        gptq.tensors,
+        gptq.config,
+        gptq.engines,
+        gptq.refuses,
+        copies_of_config=("quantize_config.json",),
+    ),
 }
 
 
@@ -153,7 +166,11 @@ def plan(model: Any, format_name: str) -> Plan:
 
 
 def _scales(w: RTNQuantizedTensor) -> str:
-    return "scales of another library" if w.scale_method == GIVEN else f"scale_method {w.scale_method!r}"
+    return (
+        "scales of another library"
+        if w.scale_method in (GIVEN, GIVEN_ASYMMETRIC)
+        else f"scale_method {w.scale_method!r}"
+    )
 
 
 def _not_quantized(model: Any) -> ValueError:
@@ -222,10 +239,12 @@ def _check_planes(name: str, w: RTNQuantizedTensor, format_name: str) -> None:
             "only; leave "
             "it float, or use save for this library alone"
         )
-    if unknown := sorted({*planes_of(w)} - PLANES):
+    known = FORMATS[format_name].planes if format_name in FORMATS else SYMMETRIC
+    if unknown := sorted({*planes_of(w)} - known):
         raise ValueError(
-            f"{name} has a plane {unknown[0]!r}, which {format_name} is not written with; quantize it with a "
-            "symmetric scale_method, as 'signed', or use save for this library alone"
+            f"{name} has a plane {unknown[0]!r}, which {format_name} is not written with; use "
+            "compressed-tensors, "
+            "or a symmetric scale_method, as 'signed'"
         )
 
 

@@ -249,6 +249,45 @@ transformers 5.23 with c-t 0.20 reads it: it dequantizes at the first forward, s
     assert "does not read" in report.engines[0]
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize(
+    "config", [rtn(4, 64, "minmax"), rtn(4, -1, "minmax"), rtn(8, 32, "minmax")], ids=str
+)
+def test_zero_points(tmp_path, config):
+    """By compressed-tensors' own code, and by transformers, which makes room for them in one way only."""
+    compressors = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
+    from compressed_tensors.quantization import QuantizationScheme
+    from loguru import logger
+    from transformers import CompressedTensorsConfig
+
+    logger.remove()
+    model = llama(config)
+    report = export(model, tmp_path / "a")
+    found, about = read(tmp_path / "a")
+    scheme = QuantizationScheme(**about["config_groups"]["group_0"])
+    for name, w in model.named_parameters():
+        if isinstance(w, RTNQuantizedTensor):
+            planes = {key.rpartition(".")[2]: t for key, t in found.items() if key.startswith(f"{name}_")}
+            assert set(planes) == {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point"}
+            got = compressors.PackedQuantizationCompressor.decompress(planes, scheme)["weight"]
+            assert torch.equal(got, w.dequantize())
+    assert "reads it: with CompressedTensorsConfig(dequantize=True)" in report.engines[2]
+    whole = CompressedTensorsConfig(dequantize=True)
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "a", quantization_config=whole).eval(), model)
+
+
+def test_zero_points_beyond_the_bits(tmp_path):
+    """As GPTQ's may be."""
+    model = llama(rtn(4, 32, "minmax"))
+    model.model.layers[1].mlp.up_proj.weight.zero[3, 1] = 8
+    why = (
+        r"layers.1.mlp.up_proj: a zero point is 8 or -?\d, and 4 bits hold -8 to 7; load the checkpoint with"
+    )
+    with pytest.raises(ValueError, match=why):
+        export(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------------- of every format
 
 
@@ -275,11 +314,12 @@ def test_what_cannot_be_exported(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
-def test_a_plane_that_is_not_written(tmp_path, name):
+def test_a_plane_that_is_not_written(tmp_path):
     model = llama(rtn(4, 32, "minmax"))
-    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj.weight has a plane 'zero', which"):
-        export(model, tmp_path / "a", name)
+    with pytest.raises(
+        ValueError, match=r"model.layers.0.self_attn.q_proj.weight has a plane 'zero', which gptq"
+    ):
+        export(model, tmp_path / "a", "gptq")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine import difference
 
-from rtn_tensor import dequantize_, export, load, quantize_, rtn_int4
+from rtn_tensor import dequantize_, export, load, quantize_, rtn, rtn_int4
 
 # Of log probabilities in fp16; between these int4 weights and the float ones it is 1 and more.
 ROUNDING = 0.05
@@ -24,6 +24,7 @@ def served(folder, tmp_path_factory):
         "ct": load(folder("llama"), rtn_int4(64, "signed"), dtype=torch.float16),
         "ct-tied": load(folder("tied"), rtn_int4(128), dtype=torch.float16),
         "ct-rows": load(folder("llama"), rtn_int4(-1), dtype=torch.float16),
+        "ct-zeros": load(folder("llama"), rtn(4, 64, "minmax"), dtype=torch.float16),
         "ct-mixed": load(folder("llama"), RULES, dtype=torch.float16),
         "ct-output": load(folder("llama"), dtype=torch.float16),
         "gptq": load(folder("llama"), rtn_int4(128), dtype=torch.float16),
@@ -42,7 +43,9 @@ def served(folder, tmp_path_factory):
     return {name: (model, *results[str(to / name)]) for name, model in models.items()}
 
 
-@pytest.mark.parametrize("name", ["ct", "ct-tied", "ct-rows", "ct-mixed", "ct-output", "gptq", "gptq-mixed"])
+@pytest.mark.parametrize(
+    "name", ["ct", "ct-tied", "ct-rows", "ct-zeros", "ct-mixed", "ct-output", "gptq", "gptq-mixed"]
+)
 def test_same_tokens_as_ours(served, name):
     model, generated, methods = served[name]
     off = difference(model, generated)

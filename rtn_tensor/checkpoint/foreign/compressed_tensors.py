@@ -47,9 +47,21 @@ from rtn_tensor.checkpoint.foreign.written import (
     unlike_parts,
 )
 from rtn_tensor.checkpoint.sources import Source
-from rtn_tensor.formats import FLOAT_DTYPES, groups, pack_gptq
+from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, groups, pack_gptq
 
 EXPERT = r".*\.experts\.\d+\..*"
+
+
+def refuses(weight: Weight) -> str | None:
+    """Why a weight cannot be written, and the way out."""
+    zero, fmt = weight.w.zero, FORMATS[weight.w.bits]
+    if zero is None or not zero.numel() or fmt.qmin <= int(zero.min()) <= int(zero.max()) <= fmt.qmax:
+        return None
+    return (
+        f"a zero point is {int(zero.max())} or {int(zero.min())}, and {fmt.bits} bits hold {fmt.qmin} to "
+        f"{fmt.qmax}; "
+        "load the checkpoint with a config, which quantizes it anew"
+    )
 
 
 def tensors(weight: Weight) -> dict[str, Lazy]:
@@ -64,18 +76,21 @@ def tensors(weight: Weight) -> dict[str, Lazy]:
         "scale": Lazy(w.scale.dtype, shapes["scale"], weight.scale),
         "shape": Lazy.of(torch.tensor([n, k])),
     }
+    if w.zero is not None:
+        words = n * w.bits // 32, shapes["scale"][1]
+        made["zero_point"] = Lazy(torch.int32, words, lambda: pack_gptq(weight.zero().t(), w.bits).t())
     return {f"{weight.module}.weight_{plane}": lazy for plane, lazy in made.items()}
 
 
 def config(weights: Sequence[Weight], floats: Collection[str], output: str | None) -> dict[str, Any]:
     """What config.json says of the weights, beside the float linears `floats`; `output` is the output layer,
     to which the name of a class does not reach in vLLM."""
-    by_format: dict[tuple[int, int], list[str]] = defaultdict(list)
+    by_format: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
     for weight in weights:
         by_format[weight.format].append(weight.module)
     everything = {weight.module for weight in weights} | set(floats)
     groups = {}
-    for i, ((bits, group_size), modules) in enumerate(sorted(by_format.items())):
+    for i, ((bits, group_size, symmetric), modules) in enumerate(sorted(by_format.items())):
         targets = (
             ["Linear", *({output} & set(modules))] if len(by_format) == 1 else _names(modules, everything)
         )
@@ -87,7 +102,7 @@ def config(weights: Sequence[Weight], floats: Collection[str], output: str | Non
             "weights": {
                 "num_bits": bits,
                 "type": "int",
-                "symmetric": True,
+                "symmetric": symmetric,
                 "strategy": "channel" if group_size == -1 else "group",
                 "group_size": None if group_size == -1 else group_size,
                 "dynamic": False,
@@ -116,9 +131,6 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
     formats = formats_of(weights, floats)
     apart = unlike_parts(formats)
     experts = layers_of_experts(formats)
-    of_experts = {fmt for of_layer in experts.values() for fmt in of_layer}
-    mixed = len(of_experts) > 1 or None in of_experts
-    several = len({weight.format for weight in weights}) > 1
     eight, four = (any(weight.w.bits == bits for weight in weights) for bits in (8, 4))
     on_cpu = " and ".join(
         [*(["of 8 bits"] if eight else []), *(["of experts of 4 bits"] if experts and four else [])]
@@ -126,18 +138,26 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
     wide = any(weight.w.scale.dtype == torch.float32 for weight in weights)
     rounds = "it rounds the float32 scales to the dtype of the activations" if wide else ""
     no_kernel = f"on GPUs; it has no CPU kernel {on_cpu}" if on_cpu else ""
-    memory = "it dequantizes at the first forward, so that no memory is saved"
-    one_only = "with dequantize=True it does not, as there are several formats" if several else ""
-    all_experts = "it takes experts that are all quantized, in one format"
     return [
         Engine("vLLM 0.32", not apart, apart or notes(no_kernel, rounds)),
         Engine("SGLang 0.5.23", not apart, apart or notes("by its source, not tried", rounds)),
-        Engine(
-            "transformers 5.23 with compressed-tensors 0.20",
-            not mixed,
-            all_experts if mixed else notes(memory, one_only),
-        ),
+        _transformers(weights, experts),
     ]
+
+
+def _transformers(weights: Sequence[Weight], experts: Mapping[str, set[Any]]) -> Engine:
+    name = "transformers 5.23 with compressed-tensors 0.20"
+    of_experts = {fmt for of_layer in experts.values() for fmt in of_layer}
+    several = len({weight.format for weight in weights}) > 1
+    asymmetric = any(weight.w.zero is not None for weight in weights)
+    if len(of_experts) > 1 or None in of_experts or (of_experts and asymmetric):
+        return Engine(name, False, "it takes experts that are all quantized, in one symmetric format")
+    if asymmetric:  # of which compressed-tensors 0.20 makes room for zero points that are not packed
+        note = "with CompressedTensorsConfig(dequantize=True), as there are zero points"
+        return Engine(name, not several, "it takes zero points in one format only" if several else note)
+    memory = "it dequantizes at the first forward, so that no memory is saved"
+    one_only = "with dequantize=True it does not, as there are several formats" if several else ""
+    return Engine(name, True, notes(memory, one_only))
 
 
 # ----------------------------------------------------------------------------------- reading

@@ -79,8 +79,8 @@ def config(weights: Sequence[Weight], floats: Collection[str], output: str | Non
     """What config.json says of the weights, beside the float linears `floats`; the output layer `output` is
     float unless it says otherwise."""
     formats = formats_of(weights, floats)
-    (bits, group_size), _ = Counter(sorted(weight.format for weight in weights)).most_common(1)[0]
-    others = {module: fmt for module, fmt in formats.items() if fmt != (bits, group_size)}
+    (bits, group_size, _), _ = Counter(sorted(weight.format for weight in weights)).most_common(1)[0]
+    others = {module: fmt for module, fmt in formats.items() if fmt is None or fmt[:2] != (bits, group_size)}
     if output is not None and others.get(output, output) is None:
         del others[output]
     dynamic = {}
@@ -127,7 +127,7 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
     some_float = [m for m in floats if re.search(r"\.\d+\.", m) and not m.endswith((".gate", ".router"))]
     by_layer = len({weight.format for weight in weights}) > 1 or bool(some_float)
     eight = any(weight.w.bits == 8 for weight in weights)
-    whole_rows = any(weight.format == (4, -1) for weight in weights)
+    whole_rows = any(weight.format[:2] == (4, -1) for weight in weights)
     wide = any(weight.w.scale.dtype != torch.float16 for weight in weights)
     read = "by its source, not tried"
     return [

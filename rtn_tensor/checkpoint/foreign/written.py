@@ -14,7 +14,6 @@ from torch import Tensor
 from rtn_tensor.formats import groups, unpack
 from rtn_tensor.tensor import RTNQuantizedTensor
 
-PLANES = {"qdata", "scale"}  # that the writers know
 LARGEST, SMALLEST = 128, 32  # groups that the engines have kernels for
 # Modules that vLLM and SGLang hold as one, so that they must be of one format, by the last parts of the
 # names.
@@ -52,8 +51,9 @@ class Weight:
     group_size: int
 
     @property
-    def format(self) -> tuple[int, int]:
-        return self.w.bits, self.group_size
+    def format(self) -> tuple[int, int, bool]:
+        """Bits, group size, and whether it is symmetric."""
+        return self.w.bits, self.group_size, self.w.zero is None
 
     def q(self) -> Tensor:
         """The integers, `[N, K]` int8."""
@@ -61,10 +61,18 @@ class Weight:
 
     def scale(self) -> Tensor:
         """`[N, G]`, G of the file's groups."""
+        return self._by_group(self.w.scale)
+
+    def zero(self) -> Tensor:
+        """The integers that stand for 0, `[N, G]`."""
+        assert self.w.zero is not None
+        return self._by_group(self.w.zero)
+
+    def _by_group(self, plane: Tensor) -> Tensor:
         if self.group_size in (-1, self.w.group_size):
-            return self.w.scale
-        first = torch.arange(groups(self.w.in_features, self.group_size), device=self.w.scale.device)
-        return self.w.scale[:, first * self.group_size // self.w.group_size]
+            return plane
+        first = torch.arange(groups(self.w.in_features, self.group_size), device=plane.device)
+        return plane[:, first * self.group_size // self.w.group_size]
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,11 @@ def group_sizes(weights: Mapping[str, RTNQuantizedTensor]) -> dict[str, int]:
     Raises:
         ValueError: a weight's groups cannot be cut into equal ones that any engine has.
     """
-    formats: dict[tuple[int, int], list[str]] = defaultdict(list)
+    formats: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
     for module, w in weights.items():
-        formats[w.bits, w.group_size].append(module)
+        formats[w.bits, w.group_size, w.zero is None].append(module)
     sizes: dict[str, int] = {}
-    for (_, group_size), modules in formats.items():
+    for (_, group_size, _), modules in formats.items():
 
         def shared(modules: Iterable[str], group_size: int = group_size) -> int:
             return math.gcd(LARGEST, group_size, *(weights[module].in_features for module in modules))
@@ -118,7 +126,7 @@ def group_sizes(weights: Mapping[str, RTNQuantizedTensor]) -> dict[str, int]:
     return sizes
 
 
-def formats_of(weights: Iterable[Weight], floats: Iterable[str]) -> dict[str, tuple[int, int] | None]:
+def formats_of(weights: Iterable[Weight], floats: Iterable[str]) -> dict[str, tuple[int, int, bool] | None]:
     """The format of each module; None of a float one."""
     return {**dict.fromkeys(floats), **{weight.module: weight.format for weight in weights}}
 
