@@ -21,6 +21,11 @@ written = model.generate(**tokenizer("Why is the sky blue?", return_tensors="pt"
 print(tokenizer.decode(written[0]))
 ```""",
 }
+READ = """```python
+from transformers import KIND
+
+model = KIND.from_pretrained("PATH")
+```"""  # by transformers, of a model that is no language model
 
 
 def hub_name(name_or_path: str) -> str | None:
@@ -57,6 +62,7 @@ def about_source(source: Path | None) -> dict[str, Any]:
 
 def card(
     name: str,
+    kind: str,
     source: Path | None,
     base_model: str | None,
     format_name: str,
@@ -65,7 +71,8 @@ def card(
     engines: Sequence[Engine],
     changes: Sequence[str],
 ) -> str:
-    """The text of README.md; `formats` says what the weights are, as in "4 bits, group_size 64, search"."""
+    """The text of README.md; `kind` is the name of the model's class, and `formats` says what the weights
+    are, as in "4 bits, group_size 64, search"."""
     from huggingface_hub import ModelCardData
 
     from rtn_tensor import __version__
@@ -87,11 +94,12 @@ def card(
         },
     ).to_yaml()
     of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "its float model"
+    how_to = RUN if kind.endswith("ForCausalLM") else RUN | {"transformers": READ.replace("KIND", kind)}
     run = [
         f"### {engine.name}\n\n" + (f"Note: {engine.note}.\n\n" if engine.note else "") + how
         for engine in engines
         if engine.reads
-        and (how := next((how for key, how in RUN.items() if engine.name.startswith(key)), None))
+        and (how := next((how for key, how in how_to.items() if engine.name.startswith(key)), None))
     ]
     line = "\n"
     return (

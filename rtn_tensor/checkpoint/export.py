@@ -136,7 +136,7 @@ def prepare(model: Any, name: str, format_name: str, like: str | os.PathLike | N
     read_from = str(model.name_or_path or "")
     source = Path(read_from) if read_from and (Path(read_from) / "config.json").is_file() else None
     about = format_name, made.formats, made.report.bits_per_weight, made.engines, made.report.changes
-    text = card(name, source, hub_name(read_from), *about)
+    text = card(name, type(model).__name__, source, hub_name(read_from), *about)
 
     def write_folder(folder: Path) -> None:
         with _naming(folder):

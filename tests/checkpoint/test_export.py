@@ -276,6 +276,37 @@ def test_zero_points(tmp_path, config):
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "a", quantization_config=whole).eval(), model)
 
 
+def test_zero_points_come_back(tmp_path):
+    model = llama(rtn(4, 32, "minmax"))
+    export(model, tmp_path / "a")
+    again = load(tmp_path / "a")
+    for name, w in model.named_parameters():
+        if isinstance(w, RTNQuantizedTensor):
+            assert torch.equal(again.get_parameter(name).zero, w.zero)
+            assert torch.equal(again.get_parameter(name).dequantize(), w.dequantize())
+    export(again, tmp_path / "b")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("a", "b"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_scales_of_another_dtype_than_the_model(tmp_path):
+    """As those of GPTQ checkpoints in a bfloat16 model: they are written as they are."""
+    model = tiny_llama(dtype=torch.float16)
+    quantize_(model, rtn_int4(32), but_the_ends)
+    export(model, tmp_path / "a", "gptq")
+    for name in ("compressed-tensors", "gptq"):
+        export(load(tmp_path / "a", dtype=torch.bfloat16), tmp_path / name, name)
+        found, about = read(tmp_path / name)
+        scales = [t for key, t in found.items() if key.endswith(("weight_scale", "scales"))]
+        assert {t.dtype for t in scales} == {torch.float16}
+        assert found["model.embed_tokens.weight"].dtype == torch.bfloat16
+    again, _ = read(tmp_path / "gptq")
+    first, _ = read(tmp_path / "a")
+    assert all(
+        torch.equal(again[key], t) for key, t in first.items() if t.dtype == torch.int32 or "scales" in key
+    )
+
+
 def test_zero_points_beyond_the_bits(tmp_path):
     """As GPTQ's may be."""
     model = llama(rtn(4, 32, "minmax"))
@@ -467,6 +498,18 @@ def test_the_card_of_a_quantized_model(source, tmp_path):
     with pytest.raises(ValueError, match=r"README.md: its header cannot be read .*; mend or remove the file"):
         export(load(tmp_path / "ours"), tmp_path / "third")
     assert not (tmp_path / "third").exists()
+
+
+def test_the_card_of_a_model_that_writes_no_text(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=64, **sizes)).bfloat16().eval()
+    quantize_(model, rtn_int8(32))
+    export(model, tmp_path / "a")
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert 'model = BertModel.from_pretrained("PATH")' in text
+    assert "CausalLM" not in text
 
 
 def test_an_existing_destination(source, tmp_path):

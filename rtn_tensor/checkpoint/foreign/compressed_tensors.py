@@ -272,7 +272,7 @@ def _packed(
         zero = zeros.view()
         return (signed(fields(zero.t(), bits), bits)[:, :n].t() if packed_zeros else zero).expand(n, -1)
 
-    asymmetric = zeros is not None and bool(all_zeros().any())
+    asymmetric = (zero_points := all_zeros()) is not None and bool(zero_points.any())
     kept = kept_format(bits, group_size, shape[1], scale, asymmetric) if in_order else None
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:

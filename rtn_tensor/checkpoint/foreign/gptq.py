@@ -130,8 +130,12 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
     whole_rows = any(weight.format[:2] == (4, -1) for weight in weights)
     wide = any(weight.w.scale.dtype != torch.float16 for weight in weights)
     read = "by its source, not tried"
+    experts = bool(layers_of_experts(formats))
+    on_cpu = " and ".join([*(["of 8 bits"] if eight else []), *(["of experts"] if experts else [])])
     return [
-        Engine("vLLM 0.32", not apart, apart or ("on GPUs; it has no CPU kernel of 8 bits" if eight else "")),
+        Engine(
+            "vLLM 0.32", not apart, apart or (f"on GPUs; it has no CPU kernel {on_cpu}" if on_cpu else "")
+        ),
         Engine("SGLang 0.5.23", not apart, apart or read),
         Engine(
             "transformers 5.23 with optimum 2.3 and GPTQModel 7.7",
@@ -139,7 +143,7 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
             "it takes one format for all layers; compressed-tensors has several"
             if by_layer
             else notes(
-                "it was not tried with experts" if layers_of_experts(formats) else "",
+                "it was not tried with experts" if experts else "",
                 "its CPU kernel of 4 bits has no groups of whole rows" if whole_rows else "",
                 "it rounds the scales to float16" if wide and eight else "",
             ),
