@@ -66,6 +66,8 @@ LAYERS = [
     "checkpoint.foreign.fp8",
     "checkpoint.foreign.gguf",
     "checkpoint.foreign.fp4",
+    "checkpoint.foreign.awq",
+    "checkpoint.foreign.gptq",
     "checkpoint.foreign.*",
     "checkpoint.foreign.reading",
     "checkpoint.foreign",

@@ -47,6 +47,7 @@ SAFETENSORS_DTYPES = {
         "U64": torch.uint64,
     },
 }  # as safetensors calls them
+TORCHAO = ("Int8Tensor",)  # torchao's own quantized weights that are read
 # bytes; of one request Linux drops what is beyond the device's own read-ahead, at least this.
 READ_AHEAD = 128 << 10
 
@@ -58,7 +59,7 @@ class Source:
     `view` gives it to be read only, and so of no weight where a process's own memory is limited; `private` as
     a private copy, of which only the pages that are written to take memory. `read_soon` has the system bring
     a part of `view` into its cache meanwhile. `rows` are what a weight is computed of that another library
-    quantized, and then its `view`.
+    quantized, and then its `view`; `about` is what a file's metadata says of a plane of torchao's.
     """
 
     file: Path
@@ -70,6 +71,7 @@ class Source:
     read_soon: Callable[[Tensor], None] = lambda part: None
     quantized: bool = False
     rows: Rows | None = None
+    about: Mapping[str, Any] | None = None
 
     def error(self, why: str) -> ValueError:
         return ValueError(f"{self.file}: {self.name} {why}")
@@ -161,6 +163,8 @@ def _attributes(name: str, text: str) -> dict[str, Any] | None:
     kind = about.get("_type", "Tensor")
     if kind == "Tensor":
         return None
+    if kind in TORCHAO:
+        return None
     if kind != RTNQuantizedTensor.__name__:
         raise ValueError(
             f"{name} is {with_article(str(kind)[:100])}, of another library; load it with that, or give a "
@@ -176,6 +180,20 @@ def _attributes(name: str, text: str) -> dict[str, Any] | None:
     return attributes
 
 
+def _of_torchao(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What a file's metadata says of torchao's own quantized weights that are read, by the name of their
+    plane `qdata`."""
+    found = {}
+    for name, text in metadata.items():
+        try:
+            about = parse_json(text)
+        except ValueError:
+            continue
+        if isinstance(about, dict) and about.get("_type") in TORCHAO and isinstance(about.get("_data"), dict):
+            found[plane_names(name)["qdata"]] = {"act_quant_kwargs": None, **about["_data"]}
+    return found
+
+
 def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
     """The tensors of a file as they lie in it, and the attributes of each quantized weight by its name."""
     from safetensors import safe_open
@@ -188,6 +206,7 @@ def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
                 formats[name] = attributes
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
+    of_torchao = _of_torchao(metadata)
     opened, read_only = (
         functools.cache(lambda: safe_open(file, "pt")),
         functools.cache(lambda: ReadOnly(file)),
@@ -209,7 +228,14 @@ def _safetensors(file: Path) -> tuple[list[Source], dict[str, dict]]:
 
         tensors.append(
             Source(
-                file, entry.name, entry.shape, dtype, private, view, lambda part: read_only().read_soon(part)
+                file,
+                entry.name,
+                entry.shape,
+                dtype,
+                private,
+                view,
+                lambda part: read_only().read_soon(part),
+                about=of_torchao.get(entry.name),
             )
         )
     return tensors, formats
@@ -348,7 +374,12 @@ def sources(path: str | os.PathLike, new: Callable[[str], str] = str) -> dict[st
             )
         found[fqn] = _quantized_source(planes, fqn, attributes)
     for name, source in found.items():
-        if re.fullmatch(r"(.*\.)?_.+_qdata", name) and name.removesuffix("qdata") + "scale" in found:
+        of_torchao = source.about is not None
+        if (
+            not of_torchao
+            and re.fullmatch(r"(.*\.)?_.+_qdata", name)
+            and name.removesuffix("qdata") + "scale" in found
+        ):
             raise source.error(
                 "is a plane of a quantized weight, of which the metadata says nothing that "
                 "can be read; download it again"

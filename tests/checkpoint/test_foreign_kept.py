@@ -2,6 +2,7 @@
 and run packed."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import foreign_formats as made
@@ -70,9 +71,9 @@ FORMATS = {
         (4, 64),
     ),
     "auto-round": (made.gptq, AUTO_ROUND, F16, (4, 32)),
-    "auto-round, by GPTQModel": (
-        partial(made.gptq, v2=True),
-        AUTO_ROUND | {"packing_format": "auto_round:gptqmodel"},
+    "auto-round, packed as AWQ": (
+        made.awq,
+        AUTO_ROUND | {"sym": False, "packing_format": "auto_round:auto_awq"},
         F16,
         (4, 32),
     ),
@@ -305,6 +306,17 @@ def test_config_groups(tmp_path):
     assert (layers[1].mlp.up_proj.weight.bits, layers[1].mlp.up_proj.weight.group_size) == (4, 32)
 
 
+def test_activations_that_were_quantized(tmp_path):
+    """compressed-tensors' W8A8: the weights are as they are, and the activations stay float."""
+    config = CT("int-quantized", 8, None)
+    config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True, "type": "int"}
+    stands_for = made.write(tmp_path, tiny_llama(layers=1, dtype=BF16), made.int_quantized, config)
+    with pytest.warns(UserWarning, match="the activations were quantized, too, and load does not"):
+        loaded = load(tmp_path)
+    for name, w in stands_for.items():
+        assert torch.equal(loaded.get_parameter(name).dequantize(F32), w)
+
+
 def test_layers_of_auto_round(tmp_path):
     model = tiny_llama(layers=1, dtype=F16)
     model.save_pretrained(tmp_path)
@@ -417,3 +429,45 @@ def test_fused_by_the_caller(tmp_path):
     loaded = load(tmp_path, model=model, fuse={"qk": ["q", "k"]})
     due = torch.cat([w for _, w in parts.values()])
     assert torch.equal(loaded["qk"].weight.dequantize(F32), due)
+
+
+# --------------------------------------------------------------------------------- torchao
+
+
+@pytest.mark.parametrize("granularity", ["PerRow", "PerTensor", "PerGroup"])
+@pytest.mark.parametrize("activations", [False, True])
+def test_torchao(tmp_path, granularity, activations):
+    """What transformers writes of torchao's Int8Tensor."""
+    from torchao import quantization
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    if activations and granularity != "PerRow":
+        return
+    kind = getattr(quantization, granularity)
+    kind = kind(32) if granularity == "PerGroup" else kind()
+    name = "Int8DynamicActivationInt8WeightConfig" if activations else "Int8WeightOnlyConfig"
+    config = getattr(quantization, name)(version=2, granularity=kind)
+    tiny_llama(layers=1, dtype=BF16).save_pretrained(tmp_path / "float")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=TorchAoConfig(config), dtype=BF16
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="quantized the activations, too") if activations else nullcontext():
+        loaded = load(tmp_path / "theirs")
+    count = 0
+    for name, w in theirs.named_parameters():
+        if type(w).__name__ != "Int8Tensor":
+            continue
+        got, count = loaded.get_parameter(name), count + 1
+        assert (got.bits, got.group_size, got.dtype) == (8, 32 if granularity == "PerGroup" else -1, BF16)
+        size = w.shape[1] // w.scale.shape[1]
+        exact = w.qdata.float() * w.scale.float().expand(len(w), -1).repeat_interleave(size, 1)
+        assert torch.equal(got.dequantize(F32), exact)
+    assert count == 7
+    save(loaded, tmp_path / "ours")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "ours")(ids).logits, loaded(ids).logits)
+    if not activations:
+        with pytest.warns(UserWarning, match="quantized by torchao; they are dequantized"):
+            assert load(tmp_path / "theirs", rtn_int4(32)).model.layers[0].mlp.up_proj.weight.bits == 4

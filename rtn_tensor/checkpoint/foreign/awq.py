@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rtn_tensor.checkpoint.foreign.words import (
     beside,
+    check_group_size,
     check_options,
     check_plane,
     computed,
@@ -49,21 +50,22 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
         ValueError: an option that is not read; a plane is missing, or not as the others say.
     """
     check_options(how, OPTIONS, where)
-    bits = option(how, "w_bit" if "w_bit" in how else "bits", (4,), where)
-    group_size = how.get("group_size", how.get("q_group_size"))
-    if type(group_size) is not int or group_size != -1 and group_size < 1:
-        raise ValueError(f"{where}: group_size is {str(group_size)[:100]}; it must be a number, or -1")
     for key in ("version", "format", "checkpoint_format"):
         option(how, key, ("gemm", "GEMM", None), where)
     option(how, "dynamic", (None, {}), where)
-    read_planes(found, lambda module: (bits, group_size), where)
+    names = {"w_bit": "bits", "q_group_size": "group_size"}  # of old
+    options = {names.get(key, key): value for key, value in how.items()}
+    read_planes(found, lambda module: options, where)
 
 
 def read_planes(found: dict[str, Source], of: Any, where: str) -> None:
-    """Puts weights in the place of planes; `of` gives the bits and the group size of a module by its name."""
+    """Puts weights in the place of planes; `of` gives the options of a module by its name."""
     for module, words in ending(found, ".qweight"):
+        about, of_module = of(module), f"{where}, of {module}"
+        option(about, "bits", (4,), of_module)
+        group_size = check_group_size(about.get("group_size"), of_module)
         scales, zeros = (beside(found, words, f"{module}.{end}") for end in ("scales", "qzeros"))
-        weight = _weight(f"{module}.weight", words, scales, zeros, of(module)[1])
+        weight = _weight(f"{module}.weight", words, scales, zeros, group_size)
         put(found, (words, scales, zeros), weight)
     for module, source in ending(found, ".qzeros"):
         beside(found, source, f"{module}.qweight")

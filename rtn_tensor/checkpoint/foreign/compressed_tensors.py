@@ -12,6 +12,7 @@ Of a linear `P`, by the format of its config group:
 """
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -170,6 +171,8 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
         ValueError: an option that is not read; a plane is missing, or not as the others or the config say.
     """
     schemes = schemes_of(how, where)
+    if any(group.get("input_activations") for group in how["config_groups"].values()):
+        warnings.warn(f"{where}: the activations were quantized, too, and load does not", stacklevel=6)
     for module, packed in ending(found, ".weight_packed"):
         scale = beside(found, packed, f"{module}.weight_scale")
         name = f"{module}.weight"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rtn_tensor.checkpoint.foreign.words import (
     beside,
+    check_group_size,
     check_options,
     check_plane,
     computed,
@@ -186,50 +187,6 @@ OPTIONS = (
     ),
     *("offload_to_disk_path", "rotation", "is_mixed", "compression", "version", "act_order", "calibration"),
 )
-AUTO_ROUND_OPTIONS = (
-    *("quant_method", "bits", "group_size", "sym", "packing_format", "data_type", "extra_config", "backend"),
-    *("autoround_version", "block_name_to_quantize", "to_quant_block_names", "quant_block_list", "iters"),
-    *(
-        "act_bits",
-        "act_data_type",
-        "act_dynamic",
-        "act_group_size",
-        "act_sym",
-        "amp",
-        "batch_size",
-        "dataset",
-    ),
-    *("enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "gradient_accumulate_steps"),
-    *(
-        "low_gpu_mem_usage",
-        "lr",
-        "minmax_lr",
-        "nsamples",
-        "not_use_best_mse",
-        "sampler",
-        "scale_dtype",
-        "seqlen",
-    ),
-    *(
-        "super_bits",
-        "super_group_size",
-        "supported_types",
-        "train_bs",
-        "weight_config",
-        "quant_lm_head",
-        "model_dtype",
-    ),
-    *(
-        "damp_percent",
-        "desc_act",
-        "true_sequential",
-        "checkpoint_format",
-        "static_groups",
-        "batch_dim",
-        "dynamic",
-    ),
-    *("enable_alg_ext", "enable_torch_compile", "momentum", "modules_to_not_convert", "rotation_config"),
-)
 
 
 def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
@@ -268,29 +225,12 @@ def _pattern(key: str) -> str:
     return key[2:] if key.startswith(("+:", "-:")) else key
 
 
-def read_auto_round(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
-    """As `read`, of auto-round's config; `read_planes` where its packing is AWQ's is not done here."""
-    check_options(how, AUTO_ROUND_OPTIONS, where)
-    option(how, "data_type", ("int", None), where)
-    option(how, "rotation_config", (None,), where)
-    allowed = ("auto_round:auto_gptq", "auto_round:gptqmodel", "auto_round", None)
-    less_one = option(how, "packing_format", allowed, where) == "auto_round:auto_gptq"
-    extra = how.get("extra_config") or {}
-    if not isinstance(extra, dict) or not all(isinstance(about, dict) for about in extra.values()):
-        raise ValueError(f"{where}: extra_config is {str(extra)[:100]}; it must be an object of objects")
-    read_planes(found, lambda module: {**how, **extra.get(module, {})}, less_one, where)
-
-
 def read_planes(found: dict[str, Source], of: Any, less_one: bool, where: str) -> None:
     """Puts weights in the place of planes; `of` gives the options of a module by its name."""
     for module, words in ending(found, ".qweight"):
         about, of_module = of(module), f"{where}, of {module}"
         bits = option(about, "bits", BITS, of_module)
-        group_size = about.get("group_size")
-        if type(group_size) is not int or group_size != -1 and group_size < 1:
-            raise ValueError(
-                f"{of_module}: group_size is {str(group_size)[:100]}; it must be a number, or -1"
-            )
+        group_size = check_group_size(about.get("group_size"), of_module)
         planes = {end: found.get(f"{module}.{end}") for end in ("scales", "qzeros", "g_idx")}
         for end in ("scales", "qzeros"):
             planes[end] = beside(found, words, f"{module}.{end}")

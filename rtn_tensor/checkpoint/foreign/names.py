@@ -19,6 +19,7 @@ FOREIGN = {
     "quanto": "quanto",
     "auto-round": "AutoRound",
     "gguf": "GGUF",
+    "torchao": "torchao",
 }
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rtn_tensor.checkpoint.files import read_json
-from rtn_tensor.checkpoint.foreign import awq, bitsandbytes, compressed_tensors, fp4, fp8, gptq
+from rtn_tensor.checkpoint.foreign import (
+    auto_round,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp4,
+    fp8,
+    gptq,
+    torchao,
+)
 from rtn_tensor.checkpoint.foreign.names import FOREIGN, FOREIGN_NAMES, not_read
 from rtn_tensor.checkpoint.sources import Source
 
@@ -17,7 +26,7 @@ Reader = Callable[[dict[str, Source], Mapping[str, Any], str], None]
 # By quant_method: what puts the planes of each weight together, in a dict of all tensors by name.
 READERS: dict[str, Reader] = {
     "awq": awq.read,
-    "auto-round": gptq.read_auto_round,
+    "auto-round": auto_round.read,
     "bitsandbytes": bitsandbytes.read,
     "compressed-tensors": compressed_tensors.read,
     "fbgemm_fp8": fp8.read,
@@ -65,6 +74,11 @@ def check_method(how: Any, where: str, key: str) -> str:
     return method
 
 
+def is_ours(how: Any) -> bool:
+    """Whether a quantization config is one that this library wrote: of torchao's, with our own in it."""
+    return isinstance(how, dict) and bool(re.search("RTN(Int[48]Weight)?Config", str(how)))
+
+
 def configs_in(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The quantization configs in a model's config, or in those of its parts, and the keys that they lie
     under."""
@@ -110,6 +124,8 @@ def put_together(path: Path, found: Mapping[str, Source]) -> tuple[dict[str, Sou
         ValueError: an option that is not read; a plane is missing, or not as the others say.
     """
     result = dict(found)
+    if torchao.read(result):
+        return result, Description(OURS, {}, str(path))
     if (how := description(path, found)) is not None:
         READERS[how.method](result, how.options, how.where)
         if found and not any(source.rows is not None for source in result.values()):

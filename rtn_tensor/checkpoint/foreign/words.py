@@ -137,6 +137,17 @@ def option(how: Mapping[str, Any], key: str, allowed: Iterable[Any], where: str,
     return value
 
 
+def check_group_size(value: Any, where: str) -> int:
+    """A group size as a config has it, -1 for a whole row.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if type(value) is not int or (value != -1 and value < 1):
+        raise ValueError(f"{where}: group_size is {str(value)[:100]}; it must be a number, or -1")
+    return value
+
+
 def check_options(how: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     """Raises ValueError where a config has an option that nobody here knows the meaning of."""
     if unknown := sorted(set(how) - set(known)):

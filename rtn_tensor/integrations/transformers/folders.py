@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rtn_tensor.checkpoint.files import read_json
-from rtn_tensor.checkpoint.foreign.reading import OURS, check_method, configs_in
+from rtn_tensor.checkpoint.foreign.reading import check_method, configs_in, is_ours
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.formats import FLOAT_DTYPES
 
@@ -164,7 +164,7 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
 
     def make() -> Any:
         config: Any = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if not any(check_method(how, "", key) == OURS for key, how in configs_in(about)):
+        if not any(is_ours(how) for _, how in configs_in(about)):
             _forget_quantization(config)
         return kind(config)
 
