@@ -295,7 +295,8 @@ def test_scales_of_another_dtype_than_the_model(tmp_path):
     quantize_(model, rtn_int4(32), but_the_ends)
     export(model, tmp_path / "a", "gptq")
     for name in ("compressed-tensors", "gptq"):
-        export(load(tmp_path / "a", dtype=torch.bfloat16), tmp_path / name, name)
+        report = export(load(tmp_path / "a", dtype=torch.bfloat16), tmp_path / name, name)
+        assert ("rounds the float16 scales" in report.engines[0]) == (name == "compressed-tensors")
         found, about = read(tmp_path / name)
         scales = [t for key, t in found.items() if key.endswith(("weight_scale", "scales"))]
         assert {t.dtype for t in scales} == {torch.float16}

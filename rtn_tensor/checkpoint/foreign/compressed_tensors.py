@@ -136,8 +136,11 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
     on_cpu = " and ".join(
         [*(["of 8 bits"] if eight else []), *(["of experts of 4 bits"] if experts and four else [])]
     )
-    wide = any(weight.w.scale.dtype == torch.float32 for weight in weights)
-    rounds = "it rounds the float32 scales to the dtype of the activations" if wide else ""
+    dtypes = {(weight.w.scale.dtype, weight.w.dtype) for weight in weights}
+    wide = {str(scale).removeprefix("torch.") for scale, w in dtypes if scale == torch.float32 or scale != w}
+    rounds = (
+        f"it rounds the {' and '.join(sorted(wide))} scales to the dtype of the activations" if wide else ""
+    )
     no_kernel = f"on GPUs; it has no CPU kernel {on_cpu}" if on_cpu else ""
     return [
         Engine("vLLM 0.32", not apart, apart or notes(no_kernel, rounds)),
