@@ -10,7 +10,9 @@ reads the same bytes. K is padded to the next chunk with zero fields. Adding a b
 `FORMATS`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +136,27 @@ def check_format(bits: int, group_size: int, scale_method: str) -> None:
 def groups(k: int, group_size: int) -> int:
     """Scales of a row of `k` elements: ceil(k / group_size), or one where `group_size` is -1."""
     return 1 if group_size == -1 else -(-k // group_size)
+
+
+def new_planes(
+    factory: Callable[..., Tensor],
+    shape: Sequence[int],
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    zero: bool,
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """The planes of a weight of `shape`, by name, with one of zero points or without."""
+    *rows, k = shape
+    of_groups = {"scale": dtype} | ({"zero": torch.int8} if zero else {})
+    return {
+        "qdata": factory((*rows, FORMATS[bits].row_bytes(k)), dtype=torch.uint8, **kwargs),
+        **{
+            name: factory((*rows, groups(k, group_size)), dtype=of, **kwargs)
+            for name, of in of_groups.items()
+        },
+    }
 
 
 def check_planes(

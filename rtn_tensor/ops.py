@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rtn_tensor._torch import CPU_KEYS, tracing, transformed
 from rtn_tensor.expert_ops import grouped, grouped_dx, routed  # noqa: F401  (called as ops.grouped)
-from rtn_tensor.formats import ASYMMETRIC, FORMATS, computing, groups
+from rtn_tensor.formats import ASYMMETRIC, computing, new_planes
 from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import make_problem
 from rtn_tensor.kernels.registry import choose, forget
@@ -275,12 +275,8 @@ def quantize_(w: Tensor, planes: Sequence[Tensor], bits: int, group_size: int, s
 
 @fake("quantize")
 def _quantize_fake(w, bits, group_size, scale_method, scale_dtype):
-    *rows, k = w.shape
-    of_groups = [scale_dtype, torch.int8] if scale_method in ASYMMETRIC else [scale_dtype]
-    return [
-        w.new_empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8),
-        *(w.new_empty(*rows, groups(k, group_size), dtype=dtype) for dtype in of_groups),
-    ]
+    zero = scale_method in ASYMMETRIC
+    return [*new_planes(w.new_empty, w.shape, bits, group_size, scale_dtype, zero).values()]
 
 
 @define(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups
+from rtn_tensor.formats import ASYMMETRIC, SCALE_METHODS, new_planes
 from rtn_tensor.kernels.problem import Kernel, Problem
 
 LIBRARY = Path(__file__).with_name("librtn.so")
@@ -22,10 +22,11 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling
 # a ctypes.Structure 4.
-ABI = 4
-_LINEAR = struct.Struct("=29q")
-_PLANES = struct.Struct("=19q")
+ABI = 5
+_LINEAR = struct.Struct("=35q")
+_PLANES = struct.Struct("=23q")
 _NO_MEMORY, _REFUSED = -1, -2
+_NONE = (0, 0, 0)  # the strides and sizes of a plane that is not there
 
 _FUNCTIONS = (
     *("rtn_abi", "rtn_isa", "rtn_set_isa", "rtn_has_threads"),
@@ -176,8 +177,11 @@ def _linear(
     offs: Tensor | None,
     bits: int,
     group_size: int,
+    zero: Tensor | None,
 ) -> Tensor:
     x, qdata, scale = _dense_rows(x), _dense_rows(qdata), _dense_rows(scale)
+    if zero is not None:
+        zero = _dense_rows(zero)
     if bias is not None:
         bias = _dense_rows(bias.to(x.dtype))
     if offs is not None:
@@ -195,6 +199,7 @@ def _linear(
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         0 if offs is None else offs.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
         m,
         n,
         k,
@@ -209,14 +214,16 @@ def _linear(
         qdata_expert,
         scale.stride(-2),
         scale_expert,
+        *(_NONE[:2] if zero is None else (zero.stride(-2), 0 if offs is None else zero.stride(0))),
         torch.get_num_threads(),
         *((1, *qdata.shape) if offs is None else qdata.shape),
         *((1, *scale.shape) if offs is None else scale.shape),
+        *(_NONE if zero is None else (1, *zero.shape) if offs is None else zero.shape),
         0 if bias is None else bias.numel(),
         0 if offs is None else offs.numel(),
     )
     if status := library().rtn_linear(arguments):
-        _check(status, x=x, qdata=qdata, scale=scale, bias=bias, offs=offs)
+        _check(status, x=x, qdata=qdata, scale=scale, bias=bias, offs=offs, zero=zero)
     return y
 
 
@@ -229,7 +236,7 @@ def linear(
     group_size: int,
     zero: Tensor | None = None,
 ) -> Tensor:
-    return _linear(x, qdata, scale, bias, None, bits, group_size)
+    return _linear(x, qdata, scale, bias, None, bits, group_size, zero)
 
 
 def grouped(
@@ -241,7 +248,7 @@ def grouped(
     group_size: int,
     zero: Tensor | None = None,
 ) -> Tensor:
-    return _linear(x, qdata, scale, None, offs, bits, group_size)
+    return _linear(x, qdata, scale, None, offs, bits, group_size, zero)
 
 
 def routed(*args: Any) -> Tensor:
@@ -257,13 +264,15 @@ def _planes(
     group_size: int,
     scale_method: int,
     indices: Tensor | None,
+    zero: Tensor | None,
 ) -> int:
-    """`w [R, K]` against `qdata [R, B]` and `scale [R, G]`, or with `indices [R]` those rows of them; last
-    dims are dense. The status."""
+    """`w [R, K]` against `qdata [R, B]`, `scale` and `zero [R, G]`, or with `indices [R]` those rows of them;
+    last dims are dense. The status."""
     arguments = _PLANES.pack(
         w.data_ptr(),
         qdata.data_ptr(),
         scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
         0 if indices is None else indices.data_ptr(),
         *w.shape,
         bits,
@@ -273,10 +282,12 @@ def _planes(
         w.stride(0),
         qdata.stride(0),
         scale.stride(0),
+        0 if zero is None else zero.stride(0),
         scale_method,
         torch.get_num_threads(),
         *qdata.shape,
         *scale.shape,
+        *(_NONE[:2] if zero is None else zero.shape),
     )
     return getattr(library(), function)(arguments)
 
@@ -289,22 +300,16 @@ def quantize(
     scale_dtype: torch.dtype,
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
-    *rows, k = w.shape
-    qdata, scale = out or (
-        torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8),
-        torch.empty(*rows, groups(k, group_size), dtype=scale_dtype),
-    )
-    if qdata.numel() or scale.numel():
-        w2, q2, s2 = (
-            _dense_rows(w).reshape(-1, k),
-            qdata.view(-1, qdata.shape[-1]),
-            scale.view(-1, scale.shape[-1]),
-        )
+    k, zero = w.shape[-1], scale_method in ASYMMETRIC
+    planes = out or tuple(new_planes(torch.empty, w.shape, bits, group_size, scale_dtype, zero).values())
+    if any(plane.numel() for plane in planes):
+        w2 = _dense_rows(w).reshape(-1, k)
+        q2, s2, z2 = [*(plane.view(-1, plane.shape[-1]) for plane in planes), None][:3]
         status = _planes(
-            "rtn_quantize", w2, q2, s2, bits, group_size, SCALE_METHODS.index(scale_method), None
+            "rtn_quantize", w2, q2, s2, bits, group_size, SCALE_METHODS.index(scale_method), None, z2
         )
-        _check(status, w=w2, qdata=q2, scale=s2)
-    return qdata, scale
+        _check(status, w=w2, qdata=q2, scale=s2, zero=z2)
+    return planes
 
 
 def dequantize(
@@ -319,9 +324,9 @@ def dequantize(
     w = torch.empty(*qdata.shape[:-1], k, dtype=dtype)
     if w.numel():
         q2, s2 = qdata.reshape(-1, qdata.shape[-1]), _dense_rows(scale).reshape(-1, scale.shape[-1])
-        _check(
-            _planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, 0, None), qdata=q2, scale=s2
-        )
+        z2 = None if zero is None else _dense_rows(zero).reshape(s2.shape)
+        status = _planes("rtn_dequantize", w.view(-1, k), q2, s2, bits, group_size, 0, None, z2)
+        _check(status, qdata=q2, scale=s2, zero=z2)
     return w
 
 
@@ -339,16 +344,16 @@ def embedding(
         if not indices.data_ptr():
             _check(_REFUSED, indices=indices)
         flat = indices.reshape(-1).to(torch.int64).contiguous()
-        status = _planes(
-            "rtn_dequantize", w.view(-1, k), _dense_rows(qdata), _dense_rows(scale), bits, group_size, 0, flat
-        )
+        qdata, scale = _dense_rows(qdata), _dense_rows(scale)
+        zero = None if zero is None else _dense_rows(zero)
+        status = _planes("rtn_dequantize", w.view(-1, k), qdata, scale, bits, group_size, 0, flat, zero)
         low, high = (0, 0) if status != _REFUSED else (int(i) for i in flat.aminmax())
         if low < 0 or high >= qdata.shape[0]:
             raise IndexError(
                 f"embedding index {low if low < 0 else high} is out of range: the weight has "
                 f"{qdata.shape[0]} rows"
             )
-        _check(status, qdata=qdata, scale=scale)
+        _check(status, qdata=qdata, scale=scale, zero=zero)
     return w
 
 
@@ -360,8 +365,6 @@ def why_not(problem: Problem) -> str | None:
             f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of "
             f"{problem.scale_dtype}."
         )
-    if problem.zero:
-        return "It reads no zero points."
     if problem.bits not in (4, 8):
         return f"It reads 4 and 8 bits, not {problem.bits}."
     return None if library() is not None else _load()[1]

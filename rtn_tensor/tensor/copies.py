@@ -9,12 +9,11 @@ from torch import Tensor
 
 from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import return_and_correct_aliasing
-from rtn_tensor.formats import FLOAT_DTYPES
+from rtn_tensor.formats import FLOAT_DTYPES, new_planes
 from rtn_tensor.reference import round_scale
 from rtn_tensor.tensor.attributes import ATTRIBUTES, OPTIONAL_PLANES, PLANES
 from rtn_tensor.tensor.callers import called_by
 from rtn_tensor.tensor.errors import named_error, or_float
-from rtn_tensor.tensor.layout import new_planes
 from rtn_tensor.tensor.quantized import (
     RTNQuantizedTensor,
     aten,

@@ -6,22 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtn_tensor.formats import FORMATS, groups
-
-
-def new_planes(
-    factory, shape: Sequence[int], bits: int, group_size: int, dtype: torch.dtype, zero: bool, **kwargs
-) -> dict[str, Tensor]:
-    """The planes of a weight of `shape`, by name, with one of zero points or without."""
-    *rows, k = shape
-    of_groups = {"scale": dtype} | ({"zero": torch.int8} if zero else {})
-    return {
-        "qdata": factory((*rows, FORMATS[bits].row_bytes(k)), dtype=torch.uint8, **kwargs),
-        **{
-            name: factory((*rows, groups(k, group_size)), dtype=of, **kwargs)
-            for name, of in of_groups.items()
-        },
-    }
+from rtn_tensor.formats import FORMATS
 
 
 def contiguous_strides(shape: Sequence[int]) -> list[int]:

@@ -18,6 +18,7 @@ from rtn_tensor.formats import (
     FLOAT_DTYPES,
     check_format,
     check_planes,
+    new_planes,
     or_default,
     shown_apart,
     version_of,
@@ -26,7 +27,7 @@ from rtn_tensor.tensor import sharding
 from rtn_tensor.tensor.attributes import ATTRIBUTES, FORMAT, PLANES, ParameterLike, carried
 from rtn_tensor.tensor.callers import is_computed_anew
 from rtn_tensor.tensor.errors import is_traced, named_error, or_float
-from rtn_tensor.tensor.layout import layout_of, new_planes
+from rtn_tensor.tensor.layout import layout_of
 from rtn_tensor.tensor.pickles import set_state
 from rtn_tensor.wording import with_article
 

@@ -24,15 +24,16 @@ REFUSED = -2
 # ----------------------------------------------------------------- the C library by itself
 
 LINEAR = (
-    "x qdata scale bias y offs m n k experts bits group_size dtype scale_dtype x_stride y_stride "
+    "x qdata scale bias y offs zero m n k experts bits group_size dtype scale_dtype x_stride y_stride "
     "qdata_stride qdata_expert_stride "
-    "scale_stride scale_expert_stride threads "
-    "qdata_experts qdata_rows qdata_bytes scale_experts scale_rows scale_groups bias_size offs_size"
+    "scale_stride scale_expert_stride zero_stride zero_expert_stride threads "
+    "qdata_experts qdata_rows qdata_bytes scale_experts scale_rows scale_groups "
+    "zero_experts zero_rows zero_groups bias_size offs_size"
 ).split()
 PLANES = (
-    "w qdata scale indices rows k bits group_size dtype scale_dtype w_stride qdata_stride scale_stride "
-    "scale_method threads qdata_rows "
-    "qdata_bytes scale_rows scale_groups"
+    "w qdata scale zero indices rows k bits group_size dtype scale_dtype w_stride qdata_stride scale_stride "
+    "zero_stride scale_method threads qdata_rows "
+    "qdata_bytes scale_rows scale_groups zero_rows zero_groups"
 ).split()
 LIES = (-HUGE, -1, 0, 1, 3, 7, 16, 33, 100, 1 << 26, HUGE)
 
@@ -46,8 +47,10 @@ def linear_arguments(**lie):
         "bias": torch.zeros(n),
         "y": torch.empty(m, n),
         "offs": torch.tensor([2, 5], dtype=torch.int32),
+        "zero": torch.zeros(e, n, 3, dtype=torch.int8),
     }
-    numbers = [m, n, k, e, 4, 32, 0, 0, k, n, 48, n * 48, 3, n * 3, 1, e, n, 48, e, n, 3, n, e]
+    numbers = [m, n, k, e, 4, 32, 0, 0, k, n, 48, n * 48, 3, n * 3, 3, n * 3]
+    numbers += [1, e, n, 48, e, n, 3, e, n, 3, n, e]
     fields = dict(zip(LINEAR, [t.data_ptr() for t in arrays.values()] + numbers, strict=True))
     return arrays, cpu._LINEAR.pack(*(fields | lie).values())
 
@@ -58,11 +61,16 @@ def planes_arguments(indices=None, **lie):
         "w": torch.randn(rows, k),
         "qdata": torch.zeros(rows, 48, dtype=torch.uint8),
         "scale": torch.ones(rows, 3),
+        "zero": torch.zeros(rows, 3, dtype=torch.int8),
     }
     at = torch.tensor(indices or [0] * rows)
     pointers = [t.data_ptr() for t in arrays.values()] + [at.data_ptr() if indices else 0]
     fields = dict(
-        zip(PLANES, [*pointers, rows, k, 4, 32, 0, 0, k, 48, 3, 0, 1, rows, 48, rows, 3], strict=True)
+        zip(
+            PLANES,
+            [*pointers, rows, k, 4, 32, 0, 0, k, 48, 3, 3, 3, 1, rows, 48, rows, 3, rows, 3],
+            strict=True,
+        )
     )
     return (arrays, at), cpu._PLANES.pack(*(fields | lie).values())
 
@@ -73,7 +81,7 @@ def status(function, make, lie):
 
 
 # That so much memory is there, and x has so many rows, only the caller knows.
-ONLY_THE_CALLER = {"x", "y", "qdata", "scale", "w", "m", "rows", "threads", "offs", "bias", "indices"}
+ONLY_THE_CALLER = {"x", "y", "qdata", "scale", "zero", "w", "m", "rows", "threads", "offs", "bias", "indices"}
 
 
 @needs_library
@@ -102,8 +110,31 @@ def test_a_number_that_does_not_fit_is_refused_by_the_others(function, field):
     true = cpu._PLANES.unpack(honest)[PLANES.index(field)]
     assert survives(status, function, planes_arguments, {}).value == 0
     for lie in LIES:
-        if lie != true and not (field in ("dtype", "scale_dtype", "scale_method") and 0 <= lie <= 2):
+        fits = field in ("dtype", "scale_dtype") and 0 <= lie <= 2
+        # By the scale method it is seen whether there is to be a plane `zero`.
+        fits |= field == "scale_method" and function == "rtn_dequantize" and 0 <= lie <= 3
+        if lie != true and not fits:
             assert survives(status, function, planes_arguments, {field: lie}).value == REFUSED, (field, lie)
+
+
+NO_ZERO = {"zero": 0, "zero_rows": 0, "zero_groups": 0}
+
+
+@needs_library
+def test_zero_points_that_are_not_there():
+    """Null with sizes, and sizes of none; what makes them must have a place for them, and no other."""
+    nothing = NO_ZERO | {"zero_experts": 0}
+    assert survives(status, "rtn_linear", linear_arguments, nothing).value == 0
+    for lie in ({"zero": 0}, nothing | {"zero_rows": 6}, nothing | {"zero_stride": -1}):
+        assert survives(status, "rtn_linear", linear_arguments, lie).value == REFUSED
+    for method in range(3):
+        lie = {"scale_method": method}
+        assert survives(status, "rtn_quantize", planes_arguments, lie).value == REFUSED
+        assert survives(status, "rtn_quantize", planes_arguments, NO_ZERO | lie).value == 0
+    assert survives(status, "rtn_quantize", planes_arguments, NO_ZERO).value == REFUSED
+    assert survives(status, "rtn_dequantize", planes_arguments, NO_ZERO).value == 0
+    assert survives(status, "rtn_dequantize", planes_arguments, {"zero": 0}).value == REFUSED
+    assert survives(status, "rtn_dequantize", planes_arguments, {"zero_stride": -1}).value == REFUSED
 
 
 @needs_library
@@ -172,9 +203,10 @@ def good(op):
     e, n, k, m = 3, 6, 96, 5
     planes = torch.zeros(n, 48, dtype=torch.uint8), torch.ones(n, 3)
     stacked = torch.zeros(e, n, 48, dtype=torch.uint8), torch.ones(e, n, 3)
+    zero, zeros = torch.zeros(n, 3, dtype=torch.int8), torch.zeros(e, n, 3, dtype=torch.int8)
     offs = torch.tensor([1, 3, 5], dtype=torch.int32)
     x, dy = torch.ones(m, k), torch.ones(m, n)
-    return {
+    arguments = {
         "linear": {"x": x, **named(planes), "bias": torch.ones(n), "bits": 4, "group_size": 32},
         "linear_dx": {"dy": dy, **named(planes), "bits": 4, "group_size": 32, "k": k},
         "grouped": {"x": x, **named(stacked), "offs": offs, "bits": 4, "group_size": 32},
@@ -205,6 +237,9 @@ def good(op):
         },
         "dequantize": {**named(planes), "bits": 4, "group_size": 32, "k": k, "dtype": torch.float32},
     }[op]
+    if op == "quantize":
+        return arguments
+    return arguments | {"zero": zeros if op in ("grouped", "grouped_dx", "routed") else zero}
 
 
 def named(planes):

@@ -30,9 +30,9 @@ Function described(size_t buffers, unsigned writes) {
 }
 
 const Function FUNCTIONS[] = {
-    described<rtn_linear_args, rtn_linear>(6, 1 << 4),
-    described<rtn_planes_args, rtn_quantize>(4, 1 << 1 | 1 << 2),
-    described<rtn_planes_args, rtn_dequantize>(4, 1 << 0),
+    described<rtn_linear_args, rtn_linear>(7, 1 << 4),
+    described<rtn_planes_args, rtn_quantize>(5, 1 << 1 | 1 << 2 | 1 << 3),
+    described<rtn_planes_args, rtn_dequantize>(5, 1 << 0),
 };
 
 using Bytes = std::vector<char>;

@@ -90,7 +90,9 @@ class Driver:
             q_expert,
             s_stride,
             s_expert,
-        ) = fields[6:20]
+            z_stride,
+            z_expert,
+        ) = fields[7:23]
         extents = [
             _extent(dtype, (m, x_stride), (k, 1)),
             _extent(None, (experts, q_expert), (n, q_stride), (FORMATS[bits].row_bytes(k), 1)),
@@ -98,23 +100,27 @@ class Driver:
             _extent(dtype, (n, 1)),
             _extent(dtype, (m, y_stride), (n, 1)),
             4 * experts,
+            _extent(None, (experts, z_expert), (n, z_stride), (groups(k, group_size), 1)),
         ]
         return self._call(0, fields, extents, [4])
 
     def _planes(self, function, arguments, written):
         fields = cpu._PLANES.unpack(arguments)
-        indices, rows, k, bits, group_size, dtype, scale_dtype, w_stride, q_stride, s_stride = fields[3:13]
+        indices, rows, k, bits, group_size, dtype, scale_dtype = fields[4:11]
+        w_stride, q_stride, s_stride, z_stride = fields[11:15]
         plane_rows = 1 + max((ctypes.c_int64 * rows).from_address(indices)) if indices else rows
         extents = [
             _extent(dtype, (rows, w_stride), (k, 1)),
             _extent(None, (plane_rows, q_stride), (FORMATS[bits].row_bytes(k), 1)),
             _extent(scale_dtype, (plane_rows, s_stride), (groups(k, group_size), 1)),
+            _extent(None, (plane_rows, z_stride), (groups(k, group_size), 1)),
             8 * rows,
         ]
         return self._call(function, fields, extents, written)
 
     def rtn_quantize(self, arguments):
-        return self._planes(1, arguments, [1, 2])
+        fields = cpu._PLANES.unpack(arguments)
+        return self._planes(1, arguments, [1, 2, *([3] if fields[3] else [])])
 
     def rtn_dequantize(self, arguments):
         return self._planes(2, arguments, [0])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bounds import Planes, activations, assert_linear_close, random_planes
+from bounds import activations, assert_linear_close, random_planes
 from cpu_library import (
     AARCH64_LIBRARY,
     DTYPES,
@@ -39,6 +39,7 @@ SHAPES = [*product((0, 1, 2, 3, 12, 13, 17, 24, 25, 200), (1, 5, 33, 100), (32, 
 LONG = [(25, 300, 2100), (600, 33, 2100)]
 
 each_group_size = pytest.mark.parametrize("group_size", GROUP_SIZES)
+each_kind = pytest.mark.parametrize("method", ["absmax", "minmax"])  # without a plane `zero`, and with it
 
 
 @pytest.fixture(scope="module")
@@ -146,38 +147,46 @@ def _poisoned():
 
 
 def check(x, w, bias=None):
-    assert_linear_close(cpu.linear(x, w.qdata, w.scale, bias, w.bits, w.group_size), x, w.exact(), bias)
+    y = cpu.linear(x, w.qdata, w.scale, bias, w.bits, w.group_size, w.zero)
+    assert_linear_close(y, x, w.exact(), bias)
 
 
 @each_group_size
 @each_bits
 @each_dtype
-def test_linear(library, dtype, bits, group_size):
+@each_kind
+def test_linear(library, dtype, bits, group_size, method):
     # A part of the shapes for each group size and dtype: all of them together.
     for m, n, k in SHAPES[GROUP_SIZES.index(group_size) + 5 * DTYPES.index(dtype) :: 15] + LONG:
-        w = random_planes(n, k, bits=bits, group_size=group_size, dtype=dtype)
+        w = random_planes(n, k, bits=bits, group_size=group_size, dtype=dtype, method=method)
         check(activations(m, k, dtype), w, torch.randn(n).to(dtype) if n % 2 else None)
 
 
 @each_group_size
 @each_bits
-def test_linear_with_another_scale_dtype(library, bits, group_size):
+@each_kind
+def test_linear_with_another_scale_dtype(library, bits, group_size, method):
     for dtype, scale_dtype in product(DTYPES, DTYPES):
         for m in (1, 30):
             check(
                 activations(m, 200, dtype),
-                random_planes(35, 200, bits=bits, group_size=group_size, dtype=scale_dtype),
+                random_planes(35, 200, bits=bits, group_size=group_size, dtype=scale_dtype, method=method),
             )
 
 
 @each_bits
 @each_dtype
-def test_linear_of_views(library, dtype, bits):
+@each_kind
+def test_linear_of_views(library, dtype, bits, method):
     n, k = 33, 164
-    big = random_planes(n + 3, k, bits=bits, group_size=32, dtype=dtype)
-    rows = Planes(big.qdata[2 : n + 2], big.scale[2 : n + 2], bits, 32, k)
-    columns = Planes(rows.qdata[:, 8 * bits :], rows.scale[:, 2:], bits, 32, k - 64)
-    fortran = rows._replace(scale=rows.scale.t().contiguous().t())
+    big = random_planes(n + 3, k, bits=bits, group_size=32, dtype=dtype, method=method)
+
+    def changed(w, change, **others):
+        return w._replace(scale=change(w.scale), zero=None if w.zero is None else change(w.zero), **others)
+
+    rows = changed(big, lambda t: t[2 : n + 2], qdata=big.qdata[2 : n + 2])
+    columns = changed(rows, lambda t: t[:, 2:], qdata=rows.qdata[:, 8 * bits :], k=k - 64)
+    fortran = changed(rows, lambda t: t.t().contiguous().t())
 
     def shift(plane):
         buffer = torch.empty(8 + plane.nbytes, dtype=torch.uint8)
@@ -185,7 +194,7 @@ def test_linear_of_views(library, dtype, bits):
         assert shifted.data_ptr() % 16 == 8
         return shifted
 
-    shifted = rows._replace(qdata=shift(rows.qdata), scale=shift(rows.scale))
+    shifted = changed(rows, shift, qdata=shift(rows.qdata))
     for m, w in product((1, 14, 40), (rows, columns, fortran, shifted)):
         x = activations(m, w.k, dtype)
         wide = torch.full((m, w.k + 5), torch.nan, dtype=dtype)
@@ -197,10 +206,11 @@ def test_linear_of_views(library, dtype, bits):
 @each_group_size
 @each_bits
 @each_dtype
-def test_grouped(library, dtype, bits, group_size):
+@each_kind
+def test_grouped(library, dtype, bits, group_size, method):
     """Experts with no rows, with few, and with more than one block; rows that belong to none, and ends past
     the last row."""
-    w = random_planes(6, 35, 100, bits=bits, group_size=group_size, dtype=dtype)
+    w = random_planes(6, 35, 100, bits=bits, group_size=group_size, dtype=dtype, method=method)
     cases = [
         (450, [0, 230, 230, 233, 440, 440]),
         (8, [1, 2, 3, 4, 5, 6]),
@@ -211,7 +221,7 @@ def test_grouped(library, dtype, bits, group_size):
     for m, ends in cases:
         offs = torch.tensor(ends, dtype=torch.int32)
         x = activations(m, 100, dtype)
-        y = cpu.grouped(x, w.qdata, w.scale, offs, bits, group_size)
+        y = cpu.grouped(x, w.qdata, w.scale, offs, bits, group_size, w.zero)
         for e, (start, end) in enumerate(pairwise([0, *ends])):
             assert_linear_close(y[start:end], x[start:end], w.exact()[e])
         assert torch.equal(y[ends[-1] :], torch.zeros_like(y[ends[-1] :]))
@@ -245,15 +255,16 @@ def test_quantize(library, dtype, bits, group_size, method):
     for k, scale_dtype in product((32, 100, 1000), DTYPES):
         w = awkward_weight(k, dtype)
         for view in (w, w[3:9, : k - 1], w.t().contiguous().t()):
-            qdata, scale = cpu.quantize(view, bits, group_size, method, scale_dtype)
-            expected_qdata, expected_scale = reference.quantize(view, bits, group_size, method, scale_dtype)
-            assert_same(scale, expected_scale)
-            assert_same(qdata, expected_qdata)
+            got = cpu.quantize(view, bits, group_size, method, scale_dtype)
+            expected = reference.quantize(view, bits, group_size, method, scale_dtype)
+            for plane, due in zip(got, expected, strict=True):
+                assert_same(plane, due)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_quotient_rounds_as_a_division(library, dtype, bits):
+@each_kind
+def test_every_quotient_rounds_as_a_division(library, dtype, bits, method):
     """Every mantissa as a row's largest weight, over every mantissa of what may round to one or more:
     quotients that are ties included."""
     mantissas = torch.arange(128 if dtype == torch.bfloat16 else 1024)[:: 1 if dtype == torch.bfloat16 else 8]
@@ -262,16 +273,16 @@ def test_every_quotient_rounds_as_a_division(library, dtype, bits):
     others = torch.cat([largest * 2.0**-e for e in range(bits + 1)]).expand(len(largest), -1)
     w = torch.cat([largest[:, None], torch.where(others <= largest[:, None], others, -others / 2)], dim=1)
     for scaled in (w, -w * 2**4, w * 2**-8):
-        qdata, scale = cpu.quantize(scaled, bits, -1, "absmax", dtype)
-        expected_qdata, expected_scale = reference.quantize(scaled, bits, -1, "absmax", dtype)
-        assert torch.equal(scale, expected_scale)
-        assert torch.equal(qdata, expected_qdata)
+        got = cpu.quantize(scaled, bits, -1, method, dtype)
+        for plane, due in zip(got, reference.quantize(scaled, bits, -1, method, dtype), strict=True):
+            assert torch.equal(plane, due)
 
 
 @each_group_size
 @each_bits
 @each_dtype
-def test_dequantize(library, dtype, bits, group_size):
+@each_kind
+def test_dequantize(library, dtype, bits, group_size, method):
     for k, scale_dtype in product((1, 32, 100, 1000), DTYPES):
         limits = torch.finfo(scale_dtype)
         scale = torch.randn(40, groups(k, group_size)) * torch.logspace(-45, 38, 40)[:, None]
@@ -284,22 +295,25 @@ def test_dequantize(library, dtype, bits, group_size):
         )
         scale = scale.to(scale_dtype)
         qdata = torch.randint(256, (40, FORMATS[bits].row_bytes(k)), dtype=torch.uint8)
+        zero = torch.randint(-128, 128, scale.shape, dtype=torch.int8)
         for rows in (slice(None), slice(3, 7), slice(0, 0)):
-            got = cpu.dequantize(qdata[rows], scale[rows], bits, group_size, k, dtype)
-            assert_same(got, reference.dequantize(qdata[rows], scale[rows], bits, group_size, k, dtype))
+            z = zero[rows] if method == "minmax" else None
+            got = cpu.dequantize(qdata[rows], scale[rows], bits, group_size, k, dtype, z)
+            assert_same(got, reference.dequantize(qdata[rows], scale[rows], bits, group_size, k, dtype, z))
 
 
 @each_bits
 @each_dtype
-def test_embedding(library, dtype, bits):
-    w = random_planes(9, 100, bits=bits, group_size=64, dtype=dtype)
+@each_kind
+def test_embedding(library, dtype, bits, method):
+    w = random_planes(9, 100, bits=bits, group_size=64, dtype=dtype, method=method)
     for indices in (
         torch.tensor([[8, 0, 3], [3, 3, 1]]),
         torch.tensor([7, 2], dtype=torch.int32),
         torch.zeros(2, 0, dtype=torch.int64),
     ):
-        expected = reference.embedding(indices, w.qdata, w.scale, bits, 64, 100)
-        assert_same(cpu.embedding(indices, w.qdata, w.scale, bits, 64, 100), expected)
+        expected = reference.embedding(indices, w.qdata, w.scale, bits, 64, 100, w.zero)
+        assert_same(cpu.embedding(indices, w.qdata, w.scale, bits, 64, 100, w.zero), expected)
 
 
 @pytest.mark.parametrize(("indices", "named"), [([0, 9], 9), ([-1, 3], -1)])

@@ -17,6 +17,7 @@ struct Avx2 {
   using X = FloatPairs;
 
   static F zero() { return _mm256_setzero_ps(); }
+  static F all(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }

@@ -33,6 +33,7 @@ inline uint32_t as_bits(float f) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 inline float to_float(fp16 x) {
 #ifdef RTN_HALF

@@ -15,6 +15,7 @@ struct Generic {
   using X = FloatPairs;
 
   static F zero() { return F{}; }
+  static F all(float x) { return F{} + x; }
   static F load(const float* p) {
     F x;
     memcpy(&x, p, 16);

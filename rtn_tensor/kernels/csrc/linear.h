@@ -9,11 +9,13 @@
 //   I::HALVES        most tokens for which low_half<i>(dword) and high_half<i>(dword), whose sum is the pair of int8, are used for it
 //   decode<BITS, i>(dword)                 the pair that lies in fields i of a dword's two 16-bit words
 //   dot(sum, pair, x, q)                   sum + pair . (pair q of x), per row
+//   all(x)                                 x in every lane
 //
 // Field i of a chunk's words has its weights 8i .. 8i + 7, and a dword the words t = 2q and 2q + 1: so dwords transposed over rows decode
 // to pairs of neighbours in k, as a dot-product instruction wants them, and the activations stay in their own order.
 //
-// Integers stay exact; each group's sum is scaled in fp32 (16 rows at a time, once for group_size / 2 dot products).
+// Integers stay exact; each group's sum is scaled in fp32 (16 rows at a time, once for group_size / 2 dot products). Where there are zero
+// points, the sums begin at -(S zero) (the sum of x over the group), summed over the groups; the last is found once for all rows.
 #pragma once
 #include <string.h>
 
@@ -44,6 +46,7 @@ struct Linear {
   const int64_t chunks, chunk_k, group_chunks, groups, row_blocks, pitch;
   int64_t tiles = 0;
   X* packed = nullptr;
+  float* minus_sums = nullptr;  // of x over each group, a tile's by group and token, as `packed` has them; null without zero points
   std::atomic<bool> failed{false};
 
   // One run of tokens that use the same expert, cut into tiles of about equal size.
@@ -82,12 +85,37 @@ struct Linear {
     }
   }
 
+  template <class T>
+  void sum_groups(const Tile& tile) {
+    const int64_t size = group_chunks * chunk_k;
+    for (int64_t c = 0; c < tile.tokens; ++c) {
+      const T* x = static_cast<const T*>(a.x) + (tile.row + c) * a.x_stride;
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t begin = g * size, end = begin + size < a.k ? begin + size : a.k;
+        float lanes[16] = {};
+        int64_t k = begin;
+        for (; k + 16 <= end; k += 16)
+          for (int j = 0; j < 16; ++j) lanes[j] += to_float(x[k + j]);
+        for (int j = 0; k < end; ++k, ++j) lanes[j] += to_float(x[k]);
+        for (int j = 0; j < 8; ++j) lanes[j] += lanes[j + 8];
+        for (int j = 0; j < 4; ++j) lanes[j] += lanes[j + 4];
+        minus_sums[tile.row * groups + g * tile.tokens + c] = -((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
+      }
+    }
+  }
+
+  template <class T>
+  void pack_and_sum(const Tile& tile) {
+    pack<T>(tile);
+    if (minus_sums) sum_groups<T>(tile);
+  }
+
   static void pack_tile(void* self, int64_t t) {
     Linear& l = *static_cast<Linear*>(self);
     switch (l.a.dtype) {
-      case RTN_FLOAT32: return l.template pack<float>(l.tile_list[t]);
-      case RTN_BFLOAT16: return l.template pack<bf16>(l.tile_list[t]);
-      default: return l.template pack<fp16>(l.tile_list[t]);
+      case RTN_FLOAT32: return l.template pack_and_sum<float>(l.tile_list[t]);
+      case RTN_BFLOAT16: return l.template pack_and_sum<bf16>(l.tile_list[t]);
+      default: return l.template pack_and_sum<fp16>(l.tile_list[t]);
     }
   }
 
@@ -110,22 +138,22 @@ struct Linear {
   }
 
   template <class T>
-  static float scale_in(uint32_t dword, int which) {
+  static float number_in(uint32_t dword, int which) {
     if (sizeof(T) == 4) return as_float(dword);
-    T scale;
+    if (sizeof(T) == 1) return float(int32_t(dword << (24 - 8 * which)) >> 24);
+    T number;
     const uint16_t bits = uint16_t(dword >> (16 * which));
-    memcpy(&scale, &bits, sizeof(bits));
-    return to_float(scale);
+    memcpy(&number, &bits, sizeof(number));
+    return to_float(number);
   }
 
-  // The scales of groups [first, first + count), in fp32: out[group - first][row]. Written one by one, across rows, they took a quarter of
-  // a product with one token.
+  // The scales, or zero points, of groups [first, first + count), in fp32: out[group - first][row]. Written one by one, across rows, the
+  // scales took a quarter of a product with one token.
   template <class T>
-  void widen_scales(const Rows& r, int64_t first, int64_t count, float* out) const {
-    constexpr int EACH = 4 / sizeof(T);  // scales a dword
+  void widen(const T* plane, int64_t stride, const Rows& r, int64_t first, int64_t count, float* out) const {
+    constexpr int EACH = 4 / sizeof(T);  // numbers a dword
     const uint8_t* at[R];
-    const T* base = static_cast<const T*>(a.scale) + r.expert * a.scale_expert_stride + first;
-    for (int j = 0; j < R; ++j) at[j] = reinterpret_cast<const uint8_t*>(base + (r.n0 + (j < r.valid ? j : r.valid - 1)) * a.scale_stride);
+    for (int j = 0; j < R; ++j) at[j] = reinterpret_cast<const uint8_t*>(plane + (r.n0 + (j < r.valid ? j : r.valid - 1)) * stride + first);
     const int64_t whole = count / EACH;
     for (int64_t d = 0; d < whole; d += L) {
       const int dwords = whole - d < L ? int(whole - d) : L;
@@ -137,18 +165,23 @@ struct Linear {
           memcpy(dword, &columns[j], sizeof(dword));
           for (int e = 0; e < EACH; ++e) {
             float* to = out + ((d + j) * EACH + e) * R + v * L;
-            for (int l = 0; l < L; ++l) to[l] = scale_in<T>(dword[l], e);
+            for (int l = 0; l < L; ++l) to[l] = number_in<T>(dword[l], e);
           }
         }
       }
     }
-    if (whole * EACH < count) {  // the last of an odd number
+    for (int64_t g = whole * EACH; g < count; ++g) {  // those that fill no dword
       for (int j = 0; j < R; ++j) {
         T last;
-        memcpy(&last, at[j] + (count - 1) * sizeof(T), sizeof(T));
-        out[(count - 1) * R + j] = to_float(last);
+        memcpy(&last, at[j] + g * sizeof(T), sizeof(T));
+        out[g * R + j] = to_float(last);
       }
     }
+  }
+
+  template <class T>
+  void widen_scales(const Rows& r, int64_t first, int64_t count, float* out) const {
+    widen(static_cast<const T*>(a.scale) + r.expert * a.scale_expert_stride, a.scale_stride, r, first, count, out);
   }
 
   void widen_scales(const Rows& r, int64_t first, int64_t count, float* out) const {
@@ -159,7 +192,34 @@ struct Linear {
     }
   }
 
-  static float* scales_for(int64_t count) { return static_cast<float*>(scratch(SCALES, R * count * sizeof(float))); }
+  // Memory for the scales of `count` groups of a block of rows, and after them for their zero points, where there are any.
+  float* scales_for(int64_t count) const { return static_cast<float*>(scratch(SCALES, R * count * (a.zero ? 2 : 1) * sizeof(float))); }
+
+  // ------------------------------------------------------------------------------------------------ zero points
+
+  // What a zero point stands for, S zero, of groups [first, first + count), after their scales: out[group - first][row].
+  void widen_zeros(const Rows& r, int64_t first, int64_t count, const float* scales, float* out) const {
+    widen(a.zero + r.expert * a.zero_expert_stride, a.zero_stride, r, first, count, out);
+    for (int64_t i = 0; i < count * R; ++i) out[i] *= scales[i];
+  }
+
+  // sums[token][v] -= (S zero) . (the sums of x) over groups [begin, begin + count) of a tile; `zeros` begin with the first of them.
+  void shift(const Tile& tile, int64_t begin, int64_t count, const float* zeros, float* sums) const {
+    const float* x = minus_sums + tile.row * groups + begin * tile.tokens;
+    int64_t t = 0;
+    for (; t + 4 <= tile.tokens; t += 4) shift_tokens<4>(x + t, tile.tokens, count, zeros, sums + t * R);
+    for (; t < tile.tokens; ++t) shift_tokens<1>(x + t, tile.tokens, count, zeros, sums + t * R);
+  }
+
+  template <int T>
+  static void shift_tokens(const float* x, int64_t x_stride, int64_t count, const float* zeros, float* sums) {
+    F sum[T][V];
+    RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) sum[t][v] = I::load(sums + t * R + v * L);
+    for (; count; --count, zeros += R, x += x_stride) {
+      RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) sum[t][v] = I::fma(I::load(zeros + v * L), I::all(x[t]), sum[t][v]);
+    }
+    RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) I::store(sums + t * R + v * L, sum[t][v]);
+  }
 
   void transpose(const Rows& r, int64_t chunk, D (&dwords)[V][L]) const {
     const int64_t left = (chunks - chunk) * 4;
@@ -302,6 +362,11 @@ struct Linear {
     alignas(64) float sums[C * R];
     memset(sums, 0, t.tokens * R * sizeof(float));
     widen_scales(r, 0, groups, scales);
+    if (a.zero) {
+      float* zeros = scales + groups * R;
+      widen_zeros(r, 0, groups, scales, zeros);
+      shift(t, 0, groups, zeros, sums);
+    }
     (this->*pick<BITS, false>(t.tokens, make_ints<C>()))(r, nullptr, scales, 0, chunks, packed + t.row * x_pieces(), sums);
     store(r, t.row, t.tokens, sums);
     return true;
@@ -324,8 +389,15 @@ struct Linear {
         // What is decoded next: the rows below, or the first rows further on; at the last, the rows below again.
         const int64_t below = R * a.qdata_stride;
         decode_block<BITS>(r, c, stop, b + 1 < end ? below + c * 16 : stop < chunks ? stop * 16 - (b - begin) * below : below, decoded);
-        widen_scales(r, group, (stop - 1) / group_chunks + 1 - group, scales);
+        const int64_t count = (stop - 1) / group_chunks + 1 - group;
+        widen_scales(r, group, count, scales);
         float* to = sums + (b - begin) * tokens * R;
+        if (a.zero) {
+          float* zeros = scales + count * R;
+          widen_zeros(r, group, count, scales, zeros);
+          const int64_t begun = c > group * group_chunks;  // in the step before, which had its part for the whole of it
+          for (int64_t t = first; t < last; ++t) shift(tile_list[t], group + begun, count - begun, zeros + begun * R, to + (tile_list[t].row - row) * R);
+        }
         for (int64_t t = first; t < last; ++t) {
           const Tile& tile = tile_list[t];
           const TileFn run = pick<BITS, true>(tile.tokens, make_ints<C>());
@@ -369,11 +441,13 @@ struct Linear {
     // At most one tile and one run more than full ones would need, an expert.
     const int64_t most = a.m / I::MANY + experts + a.m / M_BLOCK + 1;
     const int64_t x_bytes = (a.m * x_pieces() * int64_t(sizeof(X)) + 63) / 64 * 64;
-    char* memory = static_cast<char*>(scratch(PACKED_X, x_bytes + (most + 1) * (sizeof(Tile) + sizeof(Run))));
+    const int64_t sum_bytes = a.zero ? a.m * groups * int64_t(sizeof(float)) : 0;
+    char* memory = static_cast<char*>(scratch(PACKED_X, x_bytes + (most + 1) * (sizeof(Tile) + sizeof(Run)) + sum_bytes));
     if (!memory) return RTN_NO_MEMORY;
     packed = reinterpret_cast<X*>(memory);
     tile_list = reinterpret_cast<Tile*>(memory + x_bytes);
     run_list = reinterpret_cast<Run*>(tile_list + most + 1);
+    if (a.zero) minus_sums = reinterpret_cast<float*>(run_list + most + 1);
     int64_t runs = 0;
     int64_t row = 0;
     for (int64_t e = 0; e < experts; ++e) {

@@ -15,7 +15,7 @@ namespace rtn {
 namespace {
 
 constexpr uint32_t INF_BITS = 0x7F800000;
-enum { ABSMAX, SIGNED, SEARCH };  // config.SCALE_METHODS
+enum { ABSMAX, SIGNED, SEARCH, MINMAX };  // config.SCALE_METHODS
 
 // The compiler's own vectors of eight: field i of the eight words of a chunk is eight neighbours.
 typedef float Float8 __attribute__((vector_size(32)));
@@ -85,15 +85,24 @@ struct Reciprocal {
 };
 #endif
 
+// The zero point that is added to w / s.
+struct NoZero {
+  static constexpr int32_t value = 0;
+};
+struct Zero {
+  int32_t value;
+};
+
 template <int BITS>
 struct Chunk {
   static constexpr int K = 128 / BITS;
 
-  // clamp(rint(w / s)) of a whole chunk. Added to 1.5 * 2^23, a small number is rounded to the integer that its low bits then hold, and
+  // clamp(rint(w / s) + zero) of a whole chunk. Added to 1.5 * 2^23, a small number is rounded to the integer that its low bits then hold, and
   // a large one has bits that are larger, or negative: so they are clamped as integers, which takes one instruction.
-  template <class Divide, class T>
-  static void quantize(const T* w, Divide divide, uint8_t* bytes) {
-    constexpr int32_t MAGIC = 0x4B400000, QMIN = MAGIC - (1 << (BITS - 1)), QMAX = MAGIC + (1 << (BITS - 1)) - 1;
+  template <class Divide, class Shift, class T>
+  static void quantize(const T* w, Divide divide, Shift zero, uint8_t* bytes) {
+    constexpr int32_t MAGIC = 0x4B400000;
+    const int32_t QMIN = MAGIC - (1 << (BITS - 1)) - zero.value, QMAX = MAGIC + (1 << (BITS - 1)) - 1 - zero.value;
     Uint8 words = {};
 #pragma GCC unroll 4
     for (int i = 0; i < 16 / BITS; ++i) {
@@ -103,10 +112,18 @@ struct Chunk {
       Int8 q = Int8(r + 0x1.8p23f);
       q = q < QMAX ? q : QMAX - Int8{};
       q = q > QMIN ? q : QMIN - Int8{};
-      words |= (Uint8(q) & ((1u << BITS) - 1)) << (BITS * i);
+      words |= (Uint8(q + zero.value) & ((1u << BITS) - 1)) << (BITS * i);
     }
     const Short8 packed = __builtin_convertvector(words, Short8);
     memcpy(bytes, &packed, sizeof(packed));
+  }
+
+  // Zeros the fields from `size` on.
+  static void clear_padding(uint8_t* bytes, int64_t size) {
+    uint16_t words[8];
+    memcpy(words, bytes, sizeof(words));
+    for (int64_t j = size; j < K; ++j) words[j % 8] &= uint16_t(~(((1u << BITS) - 1) << (BITS * (j / 8))));
+    memcpy(bytes, words, sizeof(words));
   }
 
   static void unpack(const uint8_t* bytes, int8_t* q) {
@@ -188,14 +205,38 @@ S searched_scale(const T* w, int64_t size, float extreme) {
   return scale[best];
 }
 
+// The least and the largest of a group and 0, without NaN.
+template <class T>
+void min_and_max(const T* w, int64_t size, float& low, float& high) {
+  int32_t least = 0, most = 0;
+  for (int64_t k = 0; k < size; ++k) {
+    const int32_t key = ordered(to_float(w[k]));
+    least = key < least ? key : least;
+    most = key > most ? key : most;
+  }
+  // `ordered` undoes itself.
+  low = as_float(uint32_t(least ^ ((least >> 31) & 0x7FFFFFFF)));
+  high = as_float(uint32_t(most));
+}
+
+// The scale of a group and, with MINMAX, its zero point.
 template <class T, class S, int BITS>
-S group_scale(const T* w, int64_t size, int64_t scale_method) {
+S group_scale(const T* w, int64_t size, int64_t scale_method, int8_t* zero) {
   constexpr float QMIN = -(1 << (BITS - 1)), QMAX = (1 << (BITS - 1)) - 1;
   const float largest = max_magnitude(w, size);
   const uint32_t magnitude = as_bits(largest);
   float exact = largest;
   if (magnitude >= INF_BITS) {
     exact = NAN;
+  } else if (scale_method == MINMAX) {
+    float low, high;
+    min_and_max(w, size, low, high);
+    exact = high / (QMAX - QMIN) - low / (QMAX - QMIN);
+    if (exact == 0.0f) exact = magnitude == 0 ? 1.0f : Limits<float>::ulp;
+    const S scale = round_scale<S>(exact);
+    const float shift = QMIN - rintf(low / to_float(scale));
+    *zero = int8_t(shift < QMIN ? QMIN : shift < QMAX ? shift : QMAX);
+    return scale;
   } else if (magnitude == 0) {
     exact = 1.0f;
   } else if (scale_method != ABSMAX) {
@@ -216,18 +257,29 @@ S group_scale(const T* w, int64_t size, int64_t scale_method) {
   return round_scale<S>(exact);
 }
 
-template <int BITS, class Divide, class T>
-void quantize_group(const T* w, int64_t size, Divide divide, uint8_t* bytes) {
+template <int BITS, class Divide, class Shift, class T>
+void quantize_group(const T* w, int64_t size, Divide divide, Shift zero, uint8_t* bytes) {
   constexpr int K = Chunk<BITS>::K;
   for (int64_t k = 0; k < size; k += K, bytes += 16) {
     if (size - k >= K) {
-      Chunk<BITS>::quantize(w + k, divide, bytes);
+      Chunk<BITS>::quantize(w + k, divide, zero, bytes);
     } else {
       T some[K] = {};
       memcpy(some, w + k, (size - k) * sizeof(T));
-      Chunk<BITS>::quantize(some, divide, bytes);
+      Chunk<BITS>::quantize(some, divide, zero, bytes);
+      if (zero.value) Chunk<BITS>::clear_padding(bytes, size - k);
     }
   }
+}
+
+template <int BITS, bool SMALL, class Shift, class T>
+void quantize_group_by(const T* w, int64_t size, float s, Shift zero, uint8_t* bytes) {
+#ifdef RTN_RECIPROCAL
+  if (SMALL && fabsf(s) > 0x1p-60f && fabsf(s) < 0x1p60f) {  // no step over- or underflows
+    return quantize_group<BITS>(w, size, Reciprocal{s, 1.0f / s}, zero, bytes);
+  }
+#endif
+  quantize_group<BITS>(w, size, Division{s}, zero, bytes);
 }
 
 template <class T, class S, int BITS>
@@ -235,46 +287,47 @@ void quantize_row(const rtn_planes_args& a, int64_t row) {
   const T* w = static_cast<const T*>(a.w) + row * a.w_stride;
   uint8_t* bytes = a.qdata + row * a.qdata_stride;
   S* scale = static_cast<S*>(a.scale) + row * a.scale_stride;
+  int8_t* zero = a.zero ? a.zero + row * a.zero_stride : nullptr;
   const int64_t group = a.group_size == -1 ? a.k : a.group_size;
-  if (a.k == 0 && a.group_size == -1) *scale = from_float<S>(1.0f);
+  if (a.k == 0 && a.group_size == -1) {
+    *scale = from_float<S>(1.0f);
+    if (zero) *zero = -(1 << (BITS - 1));
+  }
   // The scales of a row first: a group's is a chain of slow steps, and several groups' run beside one another.
   for (int64_t begin = 0; begin < a.k; begin += group) {
     const int64_t size = begin + group < a.k ? group : a.k - begin;
-    scale[begin / group] = group_scale<T, S, BITS>(w + begin, size, a.scale_method);
+    if (zero) zero[begin / group] = 0;  // where there is a NaN or inf
+    scale[begin / group] = group_scale<T, S, BITS>(w + begin, size, a.scale_method, zero ? zero + begin / group : nullptr);
   }
   for (int64_t begin = 0; begin < a.k; begin += group) {
     const int64_t size = begin + group < a.k ? group : a.k - begin;
     const int64_t size_bytes = (size + Chunk<BITS>::K - 1) / Chunk<BITS>::K * 16;
     const float s = to_float(*scale++);
-    if (s != s) {
-      memset(bytes, 0, size_bytes);
-#ifdef RTN_RECIPROCAL
-    } else if (sizeof(S) == 2 && fabsf(s) > 0x1p-60f && fabsf(s) < 0x1p60f) {  // no step over- or underflows
-      quantize_group<BITS>(w + begin, size, Reciprocal{s, 1.0f / s}, bytes);
-#endif
-    } else {
-      quantize_group<BITS>(w + begin, size, Division{s}, bytes);
-    }
+    if (s != s) memset(bytes, 0, size_bytes);
+    else if (zero) quantize_group_by<BITS, sizeof(S) == 2>(w + begin, size, s, Zero{zero[begin / group]}, bytes);
+    else quantize_group_by<BITS, sizeof(S) == 2>(w + begin, size, s, NoZero{}, bytes);
     bytes += size_bytes;
   }
 }
 
-template <class T, class S, int BITS>
+template <class T, class S, int BITS, bool ZERO>
 void dequantize_row(const rtn_planes_args& a, int64_t row) {
   constexpr int K = Chunk<BITS>::K;
   const int64_t from = a.indices ? a.indices[row] : row;
   const uint8_t* bytes = a.qdata + from * a.qdata_stride;
   const S* scale = static_cast<const S*>(a.scale) + from * a.scale_stride;
+  const int8_t* zero = ZERO ? a.zero + from * a.zero_stride : nullptr;
   T* w = static_cast<T*>(a.w) + row * a.w_stride;
   const int64_t group = a.group_size == -1 ? a.k : a.group_size;
   for (int64_t begin = 0; begin < a.k; begin += group) {
     const int64_t end = begin + group < a.k ? begin + group : a.k;
     const float s = to_float(*scale++);
+    const int shift = ZERO ? *zero++ : 0;
     for (int64_t k = begin; k < end; k += K, bytes += 16) {
       int8_t q[K];
       Chunk<BITS>::unpack(bytes, q);
-      if (end - k >= K) for (int j = 0; j < K; ++j) w[k + j] = from_float<T>(q[j] * s);
-      else for (int64_t j = 0; j < end - k; ++j) w[k + j] = from_float<T>(q[j] * s);
+      if (end - k >= K) for (int j = 0; j < K; ++j) w[k + j] = from_float<T>((q[j] - shift) * s);
+      else for (int64_t j = 0; j < end - k; ++j) w[k + j] = from_float<T>((q[j] - shift) * s);
     }
   }
 }
@@ -282,17 +335,18 @@ void dequantize_row(const rtn_planes_args& a, int64_t row) {
 using RowFn = void (*)(const rtn_planes_args&, int64_t);
 
 template <class T, class S, bool QUANTIZE>
-RowFn pick_bits(int64_t bits) {
-  if constexpr (QUANTIZE) return bits == 4 ? quantize_row<T, S, 4> : quantize_row<T, S, 8>;
-  else return bits == 4 ? dequantize_row<T, S, 4> : dequantize_row<T, S, 8>;
+RowFn pick_bits(const rtn_planes_args& a) {
+  if constexpr (QUANTIZE) return a.bits == 4 ? quantize_row<T, S, 4> : quantize_row<T, S, 8>;
+  else if (a.zero) return a.bits == 4 ? dequantize_row<T, S, 4, true> : dequantize_row<T, S, 8, true>;
+  else return a.bits == 4 ? dequantize_row<T, S, 4, false> : dequantize_row<T, S, 8, false>;
 }
 
 template <class T, bool QUANTIZE>
 RowFn pick_scale(const rtn_planes_args& a) {
   switch (a.scale_dtype) {
-    case RTN_FLOAT32: return pick_bits<T, float, QUANTIZE>(a.bits);
-    case RTN_BFLOAT16: return pick_bits<T, bf16, QUANTIZE>(a.bits);
-    default: return pick_bits<T, fp16, QUANTIZE>(a.bits);
+    case RTN_FLOAT32: return pick_bits<T, float, QUANTIZE>(a);
+    case RTN_BFLOAT16: return pick_bits<T, bf16, QUANTIZE>(a);
+    default: return pick_bits<T, fp16, QUANTIZE>(a);
   }
 }
 

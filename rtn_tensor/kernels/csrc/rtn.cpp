@@ -47,6 +47,8 @@ bool fits(const rtn_linear_args& a) {
   if (!is_dtype(a.dtype) || !is_dtype(a.scale_dtype)) return false;
   if (!row_fits(a.k, a.bits, a.group_size, a.qdata_bytes, a.scale_groups)) return false;
   if (a.qdata_rows != a.n || a.scale_rows != a.n || a.bias_size != (a.bias ? a.n : 0)) return false;
+  if (a.zero ? a.zero_experts != experts || a.zero_rows != a.n || a.zero_groups != a.scale_groups : a.zero_experts || a.zero_rows || a.zero_groups) return false;
+  if (a.zero_stride < 0 || a.zero_expert_stride < 0) return false;
   if (a.qdata_experts != experts || a.scale_experts != experts || a.offs_size != (a.offs ? experts : 0)) return false;
   if (a.x_stride < 0 || a.y_stride < a.n || a.qdata_stride < 0 || a.scale_stride < 0 || a.qdata_expert_stride < 0 || a.scale_expert_stride < 0) return false;
   if (a.m && a.n && !a.y) return false;
@@ -54,9 +56,10 @@ bool fits(const rtn_linear_args& a) {
 }
 
 bool fits(const rtn_planes_args& a) {
-  if (!in(a.rows, 0, LIMIT) || !in(a.scale_method, 0, 2) || a.threads < 1 || !is_dtype(a.dtype) || !is_dtype(a.scale_dtype)) return false;
+  if (!in(a.rows, 0, LIMIT) || !in(a.scale_method, 0, 3) || a.threads < 1 || !is_dtype(a.dtype) || !is_dtype(a.scale_dtype)) return false;
   if (!row_fits(a.k, a.bits, a.group_size, a.qdata_bytes, a.scale_groups) || a.qdata_rows != a.scale_rows) return false;
-  if (a.w_stride < 0 || a.qdata_stride < 0 || a.scale_stride < 0) return false;
+  if (a.zero ? a.zero_rows != a.scale_rows || a.zero_groups != a.scale_groups : a.zero_rows || a.zero_groups) return false;
+  if (a.w_stride < 0 || a.qdata_stride < 0 || a.scale_stride < 0 || a.zero_stride < 0) return false;
   if (a.rows && ((a.k && (!a.w || !a.qdata)) || (a.scale_groups && !a.scale))) return false;
   if (!a.indices) return a.rows == a.qdata_rows;
   for (int64_t i = 0; i < a.rows; ++i)
@@ -85,6 +88,10 @@ int rtn_linear(const rtn_linear_args* a) {
   // More activations than any memory holds: what is packed of them could not be counted.
   return a->k && a->m > rtn::LIMIT / (a->k + 128) ? RTN_NO_MEMORY : rtn::chosen.load()->linear(*a);
 }
-int rtn_quantize(const rtn_planes_args* a) { return rtn::fits(*a) && !a->indices ? rtn::chosen.load()->quantize(*a) : RTN_REFUSED; }
+int rtn_quantize(const rtn_planes_args* a) {
+  const bool makes_zero = a->scale_method == 3 && a->rows && a->scale_groups;  // as config.SCALE_METHODS has "minmax"
+  if (!rtn::fits(*a) || a->indices || (makes_zero && !a->zero) || (a->scale_method != 3 && a->zero)) return RTN_REFUSED;
+  return rtn::chosen.load()->quantize(*a);
+}
 int rtn_dequantize(const rtn_planes_args* a) { return rtn::fits(*a) ? rtn::chosen.load()->dequantize(*a) : RTN_REFUSED; }
 }

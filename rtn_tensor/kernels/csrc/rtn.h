@@ -12,9 +12,9 @@ enum { RTN_OK = 0, RTN_NO_MEMORY = -1, RTN_REFUSED = -2 };  // the last: the arg
 
 // Of the two structs below and of what the functions do. A caller compares it, as a library may be older or newer than what calls it: raise it
 // with every change, here and in kernels/cpu.py.
-enum { RTN_ABI = 4 };
+enum { RTN_ABI = 5 };
 
-// y[rows of expert e] = x[rows of expert e] @ w'[e]^T + bias, w' = q * S. Strides count elements; the last dim of every array is dense.
+// y[rows of expert e] = x[rows of expert e] @ w'[e]^T + bias, w' = (q - zero) * S. Strides count elements; the last dim of every array is dense.
 // Every field is 8 bytes, so that the caller can pack them without padding.
 typedef struct {
   const void* x;         // [M, K]
@@ -23,32 +23,36 @@ typedef struct {
   const void* bias;      // [N] in x's dtype, or null
   void* y;               // [M, N] in x's dtype
   const int32_t* offs;   // [E] cumulative ends of each expert's rows; null means one expert that has them all
+  const int8_t* zero;    // as scale; null means 0 everywhere
   int64_t m, n, k, experts;
   int64_t bits, group_size;
   int64_t dtype, scale_dtype;
   int64_t x_stride, y_stride;
   int64_t qdata_stride, qdata_expert_stride;
   int64_t scale_stride, scale_expert_stride;
+  int64_t zero_stride, zero_expert_stride;
   int64_t threads;
-  // How large the arrays are, whatever the numbers above say: the sizes of qdata and scale, and the elements of bias and offs.
+  // How large the arrays are, whatever the numbers above say: the sizes of qdata, scale and zero, and the elements of bias and offs.
   int64_t qdata_experts, qdata_rows, qdata_bytes;
   int64_t scale_experts, scale_rows, scale_groups;
+  int64_t zero_experts, zero_rows, zero_groups;
   int64_t bias_size, offs_size;
 } rtn_linear_args;
 
-// w [rows, K] <-> qdata and scale, bit for bit as rtn_tensor/reference.py.
+// w [rows, K] <-> qdata, scale and, unless it is null, zero, bit for bit as rtn_tensor/reference.py.
 typedef struct {
   void* w;
   uint8_t* qdata;
   void* scale;
+  int8_t* zero;
   const int64_t* indices;  // dequantize: row of the planes for each row of w, or null
   int64_t rows, k;
   int64_t bits, group_size;
   int64_t dtype, scale_dtype;
-  int64_t w_stride, qdata_stride, scale_stride;
+  int64_t w_stride, qdata_stride, scale_stride, zero_stride;
   int64_t scale_method;  // quantize: its index in config.SCALE_METHODS
   int64_t threads;
-  int64_t qdata_rows, qdata_bytes, scale_rows, scale_groups;  // how large the planes are
+  int64_t qdata_rows, qdata_bytes, scale_rows, scale_groups, zero_rows, zero_groups;  // how large the planes are
 } rtn_planes_args;
 
 int64_t rtn_abi(void);                    // RTN_ABI

@@ -39,6 +39,7 @@ struct Torch {
   int32_t (*bfloat16)();
   int32_t (*float16)();
   int32_t (*uint8)();
+  int32_t (*int8)();
   int32_t (*cpu)();
   // Not in every version that the rest is in.
   Status (*delete_value)(Value*);
@@ -65,7 +66,7 @@ struct Torch {
            find(get_data_ptr, "aoti_torch_get_data_ptr") && find(empty_strided, "aoti_torch_empty_strided") &&
            find(delete_tensor, "aoti_torch_delete_tensor_object") && find(get_num_threads, "torch_get_num_threads") &&
            find(float32, "aoti_torch_dtype_float32") && find(bfloat16, "aoti_torch_dtype_bfloat16") &&
-           find(float16, "aoti_torch_dtype_float16") && find(uint8, "aoti_torch_dtype_uint8") && find(cpu, "aoti_torch_device_type_cpu");
+           find(float16, "aoti_torch_dtype_float16") && find(uint8, "aoti_torch_dtype_uint8") && find(int8, "aoti_torch_dtype_int8") && find(cpu, "aoti_torch_device_type_cpu");
   }
 };
 
@@ -102,19 +103,21 @@ constexpr int64_t MOST_DIMS = 8;
 
 // Null where this is a call for the op in Python.
 Tensor product(const Value* stack) {
-  View x, qdata, scale, bias;
+  View x, qdata, scale, bias, zero = {};
   const char* forced = getenv("RTN_KERNEL");
   if (!direct || (forced && *forced)) return nullptr;
   if (!x.read(Tensor(stack[0])) || !qdata.read(Tensor(stack[1])) || !scale.read(Tensor(stack[2]))) return nullptr;
   const Value* optional = reinterpret_cast<const Value*>(stack[3]);
-  if (stack[6]) return nullptr;
+  const Value* asymmetric = reinterpret_cast<const Value*>(stack[6]);
   if (x.dtype < 0 || scale.dtype < 0 || x.dim < 1 || x.dim > MOST_DIMS || qdata.dim != 2 || scale.dim != 2) return nullptr;
   if (qdata.torch_dtype != torch.uint8()) return nullptr;
   if (!(x.contiguous() || (x.dim == 2 && x.dense_rows())) || !qdata.dense_rows() || !scale.dense_rows()) return nullptr;
   if (optional && (!bias.read(Tensor(*optional)) || bias.torch_dtype != x.torch_dtype || bias.dim != 1 || !bias.dense_rows())) return nullptr;
+  if (asymmetric && (!zero.read(Tensor(*asymmetric)) || zero.torch_dtype != torch.int8() || zero.dim != 2 || !zero.dense_rows())) return nullptr;
 
   const int64_t n = qdata.sizes[0], k = x.sizes[x.dim - 1], bits = int64_t(stack[4]), group_size = int64_t(stack[5]);
-  if (optional && bias.sizes[0] != n) return nullptr;  // one of no elements has no address, and would pass for none
+  // One of no elements has no address, and would pass for none.
+  if ((optional && bias.sizes[0] != n) || (asymmetric && !zero.data)) return nullptr;
 
   int64_t sizes[MOST_DIMS], strides[MOST_DIMS];
   sizes[x.dim - 1] = n;
@@ -133,6 +136,7 @@ Tensor product(const Value* stack) {
   a.qdata = static_cast<const uint8_t*>(qdata.data);
   a.scale = scale.data;
   a.bias = optional ? bias.data : nullptr;
+  a.zero = static_cast<const int8_t*>(zero.data);
   a.m = m;
   a.n = n;
   a.k = k;
@@ -145,6 +149,12 @@ Tensor product(const Value* stack) {
   a.y_stride = n;
   a.qdata_stride = qdata.strides[0];
   a.scale_stride = scale.strides[0];
+  if (asymmetric) {
+    a.zero_stride = zero.strides[0];
+    a.zero_experts = 1;
+    a.zero_rows = zero.sizes[0];
+    a.zero_groups = zero.sizes[1];
+  }
   a.threads = threads;
   a.qdata_experts = a.scale_experts = 1;
   a.qdata_rows = n;
