@@ -73,6 +73,7 @@ METHODS: dict[str, Method] = {
     },
     **{f"int8 g128 {method}": plain(rtn_int8(128, method)) for method in SCALE_METHODS},
     **{f"int4 g{size} refined": refined(rtn_int4(size)) for size in (128, 64, 32)},
+    "int4 g32 search8 refined": refined(rtn_int4(32, "search8")),
 }
 WINDOW, TOKENS = 1024, 2048
 SENTENCES, CALIBRATION_SENTENCES, BATCH = 512, 256, 32

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtn_tensor.formats import ASYMMETRIC, FLOAT_DTYPES, FORMATS, MAX_GROUP_SIZE, check_format, groups
+from rtn_tensor.formats import (
+    ASYMMETRIC,
+    FLOAT_DTYPES,
+    FORMATS,
+    MAX_GROUP_SIZE,
+    SCALE_DTYPES,
+    check_format,
+    groups,
+)
 from rtn_tensor.reference import ACTIVATIONS
 
 
@@ -33,7 +41,7 @@ def _weight(
         and (group_size == -1 or (0 < group_size <= MAX_GROUP_SIZE and group_size % 32 == 0))
         and k >= 0
         and qdata.dtype == torch.uint8
-        and scale.dtype in FLOAT_DTYPES
+        and scale.dtype in SCALE_DTYPES
         and qdata.device == scale.device
         and (qdata.dim() >= 1 if dims is None else qdata.dim() == dims)
         and qdata.shape[:-1] == scale.shape[:-1]
@@ -152,10 +160,10 @@ def check_embedding(indices, qdata, scale, bits, group_size, k, zero=None):
 def check_quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     check_format(bits, group_size, scale_method)
     torch._check(
-        w.dim() >= 1 and w.dtype in FLOAT_DTYPES and scale_dtype in FLOAT_DTYPES,
+        w.dim() >= 1 and w.dtype in FLOAT_DTYPES and scale_dtype in SCALE_DTYPES,
         lambda: (
             f"rtn::quantize: w is {w.dtype} {list(w.shape)} for a scale of {scale_dtype}; it must be "
-            f"[..., K], both of {FLOAT_DTYPES}"
+            f"[..., K] of {FLOAT_DTYPES}, and the scale one of {SCALE_DTYPES}"
         ),
     )
     if out is not None:

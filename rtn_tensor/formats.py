@@ -23,11 +23,18 @@ from rtn_tensor.wording import with_article
 CHUNK_BYTES = 16
 VERSION = 2  # the latest of all this; weights, and so files, carry the earliest that has what they have
 MAX_GROUP_SIZE = 1 << 30  # no row is as long; kernels multiply it by 8 without a thought of overflow
-SCALE_METHODS = ("absmax", "signed", "search", "minmax")
+SCALE_METHODS = ("absmax", "signed", "search", "minmax", "search8")
+SCALES_OF_8_BITS = {"search8": "search"}  # those of them whose scales have 8 bits, and how these are found
 # The scale methods of weights whose scales, and zero points, another library found.
 GIVEN, GIVEN_ASYMMETRIC = "given", "given_asymmetric"
 ASYMMETRIC = ("minmax", GIVEN_ASYMMETRIC)  # those whose weights have a plane `zero`
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A scale of 8 bits is that of a float8_e4m3fn, times the unit: so it has four significant bits from 2^-13 on,
+# and reaches 3.5, for weights of at most 28. In four models a group's scales lie between 2^-11.5 and 1.2, but
+# for one in a million. The plane is uint8, as torch can neither send nor pickle float8 (2.13).
+SCALE8, SCALE8_UNIT = torch.uint8, 2.0**-7
+SCALE_DTYPES = (*FLOAT_DTYPES, SCALE8)
+LARGEST_OF_8_BITS = 28.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,16 @@ def computing(bits: int, scale_method: str) -> str:
     """The scale method by which a weight of `scale_method` is quantized anew."""
     anew = {GIVEN: FORMATS[bits].scale_method, GIVEN_ASYMMETRIC: "minmax"}
     return anew.get(scale_method, scale_method)
+
+
+def scale_dtype_of(scale_method: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the scales of a weight that is made of one of `dtype`."""
+    return SCALE8 if scale_method in SCALES_OF_8_BITS else dtype
+
+
+def embedding_dtype(scale_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what the op `embedding` gives: the scale's, and fp32 where that has 8 bits."""
+    return torch.float32 if scale_dtype == SCALE8 else scale_dtype
 
 
 def version_of(zero: Tensor | None, float_dtype: torch.dtype | None = None) -> int:
@@ -181,7 +198,11 @@ def check_planes(
         raise ValueError(
             f"in_features={k!r} is no number of columns; it must be an integer, and not negative"
         )
-    planes = [("qdata", qdata, (torch.uint8,)), ("scale", scale, FLOAT_DTYPES)]
+    of_8_bits = scale_method in SCALES_OF_8_BITS
+    planes = [
+        ("qdata", qdata, (torch.uint8,)),
+        ("scale", scale, (SCALE8,) if of_8_bits else FLOAT_DTYPES),
+    ]
     if zero is not None:
         planes.append(("zero", zero, (torch.int8,)))
     for name, plane, dtypes in planes:
@@ -226,6 +247,11 @@ def check_planes(
     if version < version_of(zero, float_dtype):
         has = "no plane zero" if zero is not None else "no dtype but that of the scale"
         raise ValueError(f"version={version} of the format has {has}; it came with version 2")
+    if of_8_bits and float_dtype is None:
+        raise ValueError(
+            f"scale_method={scale_method!r} makes scales of 8 bits, which say nothing of the weight's dtype; "
+            f"give float_dtype, one of {', '.join(map(str, FLOAT_DTYPES))}"
+        )
     if (zero is not None) != (scale_method in ASYMMETRIC):
         raise ValueError(
             f"scale_method={scale_method!r} makes {'no' if zero is not None else 'a'} plane zero, and there "

@@ -17,7 +17,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from rtn_tensor._torch import CPU_KEYS, tracing, transformed
 from rtn_tensor.expert_ops import grouped, grouped_dx, routed  # noqa: F401  (called as ops.grouped)
-from rtn_tensor.formats import ASYMMETRIC, computing, new_planes
+from rtn_tensor.formats import (
+    ASYMMETRIC,
+    SCALES_OF_8_BITS,
+    computing,
+    embedding_dtype,
+    new_planes,
+    scale_dtype_of,
+)
 from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import make_problem
 from rtn_tensor.kernels.registry import choose, forget
@@ -200,7 +207,17 @@ _linear_dx_function = differentiable(
 )
 def _embedding(indices, qdata, scale, bits, group_size, k, zero=None):
     kernel = choose(
-        make_problem("embedding", scale.dtype, indices.numel(), k, qdata, scale, bits, group_size, zero)
+        make_problem(
+            "embedding",
+            embedding_dtype(scale.dtype),
+            indices.numel(),
+            k,
+            qdata,
+            scale,
+            bits,
+            group_size,
+            zero,
+        )
     )
     return kernel.embedding(indices, qdata, scale, bits, group_size, k, zero)
 
@@ -215,7 +232,7 @@ def embedding(
     zero: Tensor | None = None,
 ) -> Tensor:
     """Dequantized rows: `indices [...]` int32 or int64, `qdata [N, B]`, `scale [N, G]` -> `[..., K]` in the
-    scale's dtype."""
+    scale's dtype, or in fp32 where that has 8 bits."""
     if tracing(indices, qdata, scale):
         return rtn_ops.embedding.default(indices, qdata, scale, bits, group_size, k, zero)
     return _embedding(indices, qdata, scale, bits, group_size, k, zero)
@@ -223,7 +240,7 @@ def embedding(
 
 @fake("embedding")
 def _embedding_fake(indices, qdata, scale, bits, group_size, k, zero=None):
-    return scale.new_empty(*indices.shape, k)
+    return scale.new_empty(*indices.shape, k, dtype=embedding_dtype(scale.dtype))
 
 
 def _embedding_vmap(info, in_dims, indices, qdata, scale, bits, group_size, k, zero=None):
@@ -240,15 +257,17 @@ def _quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     problem = make_problem("quantize", w.dtype, rows, k, w, w, bits, group_size)._replace(
         scale_dtype=scale_dtype, zero=scale_method in ASYMMETRIC
     )
-    return choose(problem).quantize(w, bits, group_size, computing(bits, scale_method), scale_dtype, out)
+    method = computing(bits, scale_method)
+    found = SCALES_OF_8_BITS.get(method, method)
+    return choose(problem).quantize(w, bits, group_size, found, scale_dtype, out)
 
 
 def quantize(
-    w: Tensor, bits: int, group_size: int, scale_method: str, scale_dtype: torch.dtype
+    w: Tensor, bits: int, group_size: int, scale_method: str, dtype: torch.dtype
 ) -> Sequence[Tensor]:
-    """Rounds `w [..., N, K]` to `qdata [..., N, B]` uint8, `scale [..., N, G]` in `scale_dtype`, and with
-    "minmax" `zero [..., N, G]` int8; see `reference.quantize`."""
-    w = w.detach()
+    """Rounds `w [..., N, K]` to `qdata [..., N, B]` uint8, `scale [..., N, G]` in `dtype`, or of 8 bits with
+    "search8", and with "minmax" `zero [..., N, G]` int8; see `reference.quantize`."""
+    w, scale_dtype = w.detach(), scale_dtype_of(scale_method, dtype)
     if tracing(w):
         return rtn_ops.quantize.default(w, bits, group_size, scale_method, scale_dtype)
     return _quantize(w, bits, group_size, scale_method, scale_dtype)

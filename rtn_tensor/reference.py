@@ -11,19 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rtn_tensor.formats import FORMATS, groups, pack, unpack
+from rtn_tensor.formats import FORMATS, SCALE8, SCALE8_UNIT, embedding_dtype, groups, pack, unpack
+
+
+def widened(scale: Tensor) -> Tensor:
+    """S in fp32, of a plane `scale`: of 8 bits, 2^-7 times what they are as float8_e4m3fn."""
+    return scale.view(torch.float8_e4m3fn).float() * SCALE8_UNIT if scale.dtype == SCALE8 else scale.float()
+
+
+def narrowed(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The plane in `dtype` of which `widened` gives `scale` in fp32, to nearest."""
+    if dtype == SCALE8:
+        return (scale / SCALE8_UNIT).to(torch.float8_e4m3fn).view(SCALE8)
+    return scale.to(dtype)
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds an fp32 `scale` to `dtype` so that no group is lost: to nearest, but away from zero where the
-    result is subnormal (never to 0), and to the largest finite value where it would overflow. NaN stays NaN;
-    0 stays 0."""
-    limits = torch.finfo(dtype)
-    rounded = scale.to(dtype)
-    rounded = torch.where(rounded.isinf() & scale.isfinite(), scale.sign().to(dtype) * limits.max, rounded)
-    ulp = limits.tiny * limits.eps  # the smallest subnormal, and the step between subnormals
-    short = (scale.abs() < limits.tiny) & (rounded.float().abs() < scale.abs())
-    return torch.where(short, (rounded.float() + scale.sign() * ulp).to(dtype), rounded)
+    """Rounds an fp32 `scale` to a plane's `dtype` so that no group is lost: to nearest, but away from zero
+    where the result is subnormal (never to 0), and to the largest finite value where it would overflow. NaN
+    stays NaN; 0 stays 0."""
+    as_float8 = dtype == SCALE8
+    limits = torch.finfo(torch.float8_e4m3fn if as_float8 else dtype)
+    unit = SCALE8_UNIT if as_float8 else 1.0
+    rounded = widened(narrowed(scale, dtype))
+    rounded = torch.where(rounded.isinf() & scale.isfinite(), scale.sign() * (limits.max * unit), rounded)
+    # The smallest subnormal, and the step between subnormals.
+    ulp = limits.tiny * limits.eps * unit
+    short = (scale.abs() < limits.tiny * unit) & (rounded.abs() < scale.abs())
+    return narrowed(torch.where(short, rounded + scale.sign() * ulp, rounded), dtype)
 
 
 # What "search" tries, in twentieths of S as "signed" has it; of equals, the first. More, finer steps have
@@ -80,7 +95,7 @@ def quantize(
         exact = torch.where(lost, torch.finfo(torch.float32).tiny * torch.finfo(torch.float32).eps, exact)
         exact = torch.where(extreme == 0, 1.0, torch.where(exact.isinf(), torch.nan, exact))
         scale = round_scale(exact, scale_dtype)
-        levels = w_groups / scale.float().unsqueeze(-1)
+        levels = w_groups / widened(scale).unsqueeze(-1)
         return scale, levels, levels.round().clamp(fmt.qmin, fmt.qmax)
 
     zero = None
@@ -88,7 +103,7 @@ def quantize(
         low, high = low.clamp(max=0), high.clamp(min=0)
         steps = torch.full((), fmt.qmax - fmt.qmin, dtype=torch.float32, device=w.device)
         scale, levels, _ = rounded(high / steps - low / steps)
-        shift = (fmt.qmin - (low / scale.float()).round()).clamp(fmt.qmin, fmt.qmax)
+        shift = (fmt.qmin - (low / widened(scale)).round()).clamp(fmt.qmin, fmt.qmax)
         q = (levels.round() + shift.unsqueeze(-1)).clamp(fmt.qmin, fmt.qmax)
         zero = shift.nan_to_num(nan=0.0).to(torch.int8)
     elif scale_method == "absmax":
@@ -127,11 +142,11 @@ def dequantize(
     """w' = (q - zero) * S in fp32, rounded once to `dtype`: `[..., N, K]`."""
     q = unpack(qdata, bits, k).float()
     if group_size == -1:
-        return ((q if zero is None else q - zero) * scale.float()).to(dtype)
+        return ((q if zero is None else q - zero) * widened(scale)).to(dtype)
     padded = F.pad(q, (0, scale.shape[-1] * group_size - k)).unflatten(-1, (scale.shape[-1], group_size))
     if zero is not None:
         padded = padded - zero.unsqueeze(-1)
-    return (padded * scale.float().unsqueeze(-1)).flatten(-2)[..., :k].to(dtype).contiguous()
+    return (padded * widened(scale).unsqueeze(-1)).flatten(-2)[..., :k].to(dtype).contiguous()
 
 
 def linear(
@@ -295,10 +310,10 @@ def embedding(
     k: int,
     zero: Tensor | None = None,
 ) -> Tensor:
-    """Rows of w' `[N, K]` in the scale's dtype: `indices [...]` -> `[..., K]`."""
+    """Rows of w' `[N, K]` in the scale's dtype, fp32 where that has 8 bits: `indices [...]` -> `[..., K]`."""
     # index_select refuses the negative indices that plain indexing takes from the end.
     rows = indices.reshape(-1)
     qdata, scale = qdata.index_select(0, rows), scale.index_select(0, rows)
     zero = None if zero is None else zero.index_select(0, rows)
-    w = dequantize(qdata, scale, bits, group_size, k, scale.dtype, zero)
+    w = dequantize(qdata, scale, bits, group_size, k, embedding_dtype(scale.dtype), zero)
     return w.view(*indices.shape, k)

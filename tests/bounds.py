@@ -39,7 +39,9 @@ class Planes(NamedTuple):
             )
 
         q = unpack(self.qdata, self.bits, self.k).double()
-        w = (q if self.zero is None else q - of_columns(self.zero)) * of_columns(self.scale)
+        w = (q if self.zero is None else q - of_columns(self.zero)) * of_columns(
+            reference.widened(self.scale)
+        )
         return w if rounded_to is None else w.float().to(rounded_to).double()
 
 

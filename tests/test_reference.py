@@ -8,8 +8,9 @@ import torch
 from bounds import Planes, activations, assert_linear_close, random_planes
 
 from rtn_tensor import reference
-from rtn_tensor.formats import FORMATS, SCALE_METHODS, pack, unpack
+from rtn_tensor.formats import FORMATS, SCALE_METHODS, SCALES_OF_8_BITS, pack, unpack
 
+KNOWN = [method for method in SCALE_METHODS if method not in SCALES_OF_8_BITS]  # to the reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GROUP_SIZES = [32, 64, 96, 128, -1]
 METHODS = ["absmax", "signed", "minmax"]  # those of one formula; "search" chooses among six
@@ -197,7 +198,7 @@ def test_search_is_better_than_signed():
 
 
 @pytest.mark.parametrize("bits", FORMATS)
-@pytest.mark.parametrize("method", SCALE_METHODS)
+@pytest.mark.parametrize("method", KNOWN)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_groups(bits, method, dtype):
     w = torch.zeros(3, 100, dtype=dtype)
@@ -215,7 +216,7 @@ def test_zero_groups(bits, method, dtype):
 
 
 @pytest.mark.parametrize("bits", FORMATS)
-@pytest.mark.parametrize("method", SCALE_METHODS)
+@pytest.mark.parametrize("method", KNOWN)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_subnormal_weights_keep_their_group(bits, method, dtype):
     """Groups whose extreme is 1 ... 400 of the smallest subnormal, of either sign: S is never 0 and nothing
@@ -268,7 +269,7 @@ def test_overflowing_scale_is_the_largest_finite(method):
     assert unpack(qdata, 4, 64)[1, 32] == -8
 
 
-@pytest.mark.parametrize("method", SCALE_METHODS)
+@pytest.mark.parametrize("method", KNOWN)
 @pytest.mark.parametrize("bits", FORMATS)
 def test_largest_fp32_does_not_overflow(bits, method):
     largest = torch.finfo(torch.float32).max
@@ -280,7 +281,7 @@ def test_largest_fp32_does_not_overflow(bits, method):
 
 
 @pytest.mark.parametrize("bits", FORMATS)
-@pytest.mark.parametrize("method", SCALE_METHODS)
+@pytest.mark.parametrize("method", KNOWN)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf_spoil_their_group_only(bits, method, dtype, bad):

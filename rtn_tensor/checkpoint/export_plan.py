@@ -16,6 +16,7 @@ from rtn_tensor.integrations.transformers.files import tensors_in_files
 from rtn_tensor.integrations.transformers.models import ends
 from rtn_tensor.quantize.report import Report, report
 from rtn_tensor.tensor import RTNQuantizedTensor
+from rtn_tensor.tensor.copies import with_wide_scales
 
 SYMMETRIC = frozenset({"qdata", "scale"})
 LEAST_ROWS = 32  # of a weight for which engines have kernels
@@ -185,7 +186,8 @@ def _tensors(model: Any, format_name: str) -> tuple[dict[str, Tensor], dict[str,
     for name, w in model.named_parameters():
         if isinstance(w, RTNQuantizedTensor):
             _check_planes(name, w, format_name)
-    return tensors_in_files(model)
+    found, of = tensors_in_files(model)
+    return {name: with_wide_scales(t) for name, t in found.items()}, of
 
 
 def plan_gguf(model: Any, file: Path) -> tuple[gguf.Like, dict[str, gguf.Written], int, ExportReport]:

@@ -19,7 +19,8 @@ from rtn_tensor.distributed import as_part
 from rtn_tensor.formats import FLOAT_DTYPES, GIVEN, GIVEN_ASYMMETRIC
 from rtn_tensor.kernels import cpu
 from rtn_tensor.quantize.report import untied_from
-from rtn_tensor.quantize.targets import is_finite
+from rtn_tensor.quantize.targets import is_finite, too_large
+from rtn_tensor.reference import widened
 from rtn_tensor.tensor.attributes import ATTRIBUTES, user_attributes
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
@@ -248,8 +249,10 @@ def _copy(piece: Piece, source: Any, to: Tensor) -> None:
         raise piece.source.error(f"is {source.dtype}; load takes {', '.join(map(str, FLOAT_DTYPES))}")
     rows = source.to(to.device, to.dtype)
     to.copy_(rows)
+    if isinstance(to, RTNQuantizedTensor) and (why := too_large(rows, to.scale_method)):
+        raise piece.source.error(why)
     # Where a group held a NaN or inf, its scale is NaN.
-    check_finite(piece.source, to.scale if isinstance(to, RTNQuantizedTensor) else rows)
+    check_finite(piece.source, widened(to.scale) if isinstance(to, RTNQuantizedTensor) else rows)
 
 
 def with_zeros(w: RTNQuantizedTensor) -> RTNQuantizedTensor:

@@ -15,7 +15,7 @@ from typing import Any
 from rtn_tensor import reference
 from rtn_tensor.checkpoint.sources import saved_attributes, tensor_names
 from rtn_tensor.config import RTNConfig, rtn
-from rtn_tensor.formats import FORMATS
+from rtn_tensor.formats import ASYMMETRIC, FORMATS, SCALES_OF_8_BITS
 from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.integrations.transformers.names import renaming
 from rtn_tensor.quantize.selection import (
@@ -54,6 +54,14 @@ def _default_format() -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{name}={os.environ[name]}: {error}, or unset {name}") from None
     return {"bits": bits, "group_size": group_size, "scale_method": "absmax"}
+
+
+def _check_served(config: RTNConfig | None, where: str) -> None:
+    if config is not None and config.scale_method in (*ASYMMETRIC, *SCALES_OF_8_BITS):
+        raise ValueError(
+            f"{where}: the scale method {config.scale_method!r} has planes that engines do not hold yet; use "
+            "'search', or export the folder to compressed-tensors"
+        )
 
 
 @dataclass
@@ -104,6 +112,8 @@ class Options:
         rules = rules_from_json([[pattern, None] for pattern in ignore]) + rules_from_json(
             config.get("rules") or [], default
         )
+        for config_of in (default, *(given for _, given in rules)):
+            _check_served(config_of, "quantization_config")
         return cls(default, rules)
 
     # -------------------------------------------------------------- what becomes of a layer
@@ -358,6 +368,7 @@ def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
                 "instead, with quantization='rtn'"
             )
         formats[name] = RTNConfig(about["bits"], about["group_size"], about["scale_method"])
+        _check_served(formats[name], f"{path}: {name}")
     return formats
 
 

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.formats import ASYMMETRIC, SCALE_METHODS, new_planes
+from rtn_tensor.formats import ASYMMETRIC, SCALE8, SCALE_METHODS, embedding_dtype, new_planes
 from rtn_tensor.kernels.problem import Kernel, Problem
 
 LIBRARY = Path(__file__).with_name("librtn.so")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCALE_CODES = DTYPE_CODES | {SCALE8: 3}
 
 # RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling
 # a ctypes.Structure 4.
-ABI = 5
+ABI = 6
 _LINEAR = struct.Struct("=35q")
 _PLANES = struct.Struct("=23q")
 _NO_MEMORY, _REFUSED = -1, -2
@@ -207,7 +208,7 @@ def _linear(
         bits,
         group_size,
         DTYPE_CODES[x.dtype],
-        DTYPE_CODES[scale.dtype],
+        SCALE_CODES[scale.dtype],
         x.stride(0),
         n,
         qdata.stride(-2),
@@ -278,7 +279,7 @@ def _planes(
         bits,
         group_size,
         DTYPE_CODES[w.dtype],
-        DTYPE_CODES[scale.dtype],
+        SCALE_CODES[scale.dtype],
         w.stride(0),
         qdata.stride(0),
         scale.stride(0),
@@ -339,7 +340,7 @@ def embedding(
     k: int,
     zero: Tensor | None = None,
 ) -> Tensor:
-    w = torch.empty(*indices.shape, k, dtype=scale.dtype)
+    w = torch.empty(*indices.shape, k, dtype=embedding_dtype(scale.dtype))
     if w.numel():
         if not indices.data_ptr():
             _check(_REFUSED, indices=indices)
@@ -360,7 +361,7 @@ def embedding(
 def why_not(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return "It runs on the CPU only."
-    if problem.dtype not in DTYPE_CODES or problem.scale_dtype not in DTYPE_CODES:
+    if problem.dtype not in DTYPE_CODES or problem.scale_dtype not in SCALE_CODES:
         return (
             f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of "
             f"{problem.scale_dtype}."

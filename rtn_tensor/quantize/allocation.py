@@ -29,7 +29,11 @@ from rtn_tensor.quantize.targets import Target, targets_of
 from rtn_tensor.quantize.written import check_tokens, finite_logits, written
 from rtn_tensor.tensor import RTNQuantizedTensor
 
-OPTIONS = (*(rtn(4, size, method) for size in (128, 64, 32) for method in ("signed", "search")), rtn(8, 128))
+OPTIONS = (
+    *(rtn(4, size, method) for size in (128, 64, 32) for method in ("signed", "search")),
+    rtn(4, 32, "search8"),
+    rtn(8, 128),
+)
 Fuse = Mapping[str, Sequence[str]]
 
 

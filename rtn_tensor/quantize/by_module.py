@@ -168,6 +168,7 @@ class Refining:
                 config.group_size,
                 config.scale_method,
                 w.shape[-1],
+                float_dtype=w.dtype,
                 zero=zero[0] if zero else None,
             )
 

@@ -12,6 +12,7 @@ from rtn_tensor.config import RTNConfig
 
 Table = Mapping[str, Mapping[RTNConfig, float]]  # of weights' names and formats
 SHADES = " ░▒▓█"
+SHOWN = {"search": "+", "search8": "+8"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Plan(list[tuple[str, RTNConfig | None]]):
             "nats "
             f"per token on {self.tokens}"
             + ("" if self.measured is None else f", and a measured one of {self.measured:.4f}"),
-            "bits:group size, + for searched scales; shaded by what 4 bits would cost",
+            "bits:group size, + for searched scales, +8 of 8 bits; shaded by what 4 bits would cost",
             " ".join(["layer", *(f"{name:>10}" for name in names)]),
         ]
         for layer in layers:
@@ -165,7 +166,7 @@ class Plan(list[tuple[str, RTNConfig | None]]):
 
 
 def _short(config: RTNConfig) -> str:
-    return f"{config.bits}:{config.group_size}{'+' if config.scale_method == 'search' else ''}"
+    return f"{config.bits}:{config.group_size}{SHOWN.get(config.scale_method, '')}"
 
 
 def last_part(name: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtn_tensor import ops, reference
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import FORMATS, Format, pack, unpack
+from rtn_tensor.formats import FORMATS, SCALES_OF_8_BITS, Format, pack, scale_dtype_of, unpack
 
 DAMPING = 0.01  # of the moments' mean diagonal; ten times as much until the factorization succeeds
 CHUNK = 1 << 22  # elements whose scales are searched at once: 16 MB in fp32, a dozen times
@@ -99,13 +99,12 @@ class Rounded(NamedTuple):
 
 
 def _searched(w_NK: Tensor, config: RTNConfig, importance_K: Tensor) -> Tensor:
-    """The scales [N, G] of "search", in the dtype of `w_NK`, by errors that weigh as much as their
+    """The scales [N, G] of "search" or "search8", by errors that weigh as much as their
     columns."""
     rows = max(1, CHUNK // w_NK.shape[1])
+    dtype = scale_dtype_of(config.scale_method, w_NK.dtype)
     parts = [
-        reference.quantize(
-            part, config.bits, config.group_size, config.scale_method, w_NK.dtype, importance=importance_K
-        )[1]
+        reference.quantize(part, config.bits, config.group_size, "search", dtype, importance=importance_K)[1]
         for part in w_NK.split(rows)
     ]
     return torch.cat(parts)
@@ -122,18 +121,18 @@ def fit_scales(w_NK: Tensor, q_NK: Tensor, scale: Tensor, group_size: int, by: S
     slope_NK = error_NK @ damped
     for i, part in enumerate(torch.arange(k).split(k if group_size == -1 else group_size)):
         columns = slice(int(part[0]), int(part[-1]) + 1)
-        q, before = q_NK[:, columns], scale[:, i].float()
+        q, before = q_NK[:, columns], reference.widened(scale[:, i])
         curve = ((q @ damped[columns, columns]) * q).sum(1)
         step = torch.where(curve > 0, (slope_NK[:, columns] * q).sum(1) / curve, 0.0)
         now = reference.round_scale(before + step, scale.dtype)
-        fitted[:, i] = torch.where(now == 0, scale[:, i], now)
-        slope_NK -= ((fitted[:, i].float() - before)[:, None] * q) @ damped[columns]
+        fitted[:, i] = torch.where(now.float() == 0, scale[:, i], now)
+        slope_NK -= ((reference.widened(fitted[:, i]) - before)[:, None] * q) @ damped[columns]
     return fitted
 
 
 def refine(w_NK: Tensor, config: RTNConfig, by: Spread) -> Rounded:
-    """The planes of `w_NK`, whichever have the smaller error: those of `round_columns`, with the scale method
-    "search" by searched and then by fitted scales, or plain rounding's."""
+    """The planes of `w_NK`, whichever have the smaller error: those of `round_columns`, with "search" and
+    "search8" by searched and then by fitted scales, or plain rounding's."""
     fmt, k = FORMATS[config.bits], w_NK.shape[1]
     wide_NK = w_NK.float()
 
@@ -146,10 +145,11 @@ def refine(w_NK: Tensor, config: RTNConfig, by: Spread) -> Rounded:
     q_NK = unpack(qdata, config.bits, k).float()
     plain = error(q_NK if zero_NK is None else q_NK - zero_NK, scale)
     best = Rounded((qdata, scale, *zero), plain, plain)
-    if config.scale_method == "search":
+    searches = SCALES_OF_8_BITS.get(config.scale_method, config.scale_method) == "search"
+    if searches:
         scale = _searched(w_NK, config, by.moments.diagonal())
     steps_NK = round_columns(wide_NK, _of_columns(scale, config.group_size, k), by, fmt, zero_NK)
-    if config.scale_method == "search":
+    if searches:
         scale = fit_scales(wide_NK, steps_NK, scale, config.group_size, by)
     if (refined := error(steps_NK, scale)) < plain:
         q_NK = steps_NK if zero_NK is None else steps_NK + zero_NK
@@ -159,6 +159,7 @@ def refine(w_NK: Tensor, config: RTNConfig, by: Spread) -> Rounded:
 
 def _of_columns(scale: Tensor, group_size: int, k: int) -> Tensor:
     """The scale, or zero point, of each element, [N, K] fp32."""
+    wide = reference.widened(scale)
     if group_size == -1:
-        return scale.float().expand(-1, k)
-    return scale.float().repeat_interleave(group_size, 1)[:, :k]
+        return wide.expand(-1, k)
+    return wide.repeat_interleave(group_size, 1)[:, :k]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.formats import ASYMMETRIC, FORMATS, SCALES_OF_8_BITS, groups
 from rtn_tensor.quantize.experts import routers, transposed_experts
 from rtn_tensor.wording import with_article
 
@@ -328,8 +328,13 @@ def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNCon
 
 
 def bits_of(shape: Sequence[int], config: RTNConfig, scale_bits: int = 16) -> int:
-    """Bits that a weight of `shape` [..., N, K] takes: its padded rows, and a scale per group."""
+    """Bits that a weight of `shape` [..., N, K] takes: its padded rows, and a scale per group, and a zero
+    point."""
     *rows, k = shape
+    if config.scale_method in SCALES_OF_8_BITS:
+        scale_bits = 8
+    elif config.scale_method in ASYMMETRIC:
+        scale_bits += 8
     count = 1
     for n in rows:
         count *= n

@@ -15,7 +15,7 @@ from torchao.quantization import FqnToConfig
 
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import check_idle, columns_a_rank, everywhere, held, ranks_of
-from rtn_tensor.formats import FLOAT_DTYPES
+from rtn_tensor.formats import FLOAT_DTYPES, LARGEST_OF_8_BITS, SCALES_OF_8_BITS
 from rtn_tensor.quantize import printing  # noqa: F401  (print(model) names what is quantized)
 from rtn_tensor.quantize.experts import transposed_experts, unknown_experts
 from rtn_tensor.quantize.selection import (
@@ -215,9 +215,26 @@ def why_unfit(target: Target) -> str | None:
             f"divides {columns}, -1, or "
             "another number of ranks"
         )
-    if not w.is_meta and not everywhere(is_finite(w.detach()), ranks_of(whole)):
+    if w.is_meta:
+        return None
+    if not everywhere(is_finite(w.detach()), ranks_of(whole)):
         return "holds NaN or inf; repair the checkpoint, or leave the weight out"
-    return None
+    why = too_large(w, target.config.scale_method)
+    if everywhere(why is None, ranks_of(whole)):
+        return None
+    return why or "has weights on another rank that are too large for 8-bit scales; that rank says more"
+
+
+def too_large(w: Tensor, scale_method: str) -> str | None:
+    """Why `w`, of finite numbers, cannot have scales by this method; None where it can."""
+    if scale_method not in SCALES_OF_8_BITS or not w.numel():
+        return None
+    if (largest := float(w.detach().abs().max())) <= LARGEST_OF_8_BITS:
+        return None
+    return (
+        f"has weights of up to {largest:.3g}, and the 8-bit scales of {scale_method!r} are for weights of at "
+        f"most {LARGEST_OF_8_BITS:g}; use {SCALES_OF_8_BITS[scale_method]!r} for it"
+    )
 
 
 def check_targets(targets: list[Target]) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import return_and_correct_aliasing
-from rtn_tensor.formats import FLOAT_DTYPES, new_planes
-from rtn_tensor.reference import round_scale
+from rtn_tensor.formats import FLOAT_DTYPES, SCALE8, SCALES_OF_8_BITS, new_planes
+from rtn_tensor.reference import round_scale, widened
 from rtn_tensor.tensor.attributes import ATTRIBUTES, OPTIONAL_PLANES, PLANES
 from rtn_tensor.tensor.callers import called_by
 from rtn_tensor.tensor.errors import named_error, or_float
@@ -42,9 +42,9 @@ def contiguous(func, types, args, kwargs):
 
 
 def converted_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
-    check_dtype(dtype, w)
     if dtype == w.scale.dtype:
         return w.scale
+    check_dtype(dtype, w)
     if (
         not _torch.tracing(w.scale)
         and not (w.scale.float().abs().nan_to_num(0.0) <= torch.finfo(dtype).max).all()
@@ -55,6 +55,16 @@ def converted_scale(w: RTNQuantizedTensor, dtype: torch.dtype) -> Tensor:
             f"{w.scale.dtype}, or use torch.bfloat16",
         )
     return round_scale(w.scale.float(), dtype)
+
+
+def with_wide_scales(t: Tensor) -> Tensor:
+    """`t`; of a weight whose scales have 8 bits, the same numbers with scales in its dtype, which holds
+    them all."""
+    if not isinstance(t, RTNQuantizedTensor) or t.scale.dtype != SCALE8:
+        return t
+    planes = t.planes | {"scale": widened(t.scale).to(t.dtype)}
+    method = SCALES_OF_8_BITS.get(t.scale_method, t.scale_method)
+    return rebuilt(t, planes, scale_method=method, version=None, float_dtype=None)
 
 
 @on_op(aten.dequantize.self)
@@ -94,7 +104,9 @@ def copy_op(func, types, args, kwargs):
             "scale; copy whole rows",
         )
     if isinstance(src, RTNQuantizedTensor):
-        formats = [(w.bits, w.group_size, w.transposed, [*w.planes]) for w in (dst, src)]
+        formats = [
+            (w.bits, w.group_size, w.transposed, w.scale.dtype == SCALE8, [*w.planes]) for w in (dst, src)
+        ]
         if formats[0] != formats[1]:
             raise named_error(
                 dst,
@@ -157,7 +169,7 @@ def arithmetic_op(func, types, args, kwargs):
             TypeError,
         )
     if name in ("mul_", "div_") and not isinstance(others[0], Tensor) and others[0] and not kwargs:
-        w.scale.copy_(round_scale(func(w.scale.float(), others[0]), w.scale.dtype))
+        w.scale.copy_(round_scale(func(widened(w.scale), others[0]), w.scale.dtype))
         return w
     before = w.dequantize()
     after = func(before.clone(), *others, **kwargs)

@@ -20,6 +20,7 @@ from rtn_tensor.formats import (
     check_planes,
     new_planes,
     or_default,
+    scale_dtype_of,
     shown_apart,
     version_of,
 )
@@ -41,7 +42,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         qdata: `[..., N, B]` uint8, the packed integers (`rtn_tensor.formats` gives the order); B = 16 *
             ceil(K * bits / 128).
         scale: `[..., N, G]`, G = ceil(K / group_size), in the dtype that the tensor shows as its own, or in
-            another where `float_dtype` is given.
+            another where `float_dtype` is given. With "search8" uint8, the bits of float8_e4m3fn, and S is
+            2^-7 times that.
         zero: `[..., N, G]` int8, the integer that stands for 0 in each group, of an asymmetric weight; else
             None.
         bits: as in `RTNConfig`.
@@ -201,8 +203,10 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
             )
         for got in (w.dtype, dtype or w.dtype):
             check_dtype(got)
-        qdata, scale, *zero = ops.quantize(w, bits, group_size, scale_method, dtype or w.dtype)
-        return cls(qdata, scale, bits, group_size, scale_method, w.shape[-1], zero=zero[0] if zero else None)
+        dtype = dtype or w.dtype
+        qdata, scale, *zero = ops.quantize(w, bits, group_size, scale_method, dtype)
+        more: Any = {"float_dtype": dtype, "zero": zero[0] if zero else None}
+        return cls(qdata, scale, bits, group_size, scale_method, w.shape[-1], **more)
 
     @classmethod
     def empty(
@@ -224,7 +228,8 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
             raise TypeError(f"shape is {shape}; give its sizes one by one, as in empty(4096, 1024)")
         zero = scale_method in ASYMMETRIC
         check_dtype(scale_dtype or dtype)
-        planes = new_planes(torch.empty, shape, bits, group_size, scale_dtype or dtype, zero, device=device)
+        of_scale = scale_dtype_of(scale_method, scale_dtype or dtype)
+        planes = new_planes(torch.empty, shape, bits, group_size, of_scale, zero, device=device)
         made: Any = dict(zip(FORMAT, (bits, group_size, scale_method, shape[-1]), strict=False))
         return cls(**planes, **made, float_dtype=dtype)
 

@@ -50,7 +50,7 @@ def test_help_quantize(capsys):
         help_of(capsys, "quantize"),
         """\
 usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
-                           [--scale-method {absmax,signed,search,minmax}] [--skip PATTERN]
+                           [--scale-method {absmax,signed,search,minmax,search8}] [--skip PATTERN]
                            [--rule PATTERN=FORMAT] [--rules FILE] [--embedding] [--refine]
                            [--refine-on FILE] [--format {rtn,compressed-tensors,gptq,gguf}]
                            [--like FILE] [--force]
@@ -70,7 +70,7 @@ options:
   --group-size GROUP_SIZE
                         weights that share a scale: a multiple of 32, or -1 for a whole row
                         (default: 64 at 4 bits, 128 at 8)
-  --scale-method {absmax,signed,search,minmax}
+  --scale-method {absmax,signed,search,minmax,search8}
                         how a group's scale is found (default: search at 4 bits, absmax at 8)
   --skip PATTERN        layers to keep float, as in 'model.layers.0.*'; may repeat
   --rule PATTERN=FORMAT

@@ -61,6 +61,19 @@ def test_a_variable_that_is_wrong_is_named(monkeypatch, name, value, message):
         Options.read({})
 
 
+@pytest.mark.parametrize("method", ["minmax", "search8"])
+def test_planes_that_engines_do_not_hold(tmp_path, method):
+    message = f"the scale method {method!r} has planes that engines do not hold yet; use 'search'"
+    for config in ({"scale_method": method}, {"rules": [["*.q_proj", {"scale_method": method}]]}):
+        with pytest.raises(ValueError, match=message):
+            Options.read(config)
+    model = tiny_llama()
+    quantize_(model, rtn_int4(32, method), but_the_ends)
+    save(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match=message):
+        saved_formats(tmp_path / "saved")
+
+
 def test_the_first_rule_that_matches_counts():
     rules = [["*.3.*", {"bits": 8}], ["re:.*q_proj", None], ["*", {"group_size": 32}]]
     options = Options.read({"bits": 4, "ignore": ["lm_head"], "rules": rules})

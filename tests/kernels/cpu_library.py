@@ -24,6 +24,7 @@ setup = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup)
 
 DTYPES = list(cpu.DTYPE_CODES)
+CODES = list(cpu.SCALE_CODES)  # by their numbers
 each_bits = pytest.mark.parametrize("bits", FORMATS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
@@ -128,7 +129,7 @@ class Driver:
 
 def _extent(dtype, *dims):
     """Bytes from the first element to the last of dims (size, stride)."""
-    element = 1 if dtype is None else DTYPES[dtype].itemsize
+    element = 1 if dtype is None else CODES[dtype].itemsize
     return (
         element * (1 + sum((size - 1) * stride for size, stride in dims))
         if all(size for size, _ in dims)

@@ -5,14 +5,14 @@ import torch
 from bounds import Planes, activations, assert_linear_close, random_planes
 
 from rtn_tensor import reference
-from rtn_tensor.formats import FORMATS, SCALE_METHODS, groups, pack
+from rtn_tensor.formats import FORMATS, SCALE_METHODS, SCALES_OF_8_BITS, groups, pack
 from rtn_tensor.kernels import triton
 from rtn_tensor.kernels.problem import make_problem
 from rtn_tensor.kernels.registry import KERNELS, why_not
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-METHODS = SCALE_METHODS
+METHODS = [method for method in SCALE_METHODS if method not in SCALES_OF_8_BITS]  # as kernels know them
 GROUP_SIZES = [32, 64, 96, 128, -1]
 
 # M, N, K, group_size: every value of each, with a short last group and a short last chunk in most.

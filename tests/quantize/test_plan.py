@@ -199,7 +199,7 @@ def test_printed(model):
     assert_expected_inline(
         "\n".join(line.translate(str.maketrans("░▒▓█", "....")).rstrip(" .") for line in rest),
         """\
-bits:group size, + for searched scales; shaded by what 4 bits would cost
+bits:group size, + for searched scales, +8 of 8 bits; shaded by what 4 bits would cost
 layer     q_proj     k_proj     v_proj     o_proj  gate_proj    up_proj  down_proj
     0    8:128 .    8:128 .    8:128 .     4:32 .     4:32 .     4:32 .     4:32
     1     4:32 .     4:32 .     4:32 .     4:32 .     4:32 .     4:32 .     4:32""",
@@ -215,10 +215,11 @@ def test_drawn(planned, tmp_path):
 def test_rules_beside_a_plan(planned):
     changed = planned.at(6.0)
     changed.insert(0, ("lm_head", rtn_int8()))
-    assert str(changed) == str(planned)
+    assert str(changed) == str(planned.at(6.0))
     assert changed.divergence == planned.divergence
 
 
+@pytest.mark.filterwarnings("ignore:the quantized model's next-token")  # its logits are near one-hot
 def test_a_weight_of_several_places_is_planned_once():
     """And all its places have one format, or `quantize_` would refuse it."""
     model = tiny_llama(tied=True).eval()
@@ -306,7 +307,7 @@ def never(sequences):
         (ValueError, "bits_per_weight='6'; give a number, as 4.5", {"bits_per_weight": "6"}),
         (
             ValueError,
-            "bits_per_weight=4 is too few; the smallest of the options take 4.3473; of a model in bfloat16 "
+            "bits_per_weight=4 is too few; the smallest of the options take 4.2500; of a model in bfloat16 "
             "they take less, as scales have "
             "the width of its floats",
             {"bits_per_weight": 4},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtn_tensor import RTNQuantizedTensor, reference, rtn
-from rtn_tensor.formats import FORMATS, SCALE_METHODS, pack, unpack
+from rtn_tensor.formats import FORMATS, SCALE_METHODS, pack, scale_dtype_of, unpack
 from rtn_tensor.quantize.rounding import COLUMNS, fit_scales, objective, refine, round_columns, spread
 
 
@@ -73,13 +73,14 @@ def test_no_weight_comes_out_worse_than_plain(bits, method, rows, group_size):
     w, h = torch.randn(7, 72).bfloat16(), moments(72, rows)
     config = rtn(bits, group_size, method)
     done = refine(w, config, spread(h))
-    q = RTNQuantizedTensor(*done.planes[:2], bits, group_size, method, 72, zero=[*done.planes, None][2])
+    more = {"float_dtype": w.dtype, "zero": [*done.planes, None][2]}
+    q = RTNQuantizedTensor(*done.planes[:2], bits, group_size, method, 72, **more)
     plain = RTNQuantizedTensor.from_float(w, bits, group_size, method)
     error, before = (objective(w.float() - t.dequantize(torch.float32), h) for t in (q, plain))
     assert done.error == pytest.approx(error, rel=1e-3)
     assert done.plain_error == pytest.approx(before, rel=1e-3)
     assert error <= before
-    assert done.planes[1].dtype == w.dtype
+    assert done.planes[1].dtype == scale_dtype_of(method, w.dtype)
     if rows == 400:
         assert error < 0.9 * before
 

@@ -13,6 +13,10 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+// A scale of 8 bits: 2^-7 times what they are as float8_e4m3fn (formats.SCALE8_UNIT).
+struct scale8 {
+  uint8_t bits;
+};
 
 #if defined(__aarch64__)
 #define RTN_HALF __fp16  // GCC 12 defines __FLT16_MAX__ here, yet has no _Float16 in C++
@@ -48,6 +52,13 @@ inline float to_float(fp16 x) {
 #endif
 }
 
+inline float to_float(scale8 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x80) << 24, rest = x.bits & 0x7F;
+  // By an integer where it is subnormal, as a process may have the hardware take subnormal floats for zero.
+  const float magnitude = rest < 8 ? float(int32_t(rest)) * 0x1p-16f : as_float((rest << 20) + (113u << 23));
+  return rest == 0x7F ? as_float(0x7FC00000) : as_float(sign | as_bits(magnitude));
+}
+
 template <class T>
 T from_float(float x);
 
@@ -77,6 +88,19 @@ inline fp16 from_float<fp16>(float x) {
   }
   return {uint16_t(sign | (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13)};
 #endif
+}
+
+// To the largest where there is none as large, as torch's conversion.
+template <>
+inline scale8 from_float<scale8>(float x) {
+  const uint32_t sign = as_bits(x) >> 24 & 0x80, rest = as_bits(x) & 0x7FFFFFFF;
+  if (rest > 0x7F800000) return {uint8_t(sign | 0x7F)};
+  const float magnitude = as_float(rest);
+  if (magnitude < 0x1p-13f) {  // subnormal: added to 1.5 * 2^23, a number is rounded to the integer that the low bits then hold
+    return {uint8_t(sign | ((as_bits(magnitude * 0x1p16f + 0x1.8p23f) - 0x4B400000) & 0xFF))};
+  }
+  if (magnitude >= 3.5f) return {uint8_t(sign | 0x7E)};
+  return {uint8_t(sign | (((rest + 0x7FFFF + (rest >> 20 & 1)) >> 20) - (113u << 3)))};
 }
 
 // Eight activations as four pairs of neighbours, in the two forms that instruction sets multiply.

@@ -20,6 +20,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <type_traits>
 
 #include "convert.h"
 #include "rtn.h"
@@ -140,9 +141,9 @@ struct Linear {
   template <class T>
   static float number_in(uint32_t dword, int which) {
     if (sizeof(T) == 4) return as_float(dword);
-    if (sizeof(T) == 1) return float(int32_t(dword << (24 - 8 * which)) >> 24);
     T number;
-    const uint16_t bits = uint16_t(dword >> (16 * which));
+    if constexpr (std::is_same<T, int8_t>::value) return float(int32_t(dword << (24 - 8 * which)) >> 24);
+    const typename std::conditional<sizeof(T) == 1, uint8_t, uint16_t>::type bits = dword >> (8 * sizeof(T) * which);
     memcpy(&number, &bits, sizeof(number));
     return to_float(number);
   }
@@ -188,6 +189,7 @@ struct Linear {
     switch (a.scale_dtype) {
       case RTN_FLOAT32: return widen_scales<float>(r, first, count, out);
       case RTN_BFLOAT16: return widen_scales<bf16>(r, first, count, out);
+      case RTN_SCALE8: return widen_scales<scale8>(r, first, count, out);
       default: return widen_scales<fp16>(r, first, count, out);
     }
   }

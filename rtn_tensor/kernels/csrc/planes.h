@@ -55,6 +55,10 @@ template <>
 struct Limits<fp16> {
   static constexpr float tiny = 0x1p-14f, ulp = 0x1p-24f, max = 65504.0f;
 };
+template <>
+struct Limits<scale8> {
+  static constexpr float tiny = 0x1p-13f, ulp = 0x1p-16f, max = 3.5f;
+};
 
 // reference.round_scale
 template <class S>
@@ -74,7 +78,7 @@ struct Division {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #define RTN_RECIPROCAL
 // The same quotient, rounded once, at a quarter of the time: r / s = q + (r - q s) / s, and the remainder r - q s is exact. What is left
-// of the reciprocal's error is 2^-23 of a last place, and so near the middle of two floats lies no quotient by an S of 16 bits. Quotients
+// of the reciprocal's error is 2^-23 of a last place, and so near the middle of two floats lies no quotient by an S of 16 bits or 8. Quotients
 // below 1/2, which round to 0, may be off.
 struct Reciprocal {
   float s, inverse;
@@ -304,8 +308,8 @@ void quantize_row(const rtn_planes_args& a, int64_t row) {
     const int64_t size_bytes = (size + Chunk<BITS>::K - 1) / Chunk<BITS>::K * 16;
     const float s = to_float(*scale++);
     if (s != s) memset(bytes, 0, size_bytes);
-    else if (zero) quantize_group_by<BITS, sizeof(S) == 2>(w + begin, size, s, Zero{zero[begin / group]}, bytes);
-    else quantize_group_by<BITS, sizeof(S) == 2>(w + begin, size, s, NoZero{}, bytes);
+    else if (zero) quantize_group_by<BITS, sizeof(S) <= 2>(w + begin, size, s, Zero{zero[begin / group]}, bytes);
+    else quantize_group_by<BITS, sizeof(S) <= 2>(w + begin, size, s, NoZero{}, bytes);
     bytes += size_bytes;
   }
 }
@@ -346,6 +350,7 @@ RowFn pick_scale(const rtn_planes_args& a) {
   switch (a.scale_dtype) {
     case RTN_FLOAT32: return pick_bits<T, float, QUANTIZE>(a);
     case RTN_BFLOAT16: return pick_bits<T, bf16, QUANTIZE>(a);
+    case RTN_SCALE8: return pick_bits<T, scale8, QUANTIZE>(a);
     default: return pick_bits<T, fp16, QUANTIZE>(a);
   }
 }

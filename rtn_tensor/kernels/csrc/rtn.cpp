@@ -33,6 +33,7 @@ constexpr int64_t LIMIT = int64_t(1) << 56, GROUP_LIMIT = int64_t(1) << 30;
 bool in(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
 
 bool is_dtype(int64_t dtype) { return in(dtype, RTN_FLOAT32, RTN_FLOAT16); }
+bool is_scale_dtype(int64_t dtype) { return in(dtype, RTN_FLOAT32, RTN_SCALE8); }
 
 // Whether a row of a weight of k columns has so many bytes and scales.
 bool row_fits(int64_t k, int64_t bits, int64_t group_size, int64_t bytes, int64_t groups) {
@@ -44,7 +45,7 @@ bool row_fits(int64_t k, int64_t bits, int64_t group_size, int64_t bytes, int64_
 bool fits(const rtn_linear_args& a) {
   const int64_t experts = a.offs ? a.experts : 1;
   if (!in(a.m, 0, LIMIT) || !in(a.n, 0, LIMIT) || !in(experts, 0, LIMIT) || a.threads < 1) return false;
-  if (!is_dtype(a.dtype) || !is_dtype(a.scale_dtype)) return false;
+  if (!is_dtype(a.dtype) || !is_scale_dtype(a.scale_dtype)) return false;
   if (!row_fits(a.k, a.bits, a.group_size, a.qdata_bytes, a.scale_groups)) return false;
   if (a.qdata_rows != a.n || a.scale_rows != a.n || a.bias_size != (a.bias ? a.n : 0)) return false;
   if (a.zero ? a.zero_experts != experts || a.zero_rows != a.n || a.zero_groups != a.scale_groups : a.zero_experts || a.zero_rows || a.zero_groups) return false;
@@ -56,7 +57,7 @@ bool fits(const rtn_linear_args& a) {
 }
 
 bool fits(const rtn_planes_args& a) {
-  if (!in(a.rows, 0, LIMIT) || !in(a.scale_method, 0, 3) || a.threads < 1 || !is_dtype(a.dtype) || !is_dtype(a.scale_dtype)) return false;
+  if (!in(a.rows, 0, LIMIT) || !in(a.scale_method, 0, 3) || a.threads < 1 || !is_dtype(a.dtype) || !is_scale_dtype(a.scale_dtype)) return false;
   if (!row_fits(a.k, a.bits, a.group_size, a.qdata_bytes, a.scale_groups) || a.qdata_rows != a.scale_rows) return false;
   if (a.zero ? a.zero_rows != a.scale_rows || a.zero_groups != a.scale_groups : a.zero_rows || a.zero_groups) return false;
   if (a.w_stride < 0 || a.qdata_stride < 0 || a.scale_stride < 0 || a.zero_stride < 0) return false;

@@ -7,12 +7,12 @@
 extern "C" {
 #endif
 
-enum { RTN_FLOAT32 = 0, RTN_BFLOAT16 = 1, RTN_FLOAT16 = 2 };
+enum { RTN_FLOAT32 = 0, RTN_BFLOAT16 = 1, RTN_FLOAT16 = 2, RTN_SCALE8 = 3 };  // the last of scales only: the bits of float8_e4m3fn, times 2^-7
 enum { RTN_OK = 0, RTN_NO_MEMORY = -1, RTN_REFUSED = -2 };  // the last: the arguments do not fit one another, and nothing was read or written
 
 // Of the two structs below and of what the functions do. A caller compares it, as a library may be older or newer than what calls it: raise it
 // with every change, here and in kernels/cpu.py.
-enum { RTN_ABI = 5 };
+enum { RTN_ABI = 6 };
 
 // y[rows of expert e] = x[rows of expert e] @ w'[e]^T + bias, w' = (q - zero) * S. Strides count elements; the last dim of every array is dense.
 // Every field is 8 bytes, so that the caller can pack them without padding.

@@ -86,9 +86,9 @@ struct View {
     if (torch.get_dim(t, &dim) || torch.get_sizes(t, &sizes) || torch.get_strides(t, &strides) || torch.get_data_ptr(t, &data) ||
         torch.get_dtype(t, &torch_dtype))
       return false;
-    dtype = torch_dtype == torch.bfloat16() ? RTN_BFLOAT16 : torch_dtype == torch.float32() ? RTN_FLOAT32 : torch_dtype == torch.float16() ? RTN_FLOAT16 : -1;
+    dtype = torch_dtype == torch.bfloat16() ? RTN_BFLOAT16 : torch_dtype == torch.float32() ? RTN_FLOAT32 : torch_dtype == torch.float16() ? RTN_FLOAT16 : torch_dtype == torch.uint8() ? RTN_SCALE8 : -1;
     // A file may have numbers begin anywhere; Python copies such.
-    const uintptr_t size = dtype == RTN_FLOAT32 ? 4 : dtype < 0 ? 1 : 2;
+    const uintptr_t size = dtype == RTN_FLOAT32 ? 4 : dtype < 0 || dtype == RTN_SCALE8 ? 1 : 2;
     return reinterpret_cast<uintptr_t>(data) % size == 0;
   }
   bool dense_rows() const { return strides[dim - 1] == 1 || sizes[dim - 1] == 1; }

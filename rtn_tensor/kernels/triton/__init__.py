@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtn_tensor.formats import SCALE_DTYPES
 from rtn_tensor.kernels.problem import Kernel, Problem
 from rtn_tensor.kernels.triton.config import configure, shape_of
 
@@ -130,7 +131,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.device == "cuda" and torch.version.hip is None and (problem.capability or (0, 0)) < (8, 0):
         major, minor = problem.capability or (0, 0)
         return f"It needs compute capability 8.0 (Ampere) or later, and this GPU has {major}.{minor}."
-    if problem.dtype not in DTYPES or problem.scale_dtype not in DTYPES:
+    if problem.dtype not in DTYPES or problem.scale_dtype not in SCALE_DTYPES:
         return (
             f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of "
             f"{problem.scale_dtype}."

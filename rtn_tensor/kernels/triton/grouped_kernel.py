@@ -8,7 +8,7 @@ launched before.
 import triton
 import triton.language as tl
 
-from rtn_tensor.kernels.triton.words import product, product_dx
+from rtn_tensor.kernels.triton.words import product, product_dx, scale_at
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def grouped_kernel(
     w_rows = w_ptr + e * (swe.to(tl.int64) * 8) + w_row * (sw.to(tl.int64) * 8)
     acc = product(x_rows, valid, w_rows, s_rows, 0, K, K, BITS, G, BK, SCALE_AFTER, EVEN_K, ASM)
     if G == 0:
-        acc *= tl.load(s_rows)[:, None].to(tl.float32)
+        acc *= scale_at(s_rows)[:, None].to(tl.float32)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + e * (N * BN // TILE) + w_row)[:, None].to(tl.float32)
     if ACTIVATION != "":

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.formats import FORMATS, groups
+from rtn_tensor.formats import FORMATS, embedding_dtype, groups
 from rtn_tensor.kernels.problem import bucket
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, configure
 from rtn_tensor.kernels.triton.counters import ARRIVALS
@@ -309,7 +309,7 @@ def quantize(
         torch.empty(*rows, groups(k, group_size), dtype=scale_dtype, device=w.device),
     )
     if not qdata.numel():
-        return qdata, scale.fill_(1)
+        return qdata, scale.copy_(reference.narrowed(torch.ones(()), scale.dtype))
     w_RK = dense_rows(w).reshape(-1, k)
     r = w_RK.shape[0]
     columns = -(-k // 32) * 32 if group_size == -1 else group_size
@@ -402,7 +402,7 @@ def embedding(
     k: int,
     zero: Tensor | None = None,
 ) -> Tensor:
-    w = torch.empty(*indices.shape, k, dtype=scale.dtype, device=qdata.device)
+    w = torch.empty(*indices.shape, k, dtype=embedding_dtype(scale.dtype), device=qdata.device)
     if w.numel():
         rows_of(qdata, scale, indices.reshape(-1).contiguous(), w.view(-1, k), bits, group_size)
     return w

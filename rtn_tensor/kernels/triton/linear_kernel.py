@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from rtn_tensor.kernels.triton.words import product, product_dx
+from rtn_tensor.kernels.triton.words import product, product_dx, scale_at
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def linear_kernel(
 @triton.jit
 def _finish(acc, s_rows, bias_ptr, y_ptr, on, N, offsets, mask, G: tl.constexpr):
     if G == 0:
-        acc *= tl.load(s_rows)[:, None].to(tl.float32)
+        acc *= scale_at(s_rows)[:, None].to(tl.float32)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + on, mask=on < N, other=0.0)[:, None].to(tl.float32)
     tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -4,16 +4,33 @@ Bit-exact with reference.py."""
 import triton
 import triton.language as tl
 
-from rtn_tensor.kernels.triton.words import integers, rounded, scales
+from rtn_tensor.kernels.triton.words import integers, rounded, scale_of_8_bits, scales
+
+
+@triton.jit
+def code_of(exact):
+    """The bits, uint8, of the float8_e4m3fn that is 2^7 times finite fp32, rounded as `rounded_scale` has
+    it."""
+    magnitude = tl.abs(exact)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = tl.minimum(((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (113 << 3), 0x7E)
+    steps = magnitude * 65536.0
+    # Added to 1.5 * 2^23, a number is rounded to the integer that the low bits then hold.
+    small = (steps + 12582912.0).to(tl.int32, bitcast=True) & 0xFF
+    small += (small.to(tl.float32) < steps).to(tl.int32)
+    code = tl.where(magnitude < 2.0**-13, small, normal) | tl.where(exact < 0, 0x80, 0)
+    return code.to(tl.uint8)
 
 
 @triton.jit
 def rounded_scale(exact, DTYPE: tl.constexpr):
     """`reference.round_scale` of finite fp32: to nearest, but away from zero where that is subnormal and
     smaller, and never to inf."""
-    scale = exact.to(DTYPE)
+    scale = exact.to(tl.float32 if DTYPE == tl.uint8 else DTYPE)
     if DTYPE == tl.float32:
         return scale
+    elif DTYPE == tl.uint8:
+        return scale_of_8_bits(code_of(exact))
     else:
         TINY: tl.constexpr = 2.0**-14 if DTYPE == tl.float16 else 2.0**-126
         INF: tl.constexpr = 0x7C00 if DTYPE == tl.float16 else 0x7F80
@@ -139,11 +156,11 @@ def quantize_kernel(
             )
             divisor = tl.where(loss < least, other, divisor)
             least = tl.minimum(loss, least)
-    tl.store(
-        s_ptr + row.to(tl.int64) * groups + group,
-        tl.where(bad, float("nan"), divisor).to(SCALE),
-        mask=row < R,
-    )
+    if SCALE == tl.uint8:
+        scale = tl.where(bad, 0x7F, code_of(divisor)).to(tl.uint8)
+    else:
+        scale = tl.where(bad, float("nan"), divisor).to(SCALE)
+    tl.store(s_ptr + row.to(tl.int64) * groups + group, scale, mask=row < R)
     for step in tl.static_range(STEPS):
         column = step * BK + k
         if STEPS > 1:

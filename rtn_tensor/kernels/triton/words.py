@@ -112,8 +112,27 @@ def integers(w, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def scale_of_8_bits(code):
+    """S in fp32 of the bits of a float8_e4m3fn, uint8: `reference.widened`. As an fp16 of the same bits it is
+    2^-8 times as large; compute capability 8.0 has no instruction for it."""
+    wide = code.to(tl.int16)
+    half = ((wide & 0x7F) << 7 | (wide & 0x80) << 8).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 2.0)
+
+
+@triton.jit
+def scale_at(pointers):
+    """What lies there, or fp32 where that is 8 bits."""
+    scale = tl.load(pointers)
+    if scale.dtype == tl.uint8:
+        return scale_of_8_bits(scale)
+    else:
+        return scale
+
+
+@triton.jit
 def _scale(rows, k, last, G: tl.constexpr):
-    return tl.load(rows + tl.minimum(k // G, last))  # past the end of the row, the last
+    return scale_at(rows + tl.minimum(k // G, last))  # past the end of the row, the last
 
 
 @triton.jit
@@ -144,7 +163,7 @@ def joined_scales(s0, s1, s2, s3, G: tl.constexpr, COLUMNS: tl.constexpr):
 def scales(rows, k, last, G: tl.constexpr, COLUMNS: tl.constexpr):
     """The scales of columns [k, k + COLUMNS): `[N, 2 or 4]`. G = 0: one scale per row."""
     if G == 0:
-        s0 = tl.load(rows)
+        s0 = scale_at(rows)
         return tl.join(s0, s0)
     else:
         s0, s1, s2, s3 = loaded_scales(rows, k, last, G, COLUMNS)
