@@ -163,7 +163,7 @@ def main() -> None:
     made = METHODS[args.method](MODELS[args.model]().eval())
     print(f"{time.perf_counter() - started:.0f} s")
     plain = MODELS[args.model]()
-    for name, layer in layers(made).items():
+    for name in layers(made):
         before, after = (
             each.get_submodule(name).get_parameter("weight").data.float() for each in (plain, made)
         )

@@ -227,11 +227,6 @@ def _(_):
     RTNQuantizedTensor.from_float(torch.randn(8, 64)).numpy()
 
 
-@provokes("quantized by GPTQ")
-def _(_):
-    load(folder(quantization_config={"quant_method": "gptq", "bits": 4}), rtn_int4())
-
-
 @provokes("auto_map")
 def _(_):
     path = Path(folder(auto_map={"AutoModelForCausalLM": "own.Own"}, architectures=["Own"]))
