@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign_formats import gptq, gptq_config, write
 from tiny_llama import tiny_llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -225,6 +226,23 @@ def _(_):
 @provokes("no numpy array")
 def _(_):
     RTNQuantizedTensor.from_float(torch.randn(8, 64)).numpy()
+
+
+@provokes("quantized by HQQ")
+def _(_):
+    load(folder(quantization_config={"quant_method": "hqq"}), rtn_int4())
+
+
+@provokes("the option 'rotation'")
+def _(_):
+    write(Path("rotated"), tiny_llama(), gptq, gptq_config(rotation="hadamard"))
+    load("rotated", rtn_int4())
+
+
+@provokes("dequantized as they are read")
+def _(_):
+    write(Path("gptq"), tiny_llama(), gptq, gptq_config())
+    load("gptq", rtn_int4())
 
 
 @provokes("auto_map")
