@@ -185,7 +185,7 @@ OPTIONS = (
         "parallel_packing",
         "offload_to_disk",
     ),
-    *("offload_to_disk_path", "rotation", "is_mixed", "compression", "version", "act_order", "calibration"),
+    *("offload_to_disk_path", "is_mixed", "compression", "version", "act_order", "calibration"),
 )
 
 

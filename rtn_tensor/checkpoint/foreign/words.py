@@ -149,8 +149,8 @@ def check_group_size(value: Any, where: str) -> int:
 
 
 def check_options(how: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    """Raises ValueError where a config has an option that nobody here knows the meaning of."""
-    if unknown := sorted(set(how) - set(known)):
+    """Raises ValueError where a config says something by an option that nobody here knows the meaning of."""
+    if unknown := sorted(key for key in set(how) - set(known) if how[key] is not None):
         raise ValueError(
             f"{where} has the option {unknown[0][:100]!r} ({str(how[unknown[0]])[:100]}), which load does "
             "not know; give the float model, or remove the option where it says nothing of the weights"
