@@ -44,7 +44,8 @@ ALIASES = {  # what a row is called elsewhere
         for method in ("absmax", "signed", "search")
     },
     "int4, group_size 64, the paper's formula": "int4 g64 absmax",
-    "int4, group_size 64, refined": "int4 g64 refined",
+    **{f"int4, group_size {size}, refined": f"int4 g{size} refined" for size in (32, 64)},
+    "plan of 5.0 bits, refined": "plan 5.0 refined",
     "int4, group_size 64, search (the default)": "int4 g64 search",
     "GPTQ, group_size 64, calibrated": "GPTQ g64",
     "GPTQ g64, calibrated": "GPTQ g64",
