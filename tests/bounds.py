@@ -45,6 +45,15 @@ class Planes(NamedTuple):
         return w if rounded_to is None else w.float().to(rounded_to).double()
 
 
+def apart(w: Planes) -> Tensor | None:
+    """(|q| + |zero|) |S| in fp64, by which the error of a kernel is measured that sums q x and zero x apart;
+    None of a weight without zero points."""
+    if w.zero is None:
+        return None
+    integers = w._replace(zero=None).exact().abs()
+    return integers + w._replace(qdata=torch.zeros_like(w.qdata)).exact().abs()
+
+
 def random_planes(
     *shape: int,
     bits: int = 4,
@@ -66,12 +75,14 @@ def activations(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> Tens
     return x.to(dtype)
 
 
-def assert_linear_close(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
+def assert_linear_close(
+    y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None, terms: Tensor | None = None
+) -> None:
     """Asserts |y - ref| <= u |ref| + c (|x| @ |w|^T) + a for every element, ref = x @ w^T + bias in fp64; NaN
     never passes.
 
     `w [N, K]` is fp64: `Planes.exact()`, or for a kernel that rounds the weight first,
-        `Planes.exact(x.dtype)`.
+        `Planes.exact(x.dtype)`. `terms`: what is in the place of |w|, where a kernel sums other terms.
     """
     u, c, a = TOLERANCE[x.dtype]
     ref = x.double() @ w.mT
@@ -79,7 +90,7 @@ def assert_linear_close(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = N
         ref = ref + bias.double()
     assert (y.shape, y.dtype) == (ref.shape, x.dtype)
     error = (y.double() - ref).abs()
-    allowed = u * ref.abs() + c * (x.double().abs() @ w.abs().mT) + a
+    allowed = u * ref.abs() + c * (x.double().abs() @ (w.abs() if terms is None else terms).mT) + a
     wrong = ~(error <= allowed)
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
