@@ -128,7 +128,8 @@ def test_group_size_is_checked(group_size):
 def test_scale_method_is_checked(scale_method):
     with pytest.raises(
         ValueError,
-        match=r"^scale_method=.* is not supported; use one of 'absmax', 'signed', 'search', 'minmax'$",
+        match=r"^scale_method=.* is not supported; use one of 'absmax', 'signed', 'search', 'minmax', "
+        r"'search8'$",
     ):
         RTNConfig(scale_method=scale_method)
 
@@ -147,7 +148,7 @@ def test_messages():
         rtn_int8(scale_method="hqq")
     assert_expected_inline(
         str(error.value),
-        """scale_method='hqq' is not supported; use one of 'absmax', 'signed', 'search', 'minmax'""",
+        """scale_method='hqq' is not supported; use one of 'absmax', 'signed', 'search', 'minmax', 'search8'""",
     )
     with pytest.raises(ValueError, match="bits") as error:
         dataclasses.replace(rtn_int4(), bits=3)

@@ -237,7 +237,7 @@ dtype torch.float64 is not supported for a quantized weight; use torch.float32, 
 dtype torch.int8 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
 bits=3 is not supported; use 4 or 8
 group_size=48 is not supported; use a multiple of 32 (32, 64 and 128 are usual), or -1 for one group per row
-scale_method='mse' is not supported; use one of 'absmax', 'signed', 'search', 'minmax'
+scale_method='mse' is not supported; use one of 'absmax', 'signed', 'search', 'minmax', 'search8'
 cannot quantize a tensor without dims; give a weight [..., N, K]
 dtype torch.float64 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
 bits=5 is not supported; use 4 or 8
