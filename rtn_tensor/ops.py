@@ -127,7 +127,7 @@ def _linear_jvp(ctx, dx, dqdata, dscale, dbias, *_):
 
 
 def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size, zero=None):
-    refuse_vmapped_planes("linear", (*in_dims[1:3], in_dims[6]))
+    refuse_vmapped_planes("linear", (*in_dims[1:3], *in_dims[6:]))
     x = batch_first(info, in_dims[0], x)
     if in_dims[3] is None:
         return linear(x, qdata, scale, bias, bits, group_size, zero), 0
@@ -189,7 +189,7 @@ def _linear_dx_jvp(ctx, ddy, *_):
 
 
 def _linear_dx_vmap(info, in_dims, dy, qdata, scale, bits, group_size, k, zero=None):
-    refuse_vmapped_planes("linear_dx", (*in_dims[1:3], in_dims[6]))
+    refuse_vmapped_planes("linear_dx", (*in_dims[1:3], *in_dims[6:]))
     return linear_dx(batch_first(info, in_dims[0], dy), qdata, scale, bits, group_size, k, zero), 0
 
 
@@ -244,7 +244,7 @@ def _embedding_fake(indices, qdata, scale, bits, group_size, k, zero=None):
 
 
 def _embedding_vmap(info, in_dims, indices, qdata, scale, bits, group_size, k, zero=None):
-    refuse_vmapped_planes("embedding", (*in_dims[1:3], in_dims[6]))
+    refuse_vmapped_planes("embedding", (*in_dims[1:3], *in_dims[6:]))
     return embedding(batch_first(info, in_dims[0], indices), qdata, scale, bits, group_size, k, zero), 0
 
 
