@@ -235,8 +235,10 @@ def _copy(piece: Piece, source: Any, to: Tensor) -> None:
     if isinstance(source, Rows):
         source = source.read()
     if isinstance(source, RTNQuantizedTensor):
-        if isinstance(to, RTNQuantizedTensor) and to.scale_method in (GIVEN, GIVEN_ASYMMETRIC):
-            check_finite(piece.source, source.scale)
+        if isinstance(to, RTNQuantizedTensor) and (
+            to.scale_method in (GIVEN, GIVEN_ASYMMETRIC) or _format(to) == _format(source)
+        ):
+            check_finite(piece.source, widened(source.scale))
             if to.zero is not None and source.zero is None:  # of a part that is symmetric
                 source = with_zeros(source)
             to.copy_(source.to(to.device))
@@ -253,6 +255,10 @@ def _copy(piece: Piece, source: Any, to: Tensor) -> None:
         raise piece.source.error(why)
     # Where a group held a NaN or inf, its scale is NaN.
     check_finite(piece.source, widened(to.scale) if isinstance(to, RTNQuantizedTensor) else rows)
+
+
+def _format(w: RTNQuantizedTensor) -> tuple:
+    return w.bits, w.group_size, w.scale_method
 
 
 def with_zeros(w: RTNQuantizedTensor) -> RTNQuantizedTensor:
