@@ -88,6 +88,11 @@ def computing(bits: int, scale_method: str) -> str:
     return anew.get(scale_method, scale_method)
 
 
+def wide_method(scale_method: str) -> str:
+    """The scale method of the same scales before they are rounded to 8 bits."""
+    return SCALES_OF_8_BITS.get(scale_method, scale_method)
+
+
 def scale_dtype_of(scale_method: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the scales of a weight that is made of one of `dtype`."""
     return SCALE8 if scale_method in SCALES_OF_8_BITS else dtype

@@ -19,11 +19,11 @@ from rtn_tensor._torch import CPU_KEYS, tracing, transformed
 from rtn_tensor.expert_ops import grouped, grouped_dx, routed  # noqa: F401  (called as ops.grouped)
 from rtn_tensor.formats import (
     ASYMMETRIC,
-    SCALES_OF_8_BITS,
     computing,
     embedding_dtype,
     new_planes,
     scale_dtype_of,
+    wide_method,
 )
 from rtn_tensor.kernels import cpu
 from rtn_tensor.kernels.problem import make_problem
@@ -257,9 +257,8 @@ def _quantize(w, bits, group_size, scale_method, scale_dtype, out=None):
     problem = make_problem("quantize", w.dtype, rows, k, w, w, bits, group_size)._replace(
         scale_dtype=scale_dtype, zero=scale_method in ASYMMETRIC
     )
-    method = computing(bits, scale_method)
-    found = SCALES_OF_8_BITS.get(method, method)
-    return choose(problem).quantize(w, bits, group_size, found, scale_dtype, out)
+    method = wide_method(computing(bits, scale_method))
+    return choose(problem).quantize(w, bits, group_size, method, scale_dtype, out)
 
 
 def quantize(

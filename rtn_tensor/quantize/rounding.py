@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtn_tensor import ops, reference
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import FORMATS, SCALES_OF_8_BITS, Format, pack, scale_dtype_of, unpack
+from rtn_tensor.formats import FORMATS, Format, pack, scale_dtype_of, unpack, wide_method
 
 DAMPING = 0.01  # of the moments' mean diagonal; ten times as much until the factorization succeeds
 CHUNK = 1 << 22  # elements whose scales are searched at once: 16 MB in fp32, a dozen times
@@ -125,7 +125,7 @@ def fit_scales(w_NK: Tensor, q_NK: Tensor, scale: Tensor, group_size: int, by: S
         curve = ((q @ damped[columns, columns]) * q).sum(1)
         step = torch.where(curve > 0, (slope_NK[:, columns] * q).sum(1) / curve, 0.0)
         now = reference.round_scale(before + step, scale.dtype)
-        fitted[:, i] = torch.where(now.float() == 0, scale[:, i], now)
+        fitted[:, i] = torch.where(reference.widened(now) == 0, scale[:, i], now)
         slope_NK -= ((reference.widened(fitted[:, i]) - before)[:, None] * q) @ damped[columns]
     return fitted
 
@@ -145,7 +145,7 @@ def refine(w_NK: Tensor, config: RTNConfig, by: Spread) -> Rounded:
     q_NK = unpack(qdata, config.bits, k).float()
     plain = error(q_NK if zero_NK is None else q_NK - zero_NK, scale)
     best = Rounded((qdata, scale, *zero), plain, plain)
-    searches = SCALES_OF_8_BITS.get(config.scale_method, config.scale_method) == "search"
+    searches = wide_method(config.scale_method) == "search"
     if searches:
         scale = _searched(w_NK, config, by.moments.diagonal())
     steps_NK = round_columns(wide_NK, _of_columns(scale, config.group_size, k), by, fmt, zero_NK)

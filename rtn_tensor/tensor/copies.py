@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import return_and_correct_aliasing
-from rtn_tensor.formats import FLOAT_DTYPES, SCALE8, SCALES_OF_8_BITS, new_planes
+from rtn_tensor.formats import FLOAT_DTYPES, SCALE8, new_planes, wide_method
 from rtn_tensor.reference import round_scale, widened
 from rtn_tensor.tensor.attributes import ATTRIBUTES, OPTIONAL_PLANES, PLANES
 from rtn_tensor.tensor.callers import called_by
@@ -63,8 +63,7 @@ def with_wide_scales(t: Tensor) -> Tensor:
     if not isinstance(t, RTNQuantizedTensor) or t.scale.dtype != SCALE8:
         return t
     planes = t.planes | {"scale": widened(t.scale).to(t.dtype)}
-    method = SCALES_OF_8_BITS.get(t.scale_method, t.scale_method)
-    return rebuilt(t, planes, scale_method=method, version=None, float_dtype=None)
+    return rebuilt(t, planes, scale_method=wide_method(t.scale_method), version=None, float_dtype=None)
 
 
 @on_op(aten.dequantize.self)
