@@ -1,141 +1,25 @@
-"""Folders that other libraries quantized in ways that this one's planes hold: their integers and scales are kept,
+"""Folders that other libraries quantized in ways that this library can hold: their integers and scales are kept,
 and run packed."""
 
-import json
 from contextlib import nullcontext
 from functools import partial
 
 import foreign_formats as made
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from kept_formats import AUTO_ROUND, BF16, CT, F16, F32, FORMATS, same_planes
+from safetensors.torch import load_file
 from tiny_llama import tiny_llama
 from tiny_moe import tiny_moe
 
 from rtn_tensor import (
     RTNQuantizedTensor,
     dequantize_,
-    export,
     load,
-    quantize_,
-    report,
     rtn_int4,
     rtn_int8,
     save,
 )
-from rtn_tensor.formats import unpack
-
-CT = made.ct_config
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-AUTO_ROUND = {
-    "quant_method": "auto-round",
-    "bits": 4,
-    "group_size": 32,
-    "sym": True,
-    "data_type": "int",
-    "autoround_version": "0.9.2",
-    "packing_format": "auto_round:auto_gptq",
-}
-FORMATS = {
-    "GPTQ": (made.gptq, made.gptq_config(), F16, (4, 32)),
-    "GPTQ, scales bf16, without g_idx": (
-        partial(made.gptq, index=False, dtype=BF16),
-        made.gptq_config(),
-        BF16,
-        (4, 32),
-    ),
-    "GPTQ, version 2": (
-        partial(made.gptq, v2=True),
-        made.gptq_config(checkpoint_format="gptq_v2"),
-        F16,
-        (4, 32),
-    ),
-    "GPTQ, 8 bits": (partial(made.gptq, bits=8), made.gptq_config(8), F16, (8, 32)),
-    "GPTQ, 8 bits, version 2": (
-        partial(made.gptq, bits=8, v2=True),
-        made.gptq_config(8, checkpoint_format="gptq_v2"),
-        F16,
-        (8, 32),
-    ),
-    "GPTQ, rows": (partial(made.gptq, group_size=-1), made.gptq_config(group_size=-1), F16, (4, -1)),
-    "GPTQ, said to be asymmetric and sorted": (
-        made.gptq,
-        made.gptq_config(sym=False, desc_act=True),
-        F16,
-        (4, 32),
-    ),
-    "GPTQ, the last group shorter": (
-        partial(made.gptq, group_size=64),
-        made.gptq_config(group_size=64),
-        F16,
-        (4, 64),
-    ),
-    "auto-round": (made.gptq, AUTO_ROUND, F16, (4, 32)),
-    "auto-round, packed as AWQ": (
-        made.awq,
-        AUTO_ROUND | {"sym": False, "packing_format": "auto_round:auto_awq"},
-        F16,
-        (4, 32),
-    ),
-    "AWQ": (made.awq, made.AWQ_CONFIG, F16, (4, 32)),
-    "GPTQ, asymmetric": (partial(made.gptq, symmetric=False), made.gptq_config(sym=False), F16, (4, 32)),
-    "GPTQ, asymmetric, 8 bits, version 2": (
-        partial(made.gptq, bits=8, symmetric=False, v2=True),
-        made.gptq_config(8, sym=False, checkpoint_format="gptq_v2"),
-        F16,
-        (8, 32),
-    ),
-    "compressed-tensors, asymmetric": (
-        partial(made.compressed, symmetric=False),
-        CT(symmetric=False),
-        BF16,
-        (4, 32),
-    ),
-    "compressed-tensors, asymmetric rows of 8 bits": (
-        partial(made.compressed, bits=8, group_size=-1, symmetric=False),
-        CT(bits=8, group_size=None, symmetric=False),
-        BF16,
-        (8, -1),
-    ),
-    "compressed-tensors, int8, asymmetric": (
-        partial(made.int_quantized, symmetric=False),
-        CT("int-quantized", 8, None, symmetric=False),
-        BF16,
-        (8, -1),
-    ),
-    "AWQ, symmetric": (partial(made.awq, symmetric=True), made.AWQ_CONFIG, F16, (4, 32)),
-    "compressed-tensors": (made.compressed, CT(), BF16, (4, 32)),
-    "compressed-tensors, 8 bits": (partial(made.compressed, bits=8), CT(bits=8), BF16, (8, 32)),
-    "compressed-tensors, rows": (
-        partial(made.compressed, group_size=-1),
-        CT(group_size=None),
-        BF16,
-        (4, -1),
-    ),
-    "compressed-tensors, rows of 8 bits": (
-        partial(made.compressed, bits=8, group_size=-1, dtype=F16),
-        CT(bits=8, group_size=None),
-        F16,
-        (8, -1),
-    ),
-    "compressed-tensors, int8": (made.int_quantized, CT("int-quantized", 8, None), BF16, (8, -1)),
-    "compressed-tensors, int8, one scale": (
-        partial(made.int_quantized, tensor=True),
-        CT("int-quantized", 8, None, strategy="tensor"),
-        BF16,
-        (8, -1),
-    ),
-    "bitsandbytes, int8": (made.bnb8, made.BNB8_CONFIG, F32, (8, -1)),
-}
-
-
-def same_planes(a, b):
-    assert (a.bits, a.group_size, a.transposed, a.dtype) == (b.bits, b.group_size, b.transposed, b.dtype)
-    assert torch.equal(a.qdata, b.qdata)
-    assert a.scale.dtype == b.scale.dtype
-    assert torch.equal(a.scale, b.scale)
-    assert (a.zero is None) == (b.zero is None)
-    assert a.zero is None or torch.equal(a.zero, b.zero)
 
 
 @pytest.mark.parametrize(("make", "config", "dtype", "fmt"), FORMATS.values(), ids=FORMATS)
@@ -335,103 +219,6 @@ def test_an_output_layer_of_its_own(tmp_path):
     stands_for = made.write(tmp_path, model, made.gptq, made.gptq_config(lm_head=True), chosen)
     loaded = load(tmp_path)
     assert torch.equal(loaded.lm_head.weight.dequantize(F32), stands_for["lm_head.weight"])
-
-
-# ------------------------------------------------------------------------------ afterwards
-
-
-def test_what_is_copied_into_them_gets_the_default_scales(tmp_path):
-    make, config, dtype, _ = FORMATS["GPTQ"]
-    made.write(tmp_path, tiny_llama(layers=1, dtype=dtype), make, config)
-    w = load(tmp_path).model.layers[0].mlp.up_proj.weight
-    new = torch.randn(w.shape, dtype=dtype)
-    w.copy_(new)
-    due = RTNQuantizedTensor.from_float(new, 4, 32)
-    assert torch.equal(w.qdata, due.qdata)
-    assert torch.equal(w.scale, due.scale)
-
-
-def test_transformers_reads_what_is_saved(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    make, config, dtype, _ = FORMATS["compressed-tensors"]
-    made.write(tmp_path / "theirs", tiny_llama(dtype=dtype), make, config)
-    loaded = load(tmp_path / "theirs")
-    save(loaded, tmp_path / "ours")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    for (name, a), b in zip(loaded.named_parameters(), theirs.parameters(), strict=True):
-        if isinstance(a, RTNQuantizedTensor):
-            same_planes(a, b)
-        else:
-            assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
-@pytest.mark.parametrize("config", [rtn_int4(32), rtn_int4(64, "signed"), rtn_int8(), rtn_int8(-1)])
-def test_exported_and_loaded(tmp_path, format_name, config):
-    """The same integers and scales come back; groups may be smaller, with scales repeated."""
-    model = tiny_llama(dtype=F16)
-    quantize_(model, [("model.*", config)])
-    export(model, tmp_path / "out", format_name)
-    loaded = load(tmp_path / "out")
-    for name, w in model.named_parameters():
-        got = loaded.get_parameter(name)
-        if not isinstance(w, RTNQuantizedTensor):
-            assert torch.equal(got, w), name
-            continue
-        assert torch.equal(
-            unpack(got.qdata, got.bits, got.in_features), unpack(w.qdata, w.bits, w.in_features)
-        )
-        assert torch.equal(got.dequantize(F32), w.dequantize(F32))
-    again = tmp_path / "again"
-    export(loaded, again, format_name)
-    first, second = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", again))
-    assert list(first) == list(second)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_the_commands(tmp_path, run):
-    make, config, dtype, _ = FORMATS["GPTQ"]
-    made.write(tmp_path / "theirs", tiny_llama(layers=1, dtype=dtype), make, config)
-    status, out, err = run("inspect", tmp_path / "theirs", "--json")
-    assert status == 0, err
-    shown = {row["name"]: row["bits"] for row in json.loads(out)["weights"]}
-    assert shown["model.layers.0.mlp.up_proj.weight"] == 4
-    status, _, err = run("quantize", tmp_path / "theirs", tmp_path / "ours")
-    assert status == 0, err
-    assert "keeps the integers and scales that it has" in err
-    a, b = (load(tmp_path / name) for name in ("theirs", "ours"))
-    for row in report(a).rows:
-        if row.bits:
-            same_planes(a.get_parameter(row.name), b.get_parameter(row.name))
-    assert "torchao" in (tmp_path / "ours" / "config.json").read_text()
-    status, _, err = run("quantize", tmp_path / "theirs", tmp_path / "anew", "--bits", 8)
-    assert status == 0, err
-    assert load(tmp_path / "anew").model.layers[0].mlp.up_proj.weight.bits == 8
-
-
-def test_a_model_that_is_not_transformers(tmp_path):
-    planes, w = made.compressed(64, 96)
-    save_file({f"0.{name}": plane for name, plane in planes.items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": CT()}))
-    loaded = load(tmp_path, model=torch.nn.Sequential(torch.nn.Linear(96, 64, bias=False, dtype=BF16)))
-    assert torch.equal(loaded[0].weight.dequantize(F32), w)
-
-
-def test_fused_by_the_caller(tmp_path):
-    parts = {name: made.gptq(n, 96) for name, n in {"q": 64, "k": 32}.items()}
-    save_file(
-        {f"{name}.{end}": plane for name, (planes, _) in parts.items() for end, plane in planes.items()},
-        tmp_path / "model.safetensors",
-    )
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": made.gptq_config()}))
-    model = torch.nn.ModuleDict({"qk": torch.nn.Linear(96, 96, bias=False, dtype=F16)})
-    loaded = load(tmp_path, model=model, fuse={"qk": ["q", "k"]})
-    due = torch.cat([w for _, w in parts.values()])
-    assert torch.equal(loaded["qk"].weight.dequantize(F32), due)
-
-
-# --------------------------------------------------------------------------------- torchao
 
 
 @pytest.mark.parametrize("granularity", ["PerRow", "PerTensor", "PerGroup"])
