@@ -20,7 +20,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import add_kept_json, add_threads, machine
-from benchmarks.real_model import smollm2, state_of_the_union, task_data, wikipedia
+from benchmarks.real_data import state_of_the_union, task_data, wikipedia
+from benchmarks.real_model import smollm2
 from rtn_tensor import bits_per_weight, plan, quantize_, refine_, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.perplexity import token_losses
 from rtn_tensor.evaluation.tasks import Score, average_recovery, rows, run_tasks, show, text_score

@@ -27,7 +27,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, WhisperForConditionalGeneration
 
-from benchmarks.real_model import minilm, smollm2, whisper, wikipedia
+from benchmarks.real_data import wikipedia
+from benchmarks.real_model import minilm, smollm2, whisper
 
 SAMPLES, LENGTH, SKIPPED = 64, 512, 200_000  # SKIPPED: characters
 GROUP = 64

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
-from benchmarks.real_model import MODEL, TEXT, smollm2, state_of_the_union
+from benchmarks.real_data import TEXT, state_of_the_union
+from benchmarks.real_model import MODEL, smollm2
 from rtn_tensor import quantize_, refine_, report, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.generation import generate
 from rtn_tensor.evaluation.perplexity import perplexity

@@ -44,7 +44,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.machine import add_kept_json, add_threads, machine
-from benchmarks.real_model import gemma, minilm, smollm2, speech, state_of_the_union, whisper, wikipedia
+from benchmarks.real_data import speech, state_of_the_union, wikipedia
+from benchmarks.real_model import gemma, minilm, smollm2, whisper
 from rtn_tensor import dequantize_, quantize_, refine_, rtn_int4, rtn_int8
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.evaluation.comparison import divergences

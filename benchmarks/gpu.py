@@ -24,7 +24,7 @@ sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests") if str(path) not in
 
 import torch  # noqa: E402
 
-from benchmarks import gpu_check  # noqa: E402
+from benchmarks import gpu_check, gpu_check_jobs  # noqa: E402
 from benchmarks.gpu_peers import CUBLAS, KERNELS, MODELS, MOE_KERNELS, installed  # noqa: E402
 from benchmarks.gpu_report import MAIN, Results, compared, text, wrong  # noqa: E402
 from benchmarks.gpu_workers import Budget, Job, Tell, Worker, run, run_together  # noqa: E402
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "correctness" in args.only:
         workers = [Worker(gpu_check.ENVIRONMENT) for _ in range(max(1, min(12, (os.cpu_count() or 1) - 2)))]
         part = Budget(CORRECTNESS * budget.left() if len(args.only) > 1 else budget.left())
-        run_together(gpu_check.jobs(args.shapes, args.tokens, MOE_TOKENS), workers, part, tell)
+        run_together(gpu_check_jobs.jobs(args.shapes, args.tokens, MOE_TOKENS), workers, part, tell)
         print(
             f"correctness: {results['correctness']['passed']} checks passed, {budget.left():.0f} s left",
             flush=True,

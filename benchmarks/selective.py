@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
-from benchmarks.real_model import smollm2, upcycled, wikipedia
+from benchmarks.real_data import wikipedia
+from benchmarks.real_model import smollm2, upcycled
 from rtn_tensor import (
     RTNQuantizedTensor,
     bits_per_weight,

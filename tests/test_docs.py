@@ -14,15 +14,9 @@ from peft_version import skip_if_transformers_refuses_it
 from tiny_llama import tiny_tokenizer
 
 import rtn_tensor
-from benchmarks.real_model import (
-    CACHE,
-    MODEL,
-    ModelUnavailable,
-    smollm2,
-    smollm2_gguf,
-    state_of_the_union,
-    task_data,
-)
+from benchmarks.downloads import ModelUnavailable
+from benchmarks.real_data import state_of_the_union, task_data
+from benchmarks.real_model import CACHE, MODEL, smollm2, smollm2_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_gpu_benchmark import Clock, endless
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_check_experts
 from benchmarks.gpu_peers import Experts
 from benchmarks.gpu_workers import Budget
 from rtn_tensor.kernels import triton
@@ -58,14 +58,18 @@ def test_checks_pass_the_reference_without_sums():
 def test_checks_pass_the_reference_of_experts():
     for activation in ("silu", "gpt_oss"):
         form = {"dtype": "float32", "bits": 4, "group_size": 32, "activation": activation}
-        rows = checked(gpu_check.routed, shape=Experts(3, 64, 32, 2), tokens=[1, 5], kernel=REFERENCE, **form)
+        rows = checked(
+            gpu_check_experts.routed, shape=Experts(3, 64, 32, 2), tokens=[1, 5], kernel=REFERENCE, **form
+        )
         assert [r["error"] for r in rows] == [None] * 4
         kinds = [[f"experts {how}", activation] for how in ("sorted", "unsorted")]
         assert [r["check"].split(", ")[:2] for r in rows] == 2 * kinds
     unweighted = dataclasses.replace(
         REFERENCE, routed=lambda *args: REFERENCE.routed(*args[:7], None, *args[8:])
     )
-    rows = checked(gpu_check.routed, shape=Experts(3, 64, 32, 2), tokens=[5], kernel=unweighted, **form)
+    rows = checked(
+        gpu_check_experts.routed, shape=Experts(3, 64, 32, 2), tokens=[5], kernel=unweighted, **form
+    )
     assert all("out of bound" in r["error"] for r in rows)
 
 
@@ -128,15 +132,15 @@ def test_bounds_of_experts_bite():
         torch.randn(8, 64).double() / 8,
     )
     y = (F.silu(x.double() @ gate.mT) * (x.double() @ up.mT)).bfloat16()
-    gpu_check.assert_gated_close(y, x, gate, up, "silu")
+    gpu_check_experts.assert_gated_close(y, x, gate, up, "silu")
     router = torch.rand(5)
     z = (router.double()[:, None] * (x.double() @ up.mT)).bfloat16()
-    gpu_check.assert_routed_close(z, x, up, router)
+    gpu_check_experts.assert_routed_close(z, x, up, router)
     for wrong in (y * 1.02, y.index_fill(1, torch.tensor([2]), torch.nan)):
         with pytest.raises(AssertionError, match="out of bound"):
-            gpu_check.assert_gated_close(wrong, x, gate, up, "silu")
+            gpu_check_experts.assert_gated_close(wrong, x, gate, up, "silu")
     with pytest.raises(AssertionError, match="out of bound"):
-        gpu_check.assert_routed_close(z, x, up, router.flip(0))
+        gpu_check_experts.assert_routed_close(z, x, up, router.flip(0))
 
 
 @interpreted
@@ -157,5 +161,5 @@ def test_planes_in_the_interpreter():
 def test_experts_in_the_interpreter():
     for bits, group_size, activation in ((4, 32, "gpt_oss"), (8, -1, "silu")):
         form = {"dtype": "bfloat16", "bits": bits, "group_size": group_size, "activation": activation}
-        rows = checked(gpu_check.routed, shape=Experts(3, 64, 32, 2), tokens=[1, 5], **form)
+        rows = checked(gpu_check_experts.routed, shape=Experts(3, 64, 32, 2), tokens=[1, 5], **form)
         assert [r["error"] for r in rows] == [None] * 4

@@ -10,7 +10,7 @@ import torch
 from expecttest import assert_expected_inline
 from test_gpu_benchmark import endless, linear_rows
 
-from benchmarks import gpu, gpu_check
+from benchmarks import gpu, gpu_check_jobs
 from benchmarks.gpu_peers import CUBLAS
 
 
@@ -69,7 +69,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 def every_job():
     shapes, tokens = gpu.sizes(gpu.SHAPES), gpu.numbers(gpu.TOKENS)
-    return [*gpu.timing_jobs(shapes, tokens), *gpu_check.jobs(shapes, tokens, gpu.MOE_TOKENS)]
+    return [*gpu.timing_jobs(shapes, tokens), *gpu_check_jobs.jobs(shapes, tokens, gpu.MOE_TOKENS)]
 
 
 def test_every_job_names_a_function_that_takes_its_arguments():
@@ -108,7 +108,7 @@ model: int8 g128, decoding at batch 1""",
 
 
 def test_correctness_covers_every_format_and_op():
-    jobs = gpu_check.jobs([(8192, 8192)], [1, 4096], [1])
+    jobs = gpu_check_jobs.jobs([(8192, 8192)], [1, 4096], [1])
     forms = {
         (j.arguments.get("op"), *(j.arguments[key] for key in ("dtype", "bits", "group_size")))
         for j in jobs
@@ -185,7 +185,9 @@ def test_a_whole_run_ends_in_json_and_a_status(wrong, monkeypatch, tmp_path, cap
     assert results["correctness"]["failed"] == (
         [{"check": "CUDA graphs", "error": "AssertionError: no"}] if wrong else []
     )
-    assert results["correctness"]["passed"] == len(gpu_check.jobs(gpu.sizes(gpu.SHAPES), [1], [1])) - wrong
+    assert (
+        results["correctness"]["passed"] == len(gpu_check_jobs.jobs(gpu.sizes(gpu.SHAPES), [1], [1])) - wrong
+    )
     assert {e["section"] for e in results["errors"]} == {"model"}
     assert {len(r["target"]) > 0 for r in results["targets"]} == {True}
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.real_model import ModelUnavailable, smollm2, smollm2_gguf, state_of_the_union
+from benchmarks.downloads import ModelUnavailable
+from benchmarks.real_data import state_of_the_union
+from benchmarks.real_model import smollm2, smollm2_gguf
 from rtn_tensor import export, load, rtn_int4, rtn_int8
 
 POSITIONS, LIKELIEST = range(8, 40), 500

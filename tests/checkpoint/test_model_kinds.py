@@ -26,7 +26,8 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoModel, AutoTokenizer, TorchAoConfig
 
-from benchmarks.real_model import ModelUnavailable, minilm
+from benchmarks.downloads import ModelUnavailable
+from benchmarks.real_model import minilm
 from rtn_tensor import RTNQuantizedTensor, load, quantize_, report, rtn_int4, rtn_int8, save
 
 

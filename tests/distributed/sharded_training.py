@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks.real_model import smollm2, state_of_the_union
+from benchmarks.real_data import state_of_the_union
+from benchmarks.real_model import smollm2
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn
 
 IDS = torch.tensor(

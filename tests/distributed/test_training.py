@@ -28,7 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Int8WeightOnlyConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 
-from benchmarks.real_model import ModelUnavailable, smollm2, state_of_the_union
+from benchmarks.downloads import ModelUnavailable
+from benchmarks.real_data import state_of_the_union
+from benchmarks.real_model import smollm2
 from rtn_tensor import RTNQuantizedTensor, dequantize_, quantize_, rtn
 
 pytestmark = [

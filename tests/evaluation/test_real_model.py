@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.real_model import TEXT, ModelUnavailable, smollm2, smollm2_gguf, state_of_the_union
+from benchmarks.downloads import ModelUnavailable
+from benchmarks.real_data import TEXT, state_of_the_union
+from benchmarks.real_model import smollm2, smollm2_gguf
 from rtn_tensor import RTNQuantizedTensor, load, quantize_, rtn_int4, rtn_int8
 from rtn_tensor.cli import main
 from rtn_tensor.evaluation.generation import generate

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.real_model import ModelUnavailable, state_of_the_union, upcycled
+from benchmarks.downloads import ModelUnavailable
+from benchmarks.real_data import state_of_the_union
+from benchmarks.real_model import upcycled
 from rtn_tensor import RTNQuantizedTensor, load, rtn
 from rtn_tensor.evaluation.perplexity import perplexity
 
