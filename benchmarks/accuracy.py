@@ -33,7 +33,7 @@ UNIFORM = {
     **{f"int4 g{size} {method}": rtn_int4(size, method) for size in (64, 32) for method in SCALE_METHODS},
 }
 PLANS = {"plan 4.25": 4.25, "plan 4.5": 4.5, "plan 5.0": 5.0}
-REFINED = ("int4 g64 search", "int4 g32 search", "plan 4.5", "plan 5.0")
+REFINED = ("int4 g64 search", "int4 g32 search", "int4 g32 search8", "plan 4.5", "plan 5.0")
 TASKS = ["lambada", "hellaswag", "arc_easy", "arc_challenge", "piqa", "winogrande"]
 TEXTS = {"wikipedia": (wikipedia, 8192), "sotu": (state_of_the_union, 4096)}  # the first so many tokens
 WINDOW, STRIDE = 1024, 512

@@ -1,6 +1,7 @@
 """What four small models keep under each way of quantizing: how far the outputs move from the float model's.
 
-    python -m benchmarks.four_bits [--model NAME ...] [--only METHOD ...] [--threads 2] [--json FILE]
+    python -m benchmarks.four_bits [--model NAME ...] [--only METHOD ...] [--peer METHOD=FOLDER ...]
+    [--threads 2] [--json FILE]
 
 Two of the models, Whisper base and MiniLM, were never quantized before; SmolLM2 and gemma had been, and say
 less. Every linear layer but the output layer is quantized. The float model has 16 bits as it comes (MiniLM's
@@ -17,7 +18,9 @@ for, so that no rounding of activations is in it.
 
 A method is one line of `METHODS`: a function that quantizes the model in place. It is given a function, too,
 that returns what the model can be refined on, as keywords: none for a causal language model, which writes its
-own text; `batches` for the others, of speech and text that are not measured. Needs mwparserfromhell.
+own text; `batches` for the others, of speech and text that are not measured. A peer is a transformers folder
+of the same model by another method, as `benchmarks.accuracy_peers` makes them; it is measured as it is. Needs
+mwparserfromhell.
 """
 
 import argparse
@@ -322,6 +325,13 @@ def bits_per_weight(made: Report) -> float | None:
     return 8 * sum(row.bytes_after for row in rows) / weights if rows else None
 
 
+def peer(folder: str) -> Method:
+    """Takes the weights of a folder of the same model."""
+    return lambda model, inputs: model.load_state_dict(
+        type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    )
+
+
 def row(case: Case, method: Method) -> dict[str, Any]:
     model = case.load().eval()
     started = time.perf_counter()
@@ -343,9 +353,21 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=METHODS, metavar="METHOD", action="append", help="only this; may repeat"
     )
+    parser.add_argument(
+        "--peer",
+        metavar="METHOD=FOLDER",
+        action="append",
+        default=[],
+        help="only these methods and folders, of the one --model; may repeat",
+    )
     add_threads(parser)
     add_kept_json(parser)
     args = parser.parse_args()
+    if args.peer and len(args.model or CASES) != 1:
+        parser.error("--peer is a folder of one model; name it with --model")
+    peers = {name: peer(folder) for name, folder in (given.split("=", 1) for given in args.peer)}
+    ours = args.only or ([] if peers else METHODS)
+    methods = {name: METHODS[name] for name in ours} | peers
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -353,10 +375,10 @@ def main() -> None:
     for name in args.model or CASES:
         print(f"\n{name}", flush=True)
         case = CASES[name]()
-        for method in args.only or METHODS:
-            made = {"model": name, "method": method, **row(case, METHODS[method])}
+        for label, method in methods.items():
+            made = {"model": name, "method": label, **row(case, method)}
             numbers = [f"{key} {value:.4g}" for key, value in made.items() if isinstance(value, float)]
-            print(f"  {method:20} {', '.join(numbers)}", flush=True)
+            print(f"  {label:20} {', '.join(numbers)}", flush=True)
             if args.json:
                 keep(args.json, made)
 

@@ -11,7 +11,7 @@ from tiny_llama import tiny_llama
 from transformers import BertConfig, BertModel, WhisperConfig, WhisperForConditionalGeneration
 
 from benchmarks import ctranslate2, four_bits
-from rtn_tensor import rtn_int4, rtn_int8
+from rtn_tensor import dequantize_, quantize_, rtn_int4, rtn_int8
 
 FLOAT, INT8, INT4 = (
     four_bits.METHODS["float"],
@@ -94,6 +94,19 @@ def test_encoder_leaves_padding_out():
         assert exactly["distance"] == pytest.approx(0, abs=1e-12)
         assert 0 < int8["distance"] < int4["distance"]
     assert rows[0][2]["distance"] == pytest.approx(rows[1][2]["distance"], rel=1e-3)
+
+
+def test_a_peer_is_measured_by_the_weights_of_its_folder(tmp_path):
+    ids = torch.randint(2, 320, (60,), generator=torch.Generator().manual_seed(0))
+    case = four_bits.causal(lambda: tiny_llama(dtype=torch.bfloat16), ids)
+    theirs = tiny_llama(dtype=torch.bfloat16)
+    quantize_(theirs, rtn_int4(32), four_bits.but_the_output(theirs))
+    dequantize_(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours, peer = (four_bits.row(case, method) for method in (INT4, four_bits.peer(str(tmp_path))))
+    # The folder has weights of 16 bits, and what is measured of ours is exact.
+    assert peer["kl"] == pytest.approx(ours["kl"], rel=0.05)
+    assert peer["bits_per_weight"] is None
 
 
 def test_transcriber():
