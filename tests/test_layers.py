@@ -81,6 +81,7 @@ LAYERS = [
     "integrations.transformers.description",
     "integrations.transformers.files",
     "integrations.transformers",
+    "pretrained",
     "checkpoint.fill",
     "checkpoint.gguf",
     "checkpoint.kept",

@@ -70,3 +70,13 @@ def test_transformers_folder(folder, reader):
     assert_close(
         model(torch.arange(8)[None]).logits, torch.load(OLD / "llama_logits.pt"), rtol=2**-7, atol=2**-7
     )
+
+
+def test_pickled_transformers_model():
+    """The pickle names modules as they were called then."""
+    model = torch.load(OLD / "llama_model.pt", weights_only=False)
+    assert_close(
+        model(torch.arange(8)[None]).logits, torch.load(OLD / "llama_logits.pt"), rtol=2**-7, atol=2**-7
+    )
+    assert model.dequantize() is model
+    assert type(model.lm_head.weight.data) is torch.Tensor

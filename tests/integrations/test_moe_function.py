@@ -1,5 +1,8 @@
 """The experts function that transformers runs, and experts that are copied, saved and loaded."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_moe import IDS, close, dense, each_model, logits, quantized, stacks
@@ -206,3 +209,16 @@ def test_sorted_once_a_layer(monkeypatch):
     monkeypatch.setattr(reference, "sorted_pairs", lambda *args: calls.append(1) or find(*args))
     logits(quantized("Mixtral"))
     assert len(calls) == 2
+
+
+def test_a_pickled_model_runs_in_a_process_that_has_quantized_none(tmp_path):
+    model = quantized("Mixtral")
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(IDS, tmp_path / "ids.pt")
+    read = "m, ids = (torch.load(f'{name}.pt', weights_only=False) for name in ('model', 'ids'))"
+    subprocess.run(
+        [sys.executable, "-c", f"import torch; {read}; torch.save(m(ids).logits, 'logits.pt')"],
+        cwd=tmp_path,
+        check=True,
+    )
+    assert close(torch.load(tmp_path / "logits.pt"), logits(model))

@@ -17,6 +17,7 @@ from torchao.quantization import FqnToConfig
 from rtn_tensor.checkpoint.sources import flattened
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import held
+from rtn_tensor.integrations.transformers.experts import register_experts
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
 from rtn_tensor.integrations.transformers.names import conversions_of, renaming
 from rtn_tensor.quantize.api import dequantize_
@@ -179,6 +180,9 @@ def _under_old_names(
 @cache
 def _quantizer_class() -> type:
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+    # A model that was pickled whole comes here first, in a process that has quantized none.
+    register_experts()
 
     class RTNHfQuantizer(TorchAoHfQuantizer):
         """What transformers asks about a model that `quantize_` or `load` quantized.

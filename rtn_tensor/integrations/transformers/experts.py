@@ -120,15 +120,21 @@ def one_by_one(module: Any) -> Iterator[None]:
         module.config._experts_implementation = before
 
 
+def register_experts() -> None:
+    """Has transformers know `experts_forward` by the name that the config of a quantized model has."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
 def use_experts(model: nn.Module) -> None:
     """Has transformers' modules of quantized experts in `model` run them by `experts_forward`, and all that
     share a config with them.
 
     `quantize_` and `load` do it. `model.set_experts_implementation(...)` chooses another."""
-    transformers: Any = sys.modules.get("transformers.integrations.moe")
     module: Any
-    for module in model.modules() if transformers else ():
+    for module in model.modules() if "transformers.integrations.moe" in sys.modules else ():
         is_transformers = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
         if is_transformers and any(isinstance(w, RTNQuantizedTensor) for w in stacks_of(module).values()):
-            transformers.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+            register_experts()
             module.config._experts_implementation = IMPLEMENTATION
