@@ -43,12 +43,21 @@ KERNELS = {
 
 # --------------------------------------------------------------------------- what is called
 
-LINEAR = ("linear", "linear_bias", "linear_autocast")
+# zero: with zero points.
+LINEAR = ("linear", "linear_bias", "linear_autocast", "linear_zero")
 # An MoE layer's products: gate and up with each activation, and down; few: of so few rows that they are not
 # sorted.
-GROUPED = ("grouped", *(f"gate_up_{name}" for name in ACTIVATIONS), "down", "few_gate_up", "few_down")
-BACKWARD = ("linear_dx", "grouped_dx")
-PLANES = ("quantize", "quantize_signed", "quantize_search", "dequantize", "embedding")
+GROUPED = (
+    "grouped",
+    "grouped_zero",
+    *(f"gate_up_{name}" for name in ACTIVATIONS),
+    "down",
+    "few_gate_up",
+    "few_down",
+)
+BACKWARD = ("linear_dx", "grouped_dx", "linear_dx_zero", "grouped_dx_zero")
+PLANES = ("quantize", "quantize_signed", "quantize_search", "quantize_minmax")
+PLANES += ("dequantize", "embedding", "dequantize_zero", "embedding_zero")
 EXPERTS, TOP_K = 8, 4
 
 
@@ -95,18 +104,21 @@ def call(case: Case) -> None:
     scale = torch.empty(n, groups(k, group_size), dtype=torch.float32 if how == "linear_autocast" else dtype)
     x, dy, w = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(n, k, dtype=dtype)
     planes = q.expand(EXPERTS, -1, -1), scale.expand(EXPERTS, -1, -1)
+    zero = torch.empty(scale.shape, dtype=torch.int8) if how.endswith("_zero") else None
+    zeros = None if zero is None else zero.expand(EXPERTS, -1, -1)
+    how = how.removesuffix("_zero")
     rows = m * EXPERTS
     row_x, token_x = torch.empty(rows, k, dtype=dtype), torch.empty(rows // TOP_K, k, dtype=dtype)
     offs, pairs = torch.empty(EXPERTS, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
     experts, router = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     if how in ("linear", "linear_autocast"):
-        launch.linear(x, q, scale, None, bits, group_size)
+        launch.linear(x, q, scale, None, bits, group_size, zero)
     elif how == "linear_bias":
         launch.linear(x, q, scale, torch.empty(n, dtype=dtype), bits, group_size)
     elif how == "linear_dx":
-        launch.linear_dx(dy, q, scale, bits, group_size, k)
+        launch.linear_dx(dy, q, scale, bits, group_size, k, zero)
     elif how == "grouped":
-        launch.grouped(row_x, *planes, offs, bits, group_size)
+        launch.grouped(row_x, *planes, offs, bits, group_size, zeros)
     elif how.startswith("gate_up"):
         activation = how.removeprefix("gate_up_")
         bias = None if activation == "silu" else torch.empty(EXPERTS, n, dtype=dtype)
@@ -118,13 +130,13 @@ def call(case: Case) -> None:
     elif how == "few_down":
         launch.routed(row_x, *planes, None, experts, None, None, router, 1, "", bits, group_size)
     elif how == "grouped_dx":
-        launch.grouped_dx(torch.empty(rows, n, dtype=dtype), *planes, offs, bits, group_size, k)
+        launch.grouped_dx(torch.empty(rows, n, dtype=dtype), *planes, offs, bits, group_size, k, zeros)
     elif how.startswith("quantize"):
         launch.quantize(w, bits, group_size, how.partition("_")[2] or "absmax", dtype)
     elif how == "dequantize":
-        launch.dequantize(q, scale, bits, group_size, k, dtype)
+        launch.dequantize(q, scale, bits, group_size, k, dtype, zero)
     else:
-        launch.embedding(pairs, q, scale, bits, group_size, k)
+        launch.embedding(pairs, q, scale, bits, group_size, k, zero)
 
 
 # ------------------------------------------------------------------- which calls there are

@@ -23,12 +23,15 @@ def choice(tokens, top_k, e):
 
 
 def run(kernel, x, w, bias, experts, offs_too, router, top_k, activation):
-    problem = make_problem("routed", x.dtype, len(experts), w.k, w.qdata, w.scale, w.bits, w.group_size)
+    problem = make_problem(
+        "routed", x.dtype, len(experts), w.k, w.qdata, w.scale, w.bits, w.group_size, w.zero
+    )
     if reason := why_not(kernel, problem):
         pytest.skip(reason)
     pairs, offs = reference.sorted_pairs(experts, len(w.qdata)) if offs_too else (None, None)
     y = kernel.routed(
-        x, w.qdata, w.scale, bias, experts, pairs, offs, router, top_k, activation, w.bits, w.group_size
+        *(x, w.qdata, w.scale, bias, experts, pairs, offs, router, top_k, activation),
+        *(w.bits, w.group_size, w.zero),
     )
     return y, kernel.rounds_weight(problem if offs_too else problem._replace(M=len(w.qdata)))
 
@@ -46,9 +49,9 @@ def products(x, w, experts, top_k):
 @each_dtype
 @pytest.mark.parametrize(("tokens", "top_k", "e", "n"), SIZES)
 @pytest.mark.parametrize("offs_too", [True, False])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_down_projection(kernel, op, device, bits, dtype, tokens, top_k, e, n, offs_too, with_bias):
-    w = random_planes(e, n, K, bits=bits, group_size=GROUP_SIZE, dtype=dtype, device=device)
+@pytest.mark.parametrize(("with_bias", "method"), [(True, "absmax"), (False, "absmax"), (True, "minmax")])
+def test_down_projection(kernel, op, device, bits, dtype, tokens, top_k, e, n, offs_too, with_bias, method):
+    w = random_planes(e, n, K, bits=bits, group_size=GROUP_SIZE, dtype=dtype, device=device, method=method)
     experts = choice(tokens, top_k, e).to(device)
     x, router = (
         activations(tokens * top_k, K, dtype, device),
@@ -76,11 +79,14 @@ def test_down_projection(kernel, op, device, bits, dtype, tokens, top_k, e, n, o
 @each_dtype
 @pytest.mark.parametrize(("tokens", "top_k", "e", "n"), SIZES)
 @pytest.mark.parametrize("offs_too", [True, False])
-@pytest.mark.parametrize(("activation", "with_bias"), [("silu", False), ("gpt_oss", True)])
+@pytest.mark.parametrize(
+    ("activation", "with_bias", "method"),
+    [("silu", False, "absmax"), ("gpt_oss", True, "absmax"), ("silu", False, "minmax")],
+)
 def test_gate_and_up_projection(
-    kernel, op, device, bits, dtype, tokens, top_k, e, n, offs_too, activation, with_bias
+    kernel, op, device, bits, dtype, tokens, top_k, e, n, offs_too, activation, with_bias, method
 ):
-    w = random_planes(e, n, K, bits=bits, group_size=GROUP_SIZE, dtype=dtype, device=device)
+    w = random_planes(e, n, K, bits=bits, group_size=GROUP_SIZE, dtype=dtype, device=device, method=method)
     experts = choice(tokens, top_k, e).to(device)
     x = activations(tokens, K, dtype, device) / 4
     bias = torch.randn(e, n, device=device).to(dtype) if with_bias else None

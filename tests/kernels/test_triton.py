@@ -65,7 +65,7 @@ def test_integers_of_every_word(bits, dtype, asm):
 
 def launched(x, w, config, bias=None):
     y = torch.full((x.shape[0], w.qdata.shape[0]), torch.nan, dtype=x.dtype, device=DEVICE)
-    return launch.launch_linear(x, w.qdata, w.scale, bias, w.bits, w.group_size, config, y)
+    return launch.launch_linear(x, w.qdata, w.scale, bias, w.bits, w.group_size, config, y, w.zero)
 
 
 @each_bits
@@ -84,13 +84,15 @@ def launched(x, w, config, bias=None):
         (64, 256, False),
     ],
 )
-@pytest.mark.parametrize("split_k", [1, 3])
-def test_linear_as_configured(bits, dtype, block_m, block_n, m, group_size, block_k, scale_after, split_k):
+@pytest.mark.parametrize(("split_k", "method"), [(1, "minmax"), (3, "absmax"), (3, "minmax")])
+def test_linear_as_configured(
+    bits, dtype, block_m, block_n, m, group_size, block_k, scale_after, split_k, method
+):
     assert takes(block_k, group_size, scale_after)
     n, k = 150, 3 * block_k - 32
     x, w = (
         activations(m, k, dtype, DEVICE),
-        random_planes(n, k, bits=bits, group_size=group_size, dtype=dtype, device=DEVICE),
+        random_planes(n, k, bits=bits, group_size=group_size, dtype=dtype, device=DEVICE, method=method),
     )
     bias = torch.randn(n, device=DEVICE).to(dtype)
     y = launched(
@@ -117,15 +119,16 @@ def test_the_sum_of_parts_is_the_same_each_time_and_leaves_no_trace(monkeypatch)
 
 
 @each_bits
-def test_without_ptx_every_result_is_the_same(bits, monkeypatch):
-    w = random_planes(100, 576, bits=bits, group_size=64, dtype=torch.bfloat16, device=DEVICE)
+@pytest.mark.parametrize("method", ["absmax", "minmax"])
+def test_without_ptx_every_result_is_the_same(bits, method, monkeypatch):
+    w = random_planes(100, 576, bits=bits, group_size=64, dtype=torch.bfloat16, device=DEVICE, method=method)
     x, dy = activations(17, 576, torch.bfloat16, DEVICE), activations(17, 100, torch.bfloat16, DEVICE)
 
     def all_of():
         return (
-            launch.linear(x, w.qdata, w.scale, None, bits, 64),
-            launch.linear_dx(dy, w.qdata, w.scale, bits, 64, 576),
-            launch.dequantize(w.qdata, w.scale, bits, 64, 576, torch.bfloat16),
+            launch.linear(x, w.qdata, w.scale, None, bits, 64, w.zero),
+            launch.linear_dx(dy, w.qdata, w.scale, bits, 64, 576, w.zero),
+            launch.dequantize(w.qdata, w.scale, bits, 64, 576, torch.bfloat16, w.zero),
         )
 
     with_ptx = all_of()
@@ -175,8 +178,8 @@ def test_offsets_past_2_to_the_31():
 # --------------------------------------------------------------------------------- experts
 
 
-def experts_of(e, n, k, bits, dtype):
-    return random_planes(e, n, k, bits=bits, group_size=64, dtype=dtype, device=DEVICE)
+def experts_of(e, n, k, bits, dtype, method="absmax"):
+    return random_planes(e, n, k, bits=bits, group_size=64, dtype=dtype, device=DEVICE, method=method)
 
 
 def scales_after(w, group_size):
@@ -199,13 +202,14 @@ def test_pairs_of_no_expert_come_out_zero():
 @pytest.mark.parametrize(
     "ends", [[0, 0, 0], [40, 40, 40], [0, 0, 40], [1, 18, 35], [16, 32, 48], [17, 17, 17]]
 )
-def test_every_way_to_deal_rows(ends):
-    w = experts_of(3, 70, 192, 4, torch.bfloat16)
+@pytest.mark.parametrize("method", ["absmax", "minmax"])
+def test_every_way_to_deal_rows(ends, method):
+    w = experts_of(3, 70, 192, 4, torch.bfloat16, method)
     x, dy = activations(48, 192, torch.bfloat16, DEVICE), activations(48, 70, torch.bfloat16, DEVICE)
     offs = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     y, dx = (
-        launch.grouped(x, w.qdata, w.scale, offs, 4, 64),
-        launch.grouped_dx(dy, w.qdata, w.scale, offs, 4, 64, 192),
+        launch.grouped(x, w.qdata, w.scale, offs, 4, 64, w.zero),
+        launch.grouped_dx(dy, w.qdata, w.scale, offs, 4, 64, 192, w.zero),
     )
     exact = w.exact(None if scales_after(w, 64) else x.dtype)
     for e, (start, end) in enumerate(pairwise([0, *ends])):

@@ -67,6 +67,7 @@ def faults(arch, constants, options, code):
     found = {"stack": code.stack, "loops": len(code.loops), "shared memory": code.shared}
     allowed = {"stack": [0], "loops": [1], "shared memory": range(sass.GPUS[arch].shared_memory + 1)}
     loop, warps = code.loops[0] if code.loops else [], options["num_warps"]
+    zero = constants.get("z_ptr", "an address") is not None
     w_bytes = constants["BN"] * constants["BK"] * constants["BITS"] // 8
     x_bytes = constants["BM"] * constants["BK"] * 2
 
@@ -83,9 +84,9 @@ def faults(arch, constants, options, code):
     if arch < 90:
         expect("matrix products", "HMMA", range(1, 1000))
     else:
-        # Beside them come only the scales of a thread's rows, of four groups at most.
+        # Beside them come only the scales of a thread's rows, of four groups at most, and as many zero points.
         scales = 4 * 2 * math.ceil(constants["BN"] / (16 * warps)) if constants["G"] else 0
-        expect("loads", r"LDG\.", range(by_registers, by_registers + scales + 1))
+        expect("loads", r"LDG\.", range(by_registers, by_registers + scales * (1 + zero) + 1))
         # Weights leave shared memory as wgmma wants them, four matrices of 8 x 16 bytes a warp, and stay in
         # registers.
         expect("ldmatrix", r"LDSM\S*\.4", [w_bytes // (512 * warps)])
@@ -99,9 +100,10 @@ def faults(arch, constants, options, code):
         )
         expect("mma.sync", "HMMA", [0])
         expect("waits for every product", r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", [0, 1])
-        # Integers become floats by the bits of words.py; ptxas moves a scale or two with PRMT.
-        expect("conversions", "I2F", [0])
-        expect("permutations", "PRMT", range(5))
+        # Integers become floats by the bits of words.py, but for zero points; ptxas moves a scale or two, and
+        # widens each zero point, with PRMT.
+        expect("conversions", "I2F", range(scales * zero + 1))
+        expect("permutations", "PRMT", range(5 + 2 * scales * zero))
         expect("shuffles", "SHFL", [0])
         expect("spills in the loop", "LDL|STL", [0])
     return {what: number for what, number in found.items() if number not in allowed[what]}
@@ -175,7 +177,10 @@ def test_it_compiles_without_spills(case, results):
 
 @pytest.mark.parametrize(
     "how",
-    ["linear", "linear_bias", "linear_dx", "grouped", "gate_up_silu", "quantize", "dequantize", "embedding"],
+    [
+        *("linear", "linear_bias", "linear_zero", "linear_dx", "grouped", "gate_up_silu"),
+        *("quantize", "quantize_minmax", "dequantize", "embedding"),
+    ],
 )
 def test_it_compiles_for_amd(how, monkeypatch, tmp_path):
     """Without their PTX. The compiler comes with Triton and needs nothing of ROCm."""

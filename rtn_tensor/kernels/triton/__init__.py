@@ -136,8 +136,6 @@ def why_not(problem: Problem) -> str | None:
             f"It takes float32, bfloat16 and float16, not {problem.dtype} with a scale of "
             f"{problem.scale_dtype}."
         )
-    if problem.zero:
-        return "It reads no zero points."
     if problem.bits not in (4, 8):
         return f"It reads 4 and 8 bits, not {problem.bits}."
     if problem.op != "quantize" and problem.alignment < 16:

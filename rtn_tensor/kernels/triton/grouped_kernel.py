@@ -31,11 +31,12 @@ def block_of(block, offs_ptr, M, E, BM: tl.constexpr, EXPERTS: tl.constexpr):
     return expert, tl.maximum(start, 0), tl.sum(tl.where(mine, ends, 0))
 
 
-@triton.jit(do_not_specialize=["M", "E", "sx", "swe", "sw", "sse", "ss"])
+@triton.jit(do_not_specialize=["M", "E", "sx", "swe", "sw", "sse", "ss", "sze", "sz"])
 def grouped_kernel(
     x_ptr,
     w_ptr,
     s_ptr,
+    z_ptr,
     bias_ptr,
     offs_ptr,
     expert_ptr,
@@ -51,6 +52,8 @@ def grouped_kernel(
     sw,
     sse,
     ss,
+    sze,
+    sz,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BITS: tl.constexpr,
@@ -63,14 +66,15 @@ def grouped_kernel(
     EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Routed rows through experts `w [E, N, B / 2]` int16, `s [E, N, G]` -> `y [M, N]`.
+    """Routed rows through experts `w [E, N, B / 2]` int16, `s [E, N, G]`, `z [E, N, G]` int8 or None -> `y
+    [M, N]`.
 
     offs [E]: the cumulative ends of the experts' rows; or, where it is None, expert [M]: the expert of each
     row, and a program per row. pair [M] or None: the routed pair of each row, which is row pair // TOP_K of x
     and row pair of y; None: row i is pair i, and x has a row for each unless TOP_K says otherwise. router [M]
     or None: by which row pair of y is multiplied. bias [E, rows of w] or None. ACTIVATION: one of
-    `reference.ACTIVATIONS`; with one, w has 2 N rows, gate's and up's. Strides as for `linear_kernel`, swe
-    and sse between experts. Rows past the last end come out zero.
+    `reference.ACTIVATIONS`; with one, w has 2 N rows, gate's and up's. Strides as for `linear_kernel`, swe,
+    sse and sze between experts. Rows past the last end come out zero.
     """
     TILE: tl.constexpr = BN if ACTIVATION == "" else BN // 2  # columns of y
     tiles_n = tl.cdiv(N, TILE)
@@ -97,9 +101,10 @@ def grouped_kernel(
     w_row = w_row.to(tl.int64)
     e = expert.to(tl.int64)
     s_rows = s_ptr + e * sse + w_row * ss
+    z_rows = None if z_ptr is None else z_ptr + e * sze + w_row * sz
     x_rows = x_ptr + (pair // TOP_K).to(tl.int64) * (sx.to(tl.int64) * 8)
     w_rows = w_ptr + e * (swe.to(tl.int64) * 8) + w_row * (sw.to(tl.int64) * 8)
-    acc = product(x_rows, valid, w_rows, s_rows, 0, K, K, BITS, G, BK, SCALE_AFTER, EVEN_K, ASM)
+    acc = product(x_rows, valid, w_rows, s_rows, z_rows, 0, K, K, BITS, G, BK, SCALE_AFTER, EVEN_K, ASM)
     if G == 0:
         acc *= scale_at(s_rows)[:, None].to(tl.float32)
     if bias_ptr is not None:
@@ -123,11 +128,12 @@ def _store(acc, y_ptr, pair, on, N, valid):
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=valid[None, :] & (on < N)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "E", "sdy", "swe", "sw", "sse", "ss"])
+@triton.jit(do_not_specialize=["M", "E", "sdy", "swe", "sw", "sse", "ss", "sze", "sz"])
 def grouped_dx_kernel(
     dy_ptr,
     w_ptr,
     s_ptr,
+    z_ptr,
     offs_ptr,
     dx_ptr,
     M,
@@ -139,6 +145,8 @@ def grouped_dx_kernel(
     sw,
     sse,
     ss,
+    sze,
+    sz,
     BITS: tl.constexpr,
     G: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -166,11 +174,13 @@ def grouped_dx_kernel(
         valid,
         w_ptr + e * (swe.to(tl.int64) * 8),
         s_ptr + e * sse,
+        None if z_ptr is None else z_ptr + e * sze,
         tile_k * BK,
         N,
         K,
         sw,
         ss,
+        sz,
         BITS,
         G,
         BN,

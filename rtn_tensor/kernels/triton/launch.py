@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.formats import FORMATS, embedding_dtype, groups
+from rtn_tensor.formats import ASYMMETRIC, FORMATS, embedding_dtype, new_planes
 from rtn_tensor.kernels.problem import bucket
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, configure
 from rtn_tensor.kernels.triton.counters import ARRIVALS
@@ -24,7 +24,9 @@ from rtn_tensor.kernels.triton.operands import (
     on,
     options,
     per_row,
+    strides,
     words,
+    zero_rows,
 )
 from rtn_tensor.kernels.triton.planes_kernel import dequantize_kernel, quantize_kernel
 
@@ -76,8 +78,8 @@ def linear(
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     config = config_of("linear", m, 1, n, k, bits, group_size, x.dtype, x.device)
     if config is None:  # forced by RTN_KERNEL, where the dense kernel would be chosen
-        return F.linear(x, dequantize(qdata, scale, bits, group_size, k, x.dtype), bias)
-    return launch_linear(x, qdata, scale, bias, bits, group_size, config, y)
+        return F.linear(x, dequantize(qdata, scale, bits, group_size, k, x.dtype, zero), bias)
+    return launch_linear(x, qdata, scale, bias, bits, group_size, config, y, zero)
 
 
 def launch_linear(
@@ -89,9 +91,10 @@ def launch_linear(
     group_size: int,
     config: Config,
     y: Tensor,
+    zero: Tensor | None = None,
 ) -> Tensor:
     m, n = y.shape
-    x, w, scale = aligned_rows(x), words(qdata), dense_rows(scale)
+    x, w, scale, zero = aligned_rows(x), words(qdata), dense_rows(scale), zero_rows(zero)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     partial = arrived = None
     with on(x.device):
@@ -102,6 +105,7 @@ def launch_linear(
             x,
             w,
             scale,
+            zero,
             None if bias is None else bias.contiguous(),
             y,
             partial,
@@ -113,6 +117,7 @@ def launch_linear(
             x.stride(0) // 8,
             w.stride(0) // 8,
             scale.stride(0),
+            *strides(zero, 0),
             BITS=bits,
             G=per_row(group_size),
             BM=config.block_m,
@@ -135,13 +140,14 @@ def linear_dx(
         return dx
     if not n:
         return dx.zero_()
-    dy, w, scale = aligned_rows(dy), words(qdata), dense_rows(scale)
+    dy, w, scale, zero = aligned_rows(dy), words(qdata), dense_rows(scale), zero_rows(zero)
     block_m, block_n, block_k, warps, stages = dx_blocks(m, dy.dtype)
     with on(device):
         linear_dx_kernel[(triton.cdiv(m, block_m) * triton.cdiv(k, block_k),)](
             dy,
             w,
             scale,
+            zero,
             dx,
             m,
             n,
@@ -149,6 +155,7 @@ def linear_dx(
             dy.stride(0) // 8,
             w.stride(0) // 8,
             scale.stride(0),
+            *strides(zero, 0),
             BITS=bits,
             G=per_row(group_size),
             BM=block_m,
@@ -176,7 +183,7 @@ def grouped(
     group_size: int,
     zero: Tensor | None = None,
 ) -> Tensor:
-    return routed(x, qdata, scale, None, None, None, offs, None, 1, "", bits, group_size)
+    return routed(x, qdata, scale, None, None, None, offs, None, 1, "", bits, group_size, zero)
 
 
 def routed(
@@ -202,12 +209,12 @@ def routed(
         return y
     if not x.shape[1]:
         return reference.routed(
-            x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size
+            x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero
         )
     rows, dealt = (1, 1) if offs is None else (pairs_in_all, e)  # unsorted, each pair is a program's only row
     config = config_of("grouped", rows, dealt, rows_of_w, x.shape[1], bits, group_size, x.dtype, x.device)
     assert config is not None
-    x, w, scale = aligned_rows(x), words(qdata), dense_rows(scale)
+    x, w, scale, zero = aligned_rows(x), words(qdata), dense_rows(scale), zero_rows(zero)
     k, device = x.shape[1], x.device
     blocks = (
         pairs_in_all if offs is None else min(pairs_in_all, triton.cdiv(pairs_in_all, config.block_m) + e)
@@ -217,6 +224,7 @@ def routed(
             x,
             w,
             scale,
+            zero,
             None if bias is None else bias.contiguous(),
             None if offs is None else offs.to(torch.int32).contiguous(),
             None if experts is None else experts.contiguous(),
@@ -232,6 +240,7 @@ def routed(
             w.stride(1) // 8,
             scale.stride(0),
             scale.stride(1),
+            *strides(zero, 0, 1),
             TOP_K=top_k,
             ACTIVATION=activation,
             BITS=bits,
@@ -264,7 +273,7 @@ def grouped_dx(
         return dx
     if not n or not e:
         return dx.zero_()
-    dy, w, scale = aligned_rows(dy), words(qdata), dense_rows(scale)
+    dy, w, scale, zero = aligned_rows(dy), words(qdata), dense_rows(scale), zero_rows(zero)
     block_m, block_n, block_k, warps, stages = dx_blocks(-(-m // e), dy.dtype)
     blocks = min(m, triton.cdiv(m, block_m) + e)
     with on(device):
@@ -272,6 +281,7 @@ def grouped_dx(
             dy,
             w,
             scale,
+            zero,
             offs.to(torch.int32).contiguous(),
             dx,
             m,
@@ -283,6 +293,7 @@ def grouped_dx(
             w.stride(1) // 8,
             scale.stride(0),
             scale.stride(1),
+            *strides(zero, 0, 1),
             BITS=bits,
             G=per_row(group_size),
             EXPERTS=triton.next_power_of_2(e + 1),
@@ -303,13 +314,17 @@ def quantize(
     scale_dtype: torch.dtype,
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:
-    *rows, k = w.shape
-    qdata, scale = out or (
-        torch.empty(*rows, FORMATS[bits].row_bytes(k), dtype=torch.uint8, device=w.device),
-        torch.empty(*rows, groups(k, group_size), dtype=scale_dtype, device=w.device),
+    k, asymmetric = w.shape[-1], scale_method in ASYMMETRIC
+    planes = out or tuple(
+        new_planes(torch.empty, w.shape, bits, group_size, scale_dtype, asymmetric, device=w.device).values()
     )
+    qdata, scale, *others = planes
+    zero = others[0] if others else None
     if not qdata.numel():
-        return qdata, scale.copy_(reference.narrowed(torch.ones(()), scale.dtype))
+        scale.copy_(reference.narrowed(torch.ones(()), scale.dtype))
+        if zero is not None:
+            zero.fill_(FORMATS[bits].qmin)
+        return planes
     w_RK = dense_rows(w).reshape(-1, k)
     r = w_RK.shape[0]
     columns = -(-k // 32) * 32 if group_size == -1 else group_size
@@ -320,6 +335,7 @@ def quantize(
             w_RK,
             qdata.view(torch.int16),
             scale,
+            zero,
             r,
             k,
             columns,
@@ -333,7 +349,7 @@ def quantize(
             BK=block_k,
             **options(4),
         )
-    return qdata, scale
+    return planes
 
 
 def rows_of(
@@ -343,16 +359,17 @@ def rows_of(
     y: Tensor,
     bits: int,
     group_size: int,
-    zero: Tensor | None = None,
+    zero: Tensor | None,
 ) -> None:
-    """Fills `y [R, K]` with q * S of the rows of `qdata [N, B]` that `index [R]` names, of all where it is
-    None."""
-    (r, k), w, scale = y.shape, words(qdata), dense_rows(scale)
+    """Fills `y [R, K]` with (q - zero) * S of the rows of `qdata [N, B]` that `index [R]` names, of all where
+    it is None."""
+    (r, k), w, scale, zero = y.shape, words(qdata), dense_rows(scale), zero_rows(zero)
     block_r, block_k = 32, 128
     with on(y.device):
         dequantize_kernel[(triton.cdiv(r, block_r) * triton.cdiv(k, block_k),)](
             w,
             scale,
+            zero,
             index,
             y,
             r,
@@ -360,6 +377,7 @@ def rows_of(
             k,
             w.stride(0) // 8,
             scale.stride(0),
+            *strides(zero, 0),
             BITS=bits,
             G=per_row(group_size),
             BR=block_r,
@@ -389,6 +407,7 @@ def dequantize(
             w.view(-1, k),
             bits,
             group_size,
+            None if zero is None else zero.reshape(-1, zero.shape[-1]),
         )
     return w
 
@@ -404,5 +423,5 @@ def embedding(
 ) -> Tensor:
     w = torch.empty(*indices.shape, k, dtype=embedding_dtype(scale.dtype), device=qdata.device)
     if w.numel():
-        rows_of(qdata, scale, indices.reshape(-1).contiguous(), w.view(-1, k), bits, group_size)
+        rows_of(qdata, scale, indices.reshape(-1).contiguous(), w.view(-1, k), bits, group_size, zero)
     return w

@@ -16,11 +16,12 @@ def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     return start + tile % wide % height, tile % wide // height
 
 
-@triton.jit(do_not_specialize=["split_k", "M", "sx", "sw", "ss"])
+@triton.jit(do_not_specialize=["split_k", "M", "sx", "sw", "ss", "sz"])
 def linear_kernel(
     x_ptr,
     w_ptr,
     s_ptr,
+    z_ptr,
     bias_ptr,
     y_ptr,
     partial_ptr,
@@ -32,6 +33,7 @@ def linear_kernel(
     sx,
     sw,
     ss,
+    sz,
     BITS: tl.constexpr,
     G: tl.constexpr,
     BM: tl.constexpr,
@@ -41,12 +43,13 @@ def linear_kernel(
     EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """`x [M, K]`, plane `w [N, B / 2]` int16, `s [N, G]`, `bias [N]` or None -> `y [M, N]`.
+    """`x [M, K]`, plane `w [N, B / 2]` int16, `s [N, G]`, `z [N, G]` int8 or None, `bias [N]` or None -> `y
+    [M, N]`.
 
     sx and sw are row strides in 16 bytes of a 2-byte type (8 elements), so that the compiler sees that rows
-    are aligned; ss is in elements. Where there is a `partial [split_k, M, N]`, that many programs share a
-    tile: each writes its fp32 sums there, and the last to arrive adds them up in order, so the result does
-    not depend on who came last. It leaves its tile's `arrived` at 0, as it was found.
+    are aligned; ss and sz are in elements. Where there is a `partial [split_k, M, N]`, that many programs
+    share a tile: each writes its fp32 sums there, and the last to arrive adds them up in order, so the result
+    does not depend on who came last. It leaves its tile's `arrived` at 0, as it was found.
     """
     tile, part, first, end = tl.program_id(0), 0, 0, K
     if partial_ptr is not None:
@@ -63,6 +66,7 @@ def linear_kernel(
         om < M,
         w_ptr + rows * (sw.to(tl.int64) * 8),
         s_ptr + rows * ss,
+        None if z_ptr is None else z_ptr + rows * sz,
         first,
         end,
         K,
@@ -98,11 +102,12 @@ def _finish(acc, s_rows, bias_ptr, y_ptr, on, N, offsets, mask, G: tl.constexpr)
     tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "sdy", "sw", "ss"])
+@triton.jit(do_not_specialize=["M", "sdy", "sw", "ss", "sz"])
 def linear_dx_kernel(
     dy_ptr,
     w_ptr,
     s_ptr,
+    z_ptr,
     dx_ptr,
     M,
     N,
@@ -110,6 +115,7 @@ def linear_dx_kernel(
     sdy,
     sw,
     ss,
+    sz,
     BITS: tl.constexpr,
     G: tl.constexpr,
     BM: tl.constexpr,
@@ -117,8 +123,8 @@ def linear_dx_kernel(
     BK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """`dy [M, N]`, plane `w [N, B / 2]` int16, `s [N, G]` -> `dx [M, K]`. The weights of a tile are rounded
-    to dy's dtype, in registers; strides as for `linear_kernel`."""
+    """`dy [M, N]`, plane `w [N, B / 2]` int16, `s [N, G]`, `z [N, G]` int8 or None -> `dx [M, K]`. The
+    weights of a tile are rounded to dy's dtype, in registers; strides as for `linear_kernel`."""
     tile_m, tile_k = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(K, BK), 8)
     om = tile_m * BM + tl.arange(0, BM)
     ok = tile_k * BK + tl.arange(0, BK)
@@ -127,11 +133,13 @@ def linear_dx_kernel(
         om < M,
         w_ptr,
         s_ptr,
+        z_ptr,
         tile_k * BK,
         N,
         K,
         sw,
         ss,
+        sz,
         BITS,
         G,
         BN,

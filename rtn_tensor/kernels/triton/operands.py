@@ -49,5 +49,14 @@ def dense_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def zero_rows(zero: Tensor | None) -> Tensor | None:
+    return None if zero is None else dense_rows(zero)
+
+
+def strides(plane: Tensor | None, *dims: int) -> list[int | None]:
+    """Of a plane that there may be; None is a constant to a kernel, as the plane then is."""
+    return [None if plane is None else plane.stride(dim) for dim in dims]
+
+
 def per_row(group_size: int) -> int:
     return 0 if group_size == -1 else group_size

@@ -4,7 +4,7 @@ Bit-exact with reference.py."""
 import triton
 import triton.language as tl
 
-from rtn_tensor.kernels.triton.words import integers, rounded, scale_of_8_bits, scales
+from rtn_tensor.kernels.triton.words import integers, less_zero, rounded, scale_of_8_bits, scales
 
 
 @triton.jit
@@ -89,6 +89,7 @@ def quantize_kernel(
     w_ptr,
     q_ptr,
     s_ptr,
+    z_ptr,
     R,
     K,
     G,
@@ -101,8 +102,8 @@ def quantize_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """`w [R, K]` of row stride sw -> plane `q [R, 8 * chunks]` int16 and `s [R, groups]`, as
-    `reference.quantize`.
+    """`w [R, K]` of row stride sw -> plane `q [R, 8 * chunks]` int16, `s [R, groups]` and with "minmax" `z
+    [R, groups]` int8, as `reference.quantize`.
 
     A program has BR rows of one group of G columns, in steps of BK; a group of several steps is read a second
     time, from L2.
@@ -129,7 +130,10 @@ def quantize_kernel(
         high = tl.maximum(high, tl.max(w_or_inf, 1))
     extreme = tl.where(-low >= high, low, high)
     bad = (low == -float("inf")) | (high == float("inf"))
-    if METHOD == "absmax":
+    if METHOD == "minmax":
+        levels = tl.full((BR,), 2 * HALF - 1, tl.float32)
+        exact = tl.div_rn(high, levels) - tl.div_rn(low, levels)
+    elif METHOD == "absmax":
         exact = tl.div_rn(tl.maximum(-low, high), tl.full((BR,), HALF - 0.5, tl.float32))
     else:
         exact = extreme * (-1.0 / HALF)
@@ -161,6 +165,10 @@ def quantize_kernel(
     else:
         scale = tl.where(bad, float("nan"), divisor).to(SCALE)
     tl.store(s_ptr + row.to(tl.int64) * groups + group, scale, mask=row < R)
+    if METHOD == "minmax":
+        from_low = tl.minimum(tl.maximum(tl.div_rn(low, divisor), 1 - 2 * HALF), 0.0)
+        zero = tl.where(bad, 0.0, -HALF - ((from_low + 12582912.0) - 12582912.0))
+        tl.store(z_ptr + row.to(tl.int64) * groups + group, zero.to(tl.int8), mask=row < R)
     for step in tl.static_range(STEPS):
         column = step * BK + k
         if STEPS > 1:
@@ -170,9 +178,14 @@ def quantize_kernel(
                 other=0.0,
             ).to(tl.float32)
         v = tl.div_rn(w, tl.broadcast_to(divisor[:, None], (BR, BK)))
-        v = tl.where(bad[:, None], 0.0, tl.minimum(tl.maximum(v, -HALF), HALF - 1))
-        # v + 1.5 * 2^23 has the nearest integer, ties to even, in its low bits.
-        q = (v + 12582912.0).to(tl.int32, bitcast=True) & (2 * HALF - 1)
+        if METHOD == "minmax":
+            v = tl.minimum(tl.maximum(v, (-HALF - zero)[:, None]), (HALF - 1 - zero)[:, None])
+            q = (tl.where(bad[:, None], 0.0, v) + 12582912.0).to(tl.int32, bitcast=True)
+            q = tl.where((column < end)[None, :], q + zero.to(tl.int32)[:, None], 0) & (2 * HALF - 1)
+        else:
+            v = tl.where(bad[:, None], 0.0, tl.minimum(tl.maximum(v, -HALF), HALF - 1))
+            # v + 1.5 * 2^23 has the nearest integer, ties to even, in its low bits.
+            q = (v + 12582912.0).to(tl.int32, bitcast=True) & (2 * HALF - 1)
         fields = (
             tl.permute(tl.reshape(q, (BR, BK // (8 * F), F, 8)), (0, 1, 3, 2))
             << (tl.arange(0, F) * BITS)[None, None, None, :]
@@ -184,10 +197,11 @@ def quantize_kernel(
         tl.store(q_rows[:, None] + word[None, :], packed, mask=(row < R)[:, None] & kept[None, :])
 
 
-@triton.jit(do_not_specialize=["R", "N", "sw", "ss"])
+@triton.jit(do_not_specialize=["R", "N", "sw", "ss", "sz"])
 def dequantize_kernel(
     w_ptr,
     s_ptr,
+    z_ptr,
     index_ptr,
     y_ptr,
     R,
@@ -195,14 +209,15 @@ def dequantize_kernel(
     K,
     sw,
     ss,
+    sz,
     BITS: tl.constexpr,
     G: tl.constexpr,
     BR: tl.constexpr,
     BK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Plane `w [N, B / 2]` int16 of row stride 8 sw, `s [N, G]` -> `y [R, K]` = q * S: row i is row index[i],
-    or where that is None row i. G = 0: one scale per row."""
+    """Plane `w [N, B / 2]` int16 of row stride 8 sw, `s [N, G]`, `z [N, G]` int8 or None -> `y [R, K]` = (q -
+    zero) * S: row i is row index[i], or where that is None row i. G = 0: one scale per row."""
     tiles_k = tl.cdiv(K, BK)
     first = tl.program_id(0) % tiles_k * BK
     r = tl.program_id(0) // tiles_k * BR + tl.arange(0, BR)
@@ -217,7 +232,11 @@ def dequantize_kernel(
         mask=word[None, :] < (K + CHUNK - 1) // CHUNK * 8,
         other=0,
     )
-    scale = scales(s_ptr + row * ss, first, (K - 1) // (G if G > 0 else 1), G, BK)
-    y = rounded(integers(w, BITS, tl.float32, ASM), scale, tl.float32).to(y_ptr.dtype.element_ty)
+    last = (K - 1) // (G if G > 0 else 1)
+    scale = scales(s_ptr + row * ss, first, last, G, BK)
+    q = integers(w, BITS, tl.float32, ASM)
+    if z_ptr is not None:
+        q = less_zero(q, scales(z_ptr + row * sz, first, last, G, BK))
+    y = rounded(q, scale, tl.float32).to(y_ptr.dtype.element_ty)
     k = first + tl.arange(0, BK)
     tl.store(y_ptr + r.to(tl.int64)[:, None] * K + k[None, :], y, mask=(r < R)[:, None] & (k < K)[None, :])

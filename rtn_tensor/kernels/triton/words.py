@@ -137,8 +137,8 @@ def _scale(rows, k, last, G: tl.constexpr):
 
 @triton.jit
 def loaded_scales(rows, k, last, G: tl.constexpr, COLUMNS: tl.constexpr):
-    """The scales of columns [k, k + COLUMNS), four tensors `[N]`, of which `joined_scales` takes what there
-    are. G > 0."""
+    """The scales, or zero points, of columns [k, k + COLUMNS), four tensors `[N]`, of which `joined_scales`
+    takes what there are. G > 0."""
     UNIT: tl.constexpr = COLUMNS if G % COLUMNS == 0 else (G if COLUMNS % G == 0 else 32)
     tl.static_assert(COLUMNS <= 4 * UNIT, "a step is four groups, or four times 32 columns, at most")
     s0 = _scale(rows, k, last, G)
@@ -161,13 +161,23 @@ def joined_scales(s0, s1, s2, s3, G: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def scales(rows, k, last, G: tl.constexpr, COLUMNS: tl.constexpr):
-    """The scales of columns [k, k + COLUMNS): `[N, 2 or 4]`. G = 0: one scale per row."""
+    """The scales, or zero points, of columns [k, k + COLUMNS): `[N, 2 or 4]`. G = 0: one per row."""
     if G == 0:
         s0 = scale_at(rows)
         return tl.join(s0, s0)
     else:
         s0, s1, s2, s3 = loaded_scales(rows, k, last, G, COLUMNS)
         return joined_scales(s0, s1, s2, s3, G, COLUMNS)
+
+
+@triton.jit
+def less_zero(q, zero):
+    """q - zero, which every dtype holds: `q [N, K]`, `zero [N, PARTS]` int8, each for K / PARTS columns."""
+    N: tl.constexpr = q.shape[0]
+    K: tl.constexpr = q.shape[1]
+    PARTS: tl.constexpr = zero.shape[1]
+    parts = tl.reshape(q, (N, PARTS, K // PARTS))
+    return tl.reshape(parts - zero.to(tl.float32).to(q.dtype)[:, :, None], (N, K))
 
 
 @triton.jit
@@ -190,6 +200,7 @@ def product(
     x_valid,
     w_rows,
     s_rows,
+    z_rows,
     first,
     end,
     K,
@@ -208,7 +219,8 @@ def product(
     Args:
         x_rows, x_valid: `[BM]` addresses of the rows of x, and which of them are there.
         w_rows: `[BN]` addresses of the rows of the plane, as int16, 16-byte aligned.
-        s_rows: `[BN]` addresses of the rows of scales.
+        s_rows, z_rows: `[BN]` addresses of the rows of scales and of zero points; None: there are none of the
+            latter.
         first, end: `first` is a multiple of BK.
         K: a multiple of 8.
         G: columns a scale is for; 0: one scale per row, which the caller applies to the result.
@@ -232,6 +244,10 @@ def product(
     # The loop carries the scales of the next step: a load of two bytes is not made asynchronous.
     if G > 0:
         s0, s1, s2, s3 = loaded_scales(s_rows, first, last, G, BK)
+        if z_rows is not None:
+            z0, z1, z2, z3 = loaded_scales(z_rows, first, last, G, BK)
+    elif z_rows is not None:
+        zero = scales(z_rows, first, last, G, BK)
     tl.assume(end > first)  # a loop that might not run makes ptxas wait after every wgmma
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(first, end, BK):
@@ -242,6 +258,10 @@ def product(
             w = tl.load(w_ptrs, mask=ow[None, :] < tl.multiple_of(words - k * BITS // 16, 8), other=0)
             x = tl.load(x_ptrs, mask=x_valid[None, :] & (ok[:, None] < tl.multiple_of(K - k, 8)), other=0.0)
         q = integers(w, BITS, DTYPE, ASM)
+        if z_rows is not None:
+            if G > 0:
+                zero = joined_scales(z0, z1, z2, z3, G, BK)
+            q = less_zero(q, zero)
         if G == 0:
             acc = tl.dot(q, x, acc=acc, input_precision=PRECISION)
         elif SCALE_AFTER:
@@ -252,6 +272,8 @@ def product(
             acc = tl.dot(rounded(q, scale, DTYPE), x, acc=acc, input_precision=PRECISION)
         if G > 0:
             s0, s1, s2, s3 = loaded_scales(s_rows, k + BK, last, G, BK)
+            if z_rows is not None:
+                z0, z1, z2, z3 = loaded_scales(z_rows, k + BK, last, G, BK)
         w_ptrs += WORDS
         x_ptrs += BK
     return acc
@@ -263,11 +285,13 @@ def product_dx(
     dy_valid,
     w_ptr,
     s_ptr,
+    z_ptr,
     first,
     N,
     K,
     sw,
     ss,
+    sz,
     BITS: tl.constexpr,
     G: tl.constexpr,
     BN: tl.constexpr,
@@ -276,8 +300,9 @@ def product_dx(
 ):
     """dy @ w' for columns [first, first + BK) of w: fp32 `[BM, BK]`.
 
-    `dy_rows`, `dy_valid` `[BM]` are as in `product`; `w_ptr`, `s_ptr` have row strides of sw 16-byte chunks
-    and ss scales. The scale changes along the sum, so the weights are rounded to dy's dtype.
+    `dy_rows`, `dy_valid` `[BM]` are as in `product`; `w_ptr`, `s_ptr` and `z_ptr`, or None, have row strides
+    of sw 16-byte chunks, ss scales and sz zero points. The scale changes along the sum, so the weights are
+    rounded to dy's dtype.
     """
     BM: tl.constexpr = dy_rows.shape[0]
     DTYPE: tl.constexpr = dy_rows.dtype.element_ty
@@ -296,7 +321,8 @@ def product_dx(
         )
         dy = tl.load(dy_rows[:, None] + on[None, :], mask=dy_valid[:, None] & (on < N)[None, :], other=0.0)
         scale = scales(s_ptr + rows * ss, first, last, G, BK)
-        acc = tl.dot(
-            dy, rounded(integers(w, BITS, DTYPE, ASM), scale, DTYPE), acc=acc, input_precision=PRECISION
-        )
+        q = integers(w, BITS, DTYPE, ASM)
+        if z_ptr is not None:
+            q = less_zero(q, scales(z_ptr + rows * sz, first, last, G, BK))
+        acc = tl.dot(dy, rounded(q, scale, DTYPE), acc=acc, input_precision=PRECISION)
     return acc
