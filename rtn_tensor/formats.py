@@ -267,12 +267,21 @@ def check_planes(
 def pack(q: Tensor, bits: int) -> Tensor:
     """Packs `q [..., K]` int8, each in [qmin, qmax], into `qdata [..., row_bytes(K)]` uint8."""
     fmt = FORMATS[bits]
-    q = F.pad(q, (0, -q.shape[-1] % fmt.chunk))
-    fields = q.to(torch.int16).unflatten(-1, (-1, 16 // bits, 8)) & (2**bits - 1)
-    words = fields[..., 0, :]
-    for i in range(1, 16 // bits):
-        words = words | (fields[..., i, :] << (bits * i))
-    return words.flatten(-2).contiguous().view(torch.uint8)
+    k = q.shape[-1]
+    q = F.pad(q, (0, -k % fmt.chunk)) if k % fmt.chunk else q.clone(memory_format=torch.contiguous_format)
+    # Eight elements at a time, field i of all eight words: loops over eight bytes each take ten times as
+    # long.
+    eights = q.view(torch.int64) if k else q.to(torch.int64)
+    fields = (eights & 0x0101010101010101 * (2**bits - 1)) if bits < 8 else eights
+    fields = fields.unflatten(-1, (-1, 2, fmt.elements_per_byte))
+    packed = fields[..., 0]
+    for i in range(1, fmt.elements_per_byte):
+        packed = packed | fields[..., i] << (bits * i)
+    fresh = torch.contiguous_format
+    low, high = (
+        half.clone(memory_format=fresh).view(torch.uint8).to(torch.int16) for half in packed.unbind(-1)
+    )
+    return (low | high << 8).view(torch.uint8)
 
 
 def unpack(qdata: Tensor, bits: int, k: int) -> Tensor:

@@ -79,13 +79,10 @@ def computed(
 
 
 def fields(words: Tensor, bits: int) -> Tensor:
-    """The numbers of `bits` bits in int32 words `[..., W]`, the first in the lowest bits: `[..., W * 32 /
+    """The numbers of 4 or 8 bits in int32 words `[..., W]`, the first in the lowest bits: `[..., W * 32 /
     bits]` uint8."""
     got = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return got
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    return (got[..., None] >> shifts & (1 << bits) - 1).flatten(-2)
+    return got if bits == 8 else nibbles(got)
 
 
 def nibbles(data: Tensor) -> Tensor:
