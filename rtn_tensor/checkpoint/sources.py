@@ -399,8 +399,8 @@ def tensor_names(path: str | os.PathLike) -> set[str]:
 def saved_attributes(
     path: str | os.PathLike, renaming: Callable[[], Callable[[str], str]]
 ) -> dict[str, dict]:
-    """The attributes of each quantized weight of a checkpoint, by the name that its files give it;
-    `renaming()` maps names there to the metadata's, and is asked for where they differ.
+    """The attributes of each quantized weight of a checkpoint, and its `scale_dtype`, by the name that its
+    files give it; `renaming()` maps names there to the metadata's, and is asked for where they differ.
 
     Raises:
         FileNotFoundError, ValueError: as `sources`.
@@ -418,5 +418,6 @@ def saved_attributes(
         if {*PLANES} <= {*planes}:  # else the weight is shared, and saved under its other name
             _quantized_source(planes, fqn, formats[fqn])
             module, _, name = planes["qdata"].name.rpartition(".")
-            attributes[f"{module}.{name.removeprefix('_').removesuffix('_qdata')}"] = formats[fqn]
+            about = {**formats[fqn], "scale_dtype": planes["scale"].dtype}
+            attributes[f"{module}.{name.removeprefix('_').removesuffix('_qdata')}"] = about
     return attributes

@@ -7,10 +7,12 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rtn_tensor import reference
 from rtn_tensor.checkpoint.sources import saved_attributes, tensor_names
@@ -56,12 +58,19 @@ def _default_format() -> dict[str, Any]:
     return {"bits": bits, "group_size": group_size, "scale_method": "absmax"}
 
 
-def _check_served(config: RTNConfig | None, where: str) -> None:
-    if config is not None and config.scale_method in (*ASYMMETRIC, *SCALES_OF_8_BITS):
+def _check_served(config: RTNConfig | None, where: str, unserved: Collection[str]) -> None:
+    if config is not None and config.scale_method in unserved:
         raise ValueError(
-            f"{where}: the scale method {config.scale_method!r} has planes that engines do not hold yet; use "
-            "'search', or export the folder to compressed-tensors"
+            f"{where}: the scale method {config.scale_method!r} has planes that this engine does not hold "
+            "yet; use 'search', or export the folder to compressed-tensors"
         )
+
+
+@dataclass(frozen=True)
+class KeptConfig(RTNConfig):
+    """The format of a weight of a quantized folder whose scales keep their dtype, whatever the engine's."""
+
+    scale_dtype: torch.dtype = torch.float16
 
 
 @dataclass
@@ -84,13 +93,19 @@ class Options:
     _bytes: list[int] = field(default_factory=lambda: [0, 0])
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], own: Sequence[str] = ()) -> "Options":
+    def read(
+        cls,
+        config: Mapping[str, Any],
+        own: Sequence[str] = (),
+        unserved: Collection[str] = (*ASYMMETRIC, *SCALES_OF_8_BITS),
+    ) -> "Options":
         """From the quantization_config that a user gives; what it leaves out is RTN_NUM_BITS (8),
         RTN_GROUP_SIZE (128), "absmax".
 
         Args:
             config: what is given.
             own: keys that the engine's plugin reads itself.
+            unserved: scale methods whose planes it does not hold.
 
         Raises:
             ValueError: an unknown key or an unfit value; it says which, and what is allowed.
@@ -113,7 +128,7 @@ class Options:
             config.get("rules") or [], default
         )
         for config_of in (default, *(given for _, given in rules)):
-            _check_served(config_of, "quantization_config")
+            _check_served(config_of, "quantization_config", unserved)
         return cls(default, rules)
 
     # -------------------------------------------------------------- what becomes of a layer
@@ -131,9 +146,8 @@ class Options:
         """
         found = {part: self._of_part(part, name, by_default) for part in parts or (name,)}
         if len(set(found.values())) > 1:
-            each = ", ".join(
-                f"{part.rpartition('.')[2]} {format_text(config)}" for part, config in found.items()
-            )
+            texts = [f"{part.rpartition('.')[2]} {format_text(config)}" for part, config in found.items()]
+            each = ", ".join(dict.fromkeys(texts))  # once of many experts
             how = (
                 "quantize the folder again with one format"
                 if self.default is None
@@ -167,22 +181,30 @@ class Options:
             self.note(name, None, in_features * out_features, out_features, itemsize)
         return config
 
-    def of_experts(self, name: str) -> tuple[RTNConfig, RTNConfig] | None:
+    def of_experts(
+        self, name: str, gate_up: Sequence[str] = (), down: Sequence[str] = ()
+    ) -> tuple[RTNConfig, RTNConfig] | None:
         """`of` the experts of a layer: of gate and up, which may be named as `name`.gate_up_proj, and of
-        down, `name`.down_proj.
+        down, `name`.down_proj; or as `gate_up` and `down`, each expert's modules, where a quantized folder
+        has these.
 
         Raises:
-            ValueError: only one of the two would be quantized.
+            ValueError: only one of the two would be quantized, or the experts would be different.
         """
-        up, down = (self.of(name, [f"{name}.{part}"]) for part in ("gate_up_proj", "down_proj"))
-        if up is None and down is None:
+
+        def of(whole: str, each: Sequence[str]) -> RTNConfig | None:
+            apart = any(f"{module}.weight" in self.saved for module in each)
+            return self.of(name, each if apart else [f"{name}.{whole}"])
+
+        up_config, down_config = of("gate_up_proj", gate_up), of("down_proj", down)
+        if up_config is None and down_config is None:
             return None
-        if up is None or down is None:
-            kept = "gate_up_proj" if up is None else "down_proj"
+        if up_config is None or down_config is None:
+            kept = "gate_up_proj" if up_config is None else "down_proj"
             raise ValueError(
                 f"{name}: {kept} would stay float, and the other not; give both a format, or neither"
             )
-        return up, down
+        return up_config, down_config
 
     def _of_part(self, part: str, name: str, by_default: bool) -> RTNConfig | None:
         if self.default is None:
@@ -219,7 +241,7 @@ class Options:
         if lost := [name for name in self.saved if name not in self._matched]:
             raise ValueError(
                 f"{lost[0]} (of {len(lost)} such) is quantized in the folder, and no layer here can take it; "
-                "serve the float folder"
+                "serve the float folder, or without quantization='rtn' where another library quantized it"
             )
 
     # ------------------------------------------------------------------- what is said of it
@@ -233,7 +255,9 @@ class Options:
         elif rows:
             k = weights // rows
             groups = 1 if config.group_size == -1 else -(-k // config.group_size)
-            after = rows * (FORMATS[config.bits].row_bytes(k) + groups * itemsize)
+            of_group = config.scale_dtype.itemsize if isinstance(config, KeptConfig) else itemsize
+            of_group += config.scale_method in ASYMMETRIC
+            after = rows * (FORMATS[config.bits].row_bytes(k) + groups * of_group)
             self._formats[format_text(config)] += 1
         self._bytes[0] += before
         self._bytes[1] += after
@@ -252,6 +276,10 @@ class Options:
             if kept
             else ""
         )
+
+
+def kept_config(config: RTNConfig, scale_dtype: torch.dtype) -> KeptConfig:
+    return KeptConfig(config.bits, config.group_size, config.scale_method, scale_dtype=scale_dtype)
 
 
 def format_text(config: RTNConfig | None) -> str:
@@ -367,8 +395,11 @@ def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
                 f"{name} is saved as [in_features, out_features]; serve the float folder "
                 "instead, with quantization='rtn'"
             )
-        formats[name] = RTNConfig(about["bits"], about["group_size"], about["scale_method"])
-        _check_served(formats[name], f"{path}: {name}")
+        config = RTNConfig(about["bits"], about["group_size"], about["scale_method"])
+        if about.get("float_dtype") is not None:
+            config = kept_config(config, about["scale_dtype"])
+        formats[name] = config
+        _check_served(formats[name], f"{path}: {name}", SCALES_OF_8_BITS)
     return formats
 
 

@@ -11,8 +11,10 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4, rtn_int8, save
+from rtn_tensor.formats import SCALES_OF_8_BITS
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.integrations.options import (
+    KeptConfig,
     Options,
     activation_of,
     check_cut,
@@ -63,15 +65,37 @@ def test_a_variable_that_is_wrong_is_named(monkeypatch, name, value, message):
 
 @pytest.mark.parametrize("method", ["minmax", "search8"])
 def test_planes_that_engines_do_not_hold(tmp_path, method):
-    message = f"the scale method {method!r} has planes that engines do not hold yet; use 'search'"
-    for config in ({"scale_method": method}, {"rules": [["*.q_proj", {"scale_method": method}]]}):
+    message = f"the scale method {method!r} has planes that this engine does not hold yet; use 'search'"
+    asked = ({"scale_method": method}, {"rules": [["*.q_proj", {"scale_method": method}]]})
+    for config in asked:
         with pytest.raises(ValueError, match=message):
             Options.read(config)
     model = tiny_llama()
     quantize_(model, rtn_int4(32, method), but_the_ends)
     save(model, tmp_path / "saved")
+    if method == "minmax":  # vLLM's plugin holds a plane `zero`
+        assert Options.read(asked[0], unserved=SCALES_OF_8_BITS).default == rtn(8, 128, "minmax")
+        assert {*saved_formats(tmp_path / "saved").values()} == {rtn_int4(32, "minmax")}
+        return
     with pytest.raises(ValueError, match=message):
         saved_formats(tmp_path / "saved")
+
+
+def test_scales_of_a_folder_that_keep_their_dtype(tmp_path):
+    """As of a GPTQ checkpoint that `load` took over and `save` wrote."""
+    model = tiny_llama().bfloat16()
+    quantize_(model, rtn_int4(32), but_the_ends)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    planes = {"qdata": weight.qdata, "scale": weight.scale.to(torch.float16)}
+    about = {"bits": 4, "group_size": 32, "scale_method": "given", "in_features": weight.in_features}
+    kept = RTNQuantizedTensor(**planes, **about, float_dtype=torch.bfloat16)
+    model.model.layers[0].mlp.down_proj.weight = nn.Parameter(kept, requires_grad=False)
+    save(model, tmp_path / "saved")
+    formats = saved_formats(tmp_path / "saved")
+    assert formats.pop("model.layers.0.mlp.down_proj.weight") == KeptConfig(
+        4, 32, "given", scale_dtype=torch.float16
+    )
+    assert {*formats.values()} == {rtn_int4(32)}
 
 
 def test_the_first_rule_that_matches_counts():

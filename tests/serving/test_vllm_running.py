@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 from engine import ROUNDING, difference, engine, greedy, rtn
+from foreign_folders import ct_mixed
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
@@ -88,11 +89,14 @@ def test_lora(folder, tmp_path):
 
 
 def test_two_ranks(folder, tmp_path):
-    """A float folder, and a quantized one, of experts."""
+    """A float folder, and quantized ones of experts: ours, and another library's, of which columns are cut
+    between groups and inside of rows that are one group."""
     dense, experts = folder("llama"), folder("qwen3_moe")
+    foreign = ct_mixed(experts, tmp_path / "foreign")
     cases = [
         [str(dense), rtn(bits=4, group_size=64)],
         [str(saved(experts, tmp_path / "saved", config=rtn_int4(64, "absmax"), dtype=torch.float32)), {}],
+        [str(foreign), {"quantization": "rtn"}],
     ]
     done = subprocess.run(
         [sys.executable, str(HERE / "ranks.py"), json.dumps(cases)],
@@ -103,9 +107,10 @@ def test_two_ranks(folder, tmp_path):
     results = [
         json.loads(line)["result"] for line in done.stdout.splitlines() if line.startswith('{"result"')
     ]
-    assert len(results) == 2, done.stdout + done.stderr
-    for path, generated in zip((dense, experts), results, strict=True):
-        assert difference(reference(path, rtn_int4(64, "absmax")), generated) < ROUNDING["float32"]
+    assert len(results) == 3, done.stdout + done.stderr
+    models = *(reference(path, rtn_int4(64, "absmax")) for path in (dense, experts)), reference(foreign)
+    for model, generated in zip(models, results, strict=True):
+        assert difference(model, generated) < ROUNDING["float32"]
 
 
 def test_server(folder, tmp_path):

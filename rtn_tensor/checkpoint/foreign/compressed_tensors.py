@@ -167,6 +167,13 @@ def _transformers(weights: Sequence[Weight], experts: Mapping[str, set[Any]]) ->
 # ----------------------------------------------------------------------------------- reading
 
 
+def quantizes_activations(how: Mapping[str, Any]) -> bool:
+    """Whether a config says that activations are quantized, too."""
+    groups = how.get("config_groups")
+    found = groups.values() if isinstance(groups, dict) else ()
+    return any(isinstance(group, dict) and bool(group.get("input_activations")) for group in found)
+
+
 def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
     """Puts weights in the place of compressed-tensors' planes.
 
@@ -174,7 +181,7 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
         ValueError: an option that is not read; a plane is missing, or not as the others or the config say.
     """
     schemes = schemes_of(how, where)
-    if any(group.get("input_activations") for group in how["config_groups"].values()):
+    if quantizes_activations(how):
         warnings.warn(f"{where}: the activations were quantized, too, and load does not", stacklevel=6)
     for module, packed in ending(found, ".weight_packed"):
         scale = beside(found, packed, f"{module}.weight_scale")

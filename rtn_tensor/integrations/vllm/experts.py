@@ -57,7 +57,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         i = intermediate_size_per_partition
         check_cut(f"{self.name}.down_proj", self.configs["w2"], i * self.moe.tp_size, i)
         self.shapes = {"w13": (num_experts, 2 * i, hidden_size), "w2": (num_experts, hidden_size, i)}
-        self.weight_loader = extra_weight_attrs["weight_loader"]
+        self.dtype, self.weight_loader = params_dtype, extra_weight_attrs["weight_loader"]
         for w, shape in self.shapes.items():
             config = self.configs[w]
             self.parent.options.note(
@@ -80,8 +80,9 @@ class RTNExpertsMethod(FusedMoEMethodBase):
             elif self.saved:
                 planes = add_planes(layer, f"{w}_weight", shape, config, params_dtype)
                 kind = "CHANNEL" if config.group_size == -1 else "GROUP"
-                planes["scale"].quant_method = FusedMoeWeightScaleSupported[kind].value
                 parameters = list(planes.values())
+                for of_groups in parameters[1:]:  # the scale, and the zero where there is one
+                    of_groups.quant_method = FusedMoeWeightScaleSupported[kind].value
             else:
                 parameters = [empty_parameter(shape, params_dtype, device)]
                 layer.register_parameter(f"{w}_weight", parameters[0])
@@ -110,7 +111,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
                     )
                 continue
             if self.saved:
-                q = take_planes(layer, f"{w}_weight", self.shapes[w][-1], config, fqn)
+                q = take_planes(layer, f"{w}_weight", self.shapes[w][-1], config, self.dtype, fqn)
             else:
                 q = quantized_loaded(layer, getattr(layer, f"{w}_weight").data, config, fqn)
             put(layer, f"{w}_weight", q, fqn, weight_loader=self.weight_loader)

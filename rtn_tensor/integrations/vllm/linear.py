@@ -14,6 +14,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.scalar_type import scalar_types
 
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.formats import ASYMMETRIC
 from rtn_tensor.integrations.options import check_cut, format_text
 from rtn_tensor.integrations.vllm.parameters import (
     add_packed,
@@ -50,7 +51,8 @@ class RTNLinearMethod(LinearMethodBase):
         check_cut(self.name, self.config, input_size, input_size_per_partition)
         shape = n, k = sum(output_partition_sizes), input_size_per_partition
         self.parent.options.note(self.name, self.config, n * k, n, params_dtype.itemsize)
-        self.in_features, self.weight_loader = k, extra_weight_attrs["weight_loader"]
+        self.in_features, self.dtype = k, params_dtype
+        self.weight_loader = extra_weight_attrs["weight_loader"]
         if self.parent.kernel == "vllm":
             self.kernel = self._vllm_kernel((input_size, output_size), (k, n), params_dtype)
         if not self.saved:
@@ -63,7 +65,7 @@ class RTNLinearMethod(LinearMethodBase):
             return
         for plane, parameter in add_planes(layer, "_weight", shape, self.config, params_dtype).items():
             # By all columns, so by all ranks that have some of them.
-            shared = plane == "scale" and self.config.group_size == -1
+            shared = plane != "qdata" and self.config.group_size == -1
             set_weight_attrs(
                 parameter, {"output_dim": 0, **({} if shared else {"input_dim": 1}), **extra_weight_attrs}
             )
@@ -74,7 +76,7 @@ class RTNLinearMethod(LinearMethodBase):
         self.parent.tell()
         fqn = f"{self.name}.weight"
         if self.saved:
-            w = take_planes(layer, "_weight", self.in_features, self.config, fqn)
+            w = take_planes(layer, "_weight", self.in_features, self.config, self.dtype, fqn)
         else:
             w = quantized_loaded(layer, layer.weight.data, self.config, fqn)
         if self.kernel is None:
@@ -96,6 +98,8 @@ class RTNLinearMethod(LinearMethodBase):
         size = self.config.group_size
         problem = MPLinearLayerConfig(full, of_rank, TYPES[self.config.bits], dtype, size, zero_points=False)
         try:
+            if self.config.scale_method in ASYMMETRIC:
+                raise ValueError("they get no zero points")
             if dtype == torch.float32:
                 raise ValueError("they take dtype='bfloat16' and 'float16'")
             if of_rank[0] % (unit := 32 // self.config.bits if size == -1 else size):

@@ -14,8 +14,10 @@ from vllm.model_executor.parameter import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
+from rtn_tensor.checkpoint.sources import IN_FILES
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import FORMATS, groups, pack_gptq, unpack
+from rtn_tensor.formats import pack_gptq, unpack
+from rtn_tensor.integrations.options import KeptConfig
 from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.tensor import RTNQuantizedTensor
 
@@ -24,31 +26,35 @@ def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype, device: str | No
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
-def _plane_shapes(shape: tuple[int, ...], config: RTNConfig) -> dict[str, tuple[int, ...]]:
-    *rows, k = shape
-    return {
-        "qdata": (*rows, FORMATS[config.bits].row_bytes(k)),
-        "scale": (*rows, groups(k, config.group_size)),
-    }
-
-
 def add_planes(
     layer: nn.Module, name: str, shape: tuple[int, ...], config: RTNConfig, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Empty parameters for the two planes of a weight, for a quantized folder's to be loaded into:
-    `name`_qdata and `name`_scale."""
-    planes = {}
-    for plane, plane_shape in _plane_shapes(shape, config).items():
-        planes[plane] = empty_parameter(plane_shape, torch.uint8 if plane == "qdata" else dtype)
-        layer.register_parameter(f"{name}_{plane}", planes[plane])
+    """Empty parameters for the planes of a weight, for a quantized folder's to be loaded into, each by its
+    name and under `name` and what it is called in files, as in `name`_qdata."""
+    about = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
+    scale_dtype = config.scale_dtype if isinstance(config, KeptConfig) else dtype
+    w = RTNQuantizedTensor.empty(*shape, **about, dtype=dtype, scale_dtype=scale_dtype)
+    planes: dict[str, Any] = {}
+    for plane, data in w.planes.items():
+        planes[plane] = nn.Parameter(data, requires_grad=False)
+        layer.register_parameter(f"{name}_{IN_FILES[plane]}", planes[plane])
     return planes
 
 
-def take_planes(layer: Any, name: str, k: int, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
-    qdata, scale = (layer._parameters.pop(f"{name}_{plane}").data for plane in ("qdata", "scale"))
-    if not is_finite(scale):
-        raise ValueError(f"{fqn}: a scale does not fit {scale.dtype}; serve it with dtype='bfloat16'")
-    return RTNQuantizedTensor(qdata, scale, config.bits, config.group_size, config.scale_method, k)
+def take_planes(
+    layer: Any, name: str, k: int, config: RTNConfig, dtype: torch.dtype, fqn: str
+) -> RTNQuantizedTensor:
+    """The weight of `dtype` whose planes were loaded, in their place."""
+    loaded = {plane: layer._parameters.pop(f"{name}_{end}", None) for plane, end in IN_FILES.items()}
+    planes = {plane: parameter.data for plane, parameter in loaded.items() if parameter is not None}
+    if not is_finite(scale := planes["scale"]):
+        why = "is NaN or inf" if isinstance(config, KeptConfig) else f"does not fit {scale.dtype}"
+        way_out = (
+            "repair the checkpoint" if isinstance(config, KeptConfig) else "serve it with dtype='bfloat16'"
+        )
+        raise ValueError(f"{fqn}: a scale {why}; {way_out}")
+    about = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
+    return RTNQuantizedTensor(**planes, **about, in_features=k, float_dtype=dtype)
 
 
 def quantized_loaded(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:

@@ -14,9 +14,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
+from rtn_tensor.checkpoint.foreign.reading import READERS
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.formats import SCALES_OF_8_BITS
 from rtn_tensor.integrations.options import Options, has_own_output, is_saved, saved_formats
 from rtn_tensor.integrations.vllm.experts import RTNExpertsMethod
+from rtn_tensor.integrations.vllm.foreign import ForeignFolder, TurningMapper, foreign_folder
 from rtn_tensor.integrations.vllm.linear import RTNLinearMethod
 
 logger = init_logger(f"vllm.{__package__}")  # vLLM shows no others
@@ -37,7 +40,9 @@ class RTNQuantizationConfig(QuantizationConfig):
         if kernel not in ENGINE_KERNELS:
             allowed = ", or ".join(f"{name!r} ({whose})" for name, whose in ENGINE_KERNELS.items())
             raise ValueError(f"quantization_config: kernel={kernel!r} is not supported; use {allowed}")
+        self.given = options is not None
         self.options = Options.read({}) if options is None else options
+        self.folder: ForeignFolder | None = None  # that another library quantized
         self.kernel = kernel
         self.tied = False
         self.embedding: RTNConfig | None = None
@@ -61,20 +66,34 @@ class RTNQuantizationConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RTNQuantizationConfig":
-        if is_saved(config):
+        if is_saved(config) or config.get("quant_method") in READERS:
             return cls(Options(default=None))
-        return cls(Options.read(config, own=("kernel",)), config.get("kernel", "rtn"))
+        options = Options.read(config, own=("kernel",), unserved=SCALES_OF_8_BITS)
+        return cls(options, config.get("kernel", "rtn"))
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        return "rtn" if is_saved(hf_quant_cfg) else None
+        # What another library quantized is vLLM's own affair, unless it is asked for this.
+        asked = user_quant == "rtn" and hf_quant_cfg.get("quant_method") in READERS
+        return "rtn" if asked or is_saved(hf_quant_cfg) else None
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        if self.options.default is None:
+        self.folder = foreign_folder(model_name)
+        if self.folder is not None:
+            if self.given and self.options.default is not None:
+                raise ValueError(
+                    f"{self.folder.how.where}: the weights are quantized by {self.folder.how.kind}, and the "
+                    "quantization_config that was given asks for others; leave it out, to serve them as they "
+                    f"are, or quantize them anew, by rtn-tensor quantize {model_name} DST"
+                )
+            self.options = Options(default=None, saved=dict(self.folder.formats))
+            if hf_config is not None and "lm_head.weight" in self.folder.formats:
+                hf_config.get_text_config().tie_word_embeddings = False
+        elif self.options.default is None:
             self.options.saved = saved_formats(model_name)
             # Else vLLM takes the embedding in its stead.
             if hf_config is not None and has_own_output(model_name):
@@ -92,10 +111,11 @@ class RTNQuantizationConfig(QuantizationConfig):
         self.tell()  # all layers are made, and loading begins
         up, down = self.experts_names
         names = {
-            r"\.experts\._gate_up_proj_(qdata|scale)$": rf".experts.{up}_\1",
-            r"\.experts\._down_proj_(qdata|scale)$": rf".experts.{down}_\1",
+            r"\.experts\._gate_up_proj_(qdata|scale|zero_point)$": rf".experts.{up}_\1",
+            r"\.experts\._down_proj_(qdata|scale|zero_point)$": rf".experts.{down}_\1",
         }
-        return WeightsMapper(orig_to_new_regex={regex.compile(old): new for old, new in names.items()})
+        by_name = {regex.compile(old): new for old, new in names.items()}
+        return TurningMapper(orig_to_new_regex=by_name, folder=self.folder)
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
@@ -127,7 +147,13 @@ class RTNQuantizationConfig(QuantizationConfig):
         return None if config is None else RTNLinearMethod(self, config, prefix)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase:
-        configs = self.options.of_experts(prefix)
+        each = [f"{prefix}.{i}" for i in range(layer.moe_config.num_logical_experts)]
+        gate_up = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name]
+        configs = self.options.of_experts(
+            prefix,
+            [f"{expert}.{part}" for expert in each for part in gate_up],
+            [f"{expert}.{layer.ckpt_down_proj_name}" for expert in each],
+        )
         if configs is None:
             return UnquantizedFusedMoEMethod(layer.moe_config)
         if self.kernel == "vllm":
