@@ -149,9 +149,14 @@ def test_activations_that_are_quantized_are_refused(folder, tmp_path):
         ask(path, quantization="rtn")
 
 
-def test_another_format_by_options_is_refused(folder, tmp_path):
-    path = gptq_rows(folder("llama"), tmp_path / "quantized")
-    message = "quantized by GPTQ, and the quantization_config that was given asks for others; leave it out"
+@pytest.mark.parametrize("whose", ["GPTQ", "this library"])
+def test_another_format_by_options_is_refused(folder, tmp_path, whose):
+    path = tmp_path / "quantized"
+    if whose == "GPTQ":
+        gptq_rows(folder("llama"), path)
+    else:
+        saved(folder("llama"), path, config=rtn_config(4))
+    message = f"the weights are quantized by {whose} already, and the quantization_config that was given asks"
     with pytest.raises(ValueError, match=message):
         ask(path, **rtn(bits=4))
 

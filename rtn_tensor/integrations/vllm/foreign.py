@@ -14,19 +14,21 @@ import torch
 from torch import Tensor
 from vllm.model_executor.models.utils import WeightsMapper
 
+from rtn_tensor.checkpoint.files import read_json
 from rtn_tensor.checkpoint.foreign.compressed_tensors import quantizes_activations
 from rtn_tensor.checkpoint.foreign.reading import (
     FILES,
     OF_ACTIVATIONS,
     READERS,
     Description,
+    configs_in,
     description,
     put_together,
 )
 from rtn_tensor.checkpoint.sources import IN_FILES, sources, state_sources, tensor_names
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import ASYMMETRIC, GIVEN, GIVEN_ASYMMETRIC
-from rtn_tensor.integrations.options import KeptConfig, kept_config
+from rtn_tensor.integrations.options import KeptConfig, is_saved, kept_config
 
 VLLMS_OWN = "leave out quantization='rtn', for vLLM's own kernels"
 UNLIKE_THE_FIRST = (
@@ -116,6 +118,12 @@ class TurningMapper(WeightsMapper):
 
     def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         return super().apply(weights if self.folder is None else self.folder.turned(weights))
+
+
+def is_ours_at(path: str | os.PathLike) -> bool:
+    """Whether a folder on this machine says that this library quantized it."""
+    file = Path(path) / "config.json"
+    return file.is_file() and any(is_saved(how) for _, how in configs_in(read_json(file)))
 
 
 def foreign_folder(path: str | os.PathLike) -> ForeignFolder | None:

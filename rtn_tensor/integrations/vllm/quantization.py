@@ -19,7 +19,12 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import SCALES_OF_8_BITS
 from rtn_tensor.integrations.options import Options, has_own_output, is_saved, saved_formats
 from rtn_tensor.integrations.vllm.experts import RTNExpertsMethod
-from rtn_tensor.integrations.vllm.foreign import ForeignFolder, TurningMapper, foreign_folder
+from rtn_tensor.integrations.vllm.foreign import (
+    ForeignFolder,
+    TurningMapper,
+    foreign_folder,
+    is_ours_at,
+)
 from rtn_tensor.integrations.vllm.linear import RTNLinearMethod
 
 logger = init_logger(f"vllm.{__package__}")  # vLLM shows no others
@@ -83,13 +88,13 @@ class RTNQuantizationConfig(QuantizationConfig):
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         self.folder = foreign_folder(model_name)
+        by = "this library" if self.folder is None else self.folder.how.kind
+        if self.given and self.options.default is not None and (self.folder or is_ours_at(model_name)):
+            raise ValueError(
+                f"{model_name}: the weights are quantized by {by} already, and the quantization_config that "
+                "was given asks for others; leave it out, to serve them so, or serve the float folder"
+            )
         if self.folder is not None:
-            if self.given and self.options.default is not None:
-                raise ValueError(
-                    f"{self.folder.how.where}: the weights are quantized by {self.folder.how.kind}, and the "
-                    "quantization_config that was given asks for others; leave it out, to serve them as they "
-                    f"are, or quantize them anew, by rtn-tensor quantize {model_name} DST"
-                )
             self.options = Options(default=None, saved=dict(self.folder.formats))
             if hf_config is not None and "lm_head.weight" in self.folder.formats:
                 hf_config.get_text_config().tie_word_embeddings = False
