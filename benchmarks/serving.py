@@ -14,7 +14,6 @@ vLLM's pull request 26051 (Llama-3.1-8B on one H100: bf16 .236/.260/.284/.336 s 
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -26,13 +25,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.gptq_checkpoint import GROUP_SIZE, write_gptq
 from benchmarks.machine import machine
 from benchmarks.real_model import smollm2
-from rtn_tensor import RTNQuantizedTensor, load, rtn_int4
-from rtn_tensor.formats import pack_gptq, unpack
 from rtn_tensor.text_table import table
 
-GROUP_SIZE = 64  # which divides SmolLM2's 576 columns, as GPTQ's format wants
 # No quotation marks in the names: Inductor writes the command line into its code.
 CONFIGS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -40,41 +37,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "int4": {"bits": 4},
     "int4 by vLLM (GPTQ)": {"gptq": True},
 }
-
-
-def write_gptq(model: Path, to: Path) -> None:
-    """The folder `to`: the weights that this library's int4 gives, in the format of GPTQ checkpoints, which
-    every engine reads."""
-    from safetensors.torch import save_file
-
-    quantized = load(model, rtn_int4(GROUP_SIZE))
-    tensors = {}
-    for name, w in quantized.state_dict().items():
-        if not isinstance(w, RTNQuantizedTensor):
-            if name != "lm_head.weight" or not quantized.config.tie_word_embeddings:
-                tensors[name] = w.clone()
-            continue
-        n, k = w.shape
-        prefix, groups = name.removesuffix("weight"), k // GROUP_SIZE
-        tensors[f"{prefix}qweight"] = pack_gptq(unpack(w.qdata, 4, k), 4).t().contiguous()
-        tensors[f"{prefix}scales"] = w.scale.t().contiguous()
-        # One less than the zero, 8, in each field.
-        tensors[f"{prefix}qzeros"] = torch.full((groups, n // 8), 0x77777777, dtype=torch.int32)
-        tensors[f"{prefix}g_idx"] = torch.arange(k, dtype=torch.int32) // GROUP_SIZE
-    to.mkdir()
-    save_file(tensors, to / "model.safetensors", {"format": "pt"})
-    for file in model.glob("*token*"):
-        shutil.copy(file, to)
-    about = {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": GROUP_SIZE,
-        "desc_act": False,
-        "sym": True,
-        "checkpoint_format": "gptq",
-    }
-    config = json.loads((model / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
 
 
 def measure(name: str, model: Path, batches: list[int], input: int, output: int, runs: int) -> list[dict]:
@@ -160,7 +122,7 @@ def main() -> None:
             folder = model
             if asked.get("gptq"):
                 folder = Path(work) / "gptq"
-                write_gptq(model, folder)
+                write_gptq(model, folder, torch.bfloat16)
             command = [
                 sys.executable,
                 "-m",

@@ -1,0 +1,118 @@
+"""One GPTQ checkpoint on a CPU, by each engine that reads it: prefill of 512 tokens, and decoding at batch 1.
+
+    python -m benchmarks.gptq_checkpoint [--gptqmodel PYTHON] [--vllm PYTHON] [--threads 2] [--runs 5]
+                                         [--json FILE]
+
+The checkpoint is SmolLM2-135M-Instruct as `export` writes it: int4, groups of 64, float16 scales. This
+library keeps its integers and scales, and runs it by transformers, eager, and compiled as `rtn-tensor
+generate` does. PYTHON is an interpreter that has GPTQModel and optimum, for transformers' own way, or vLLM.
+Each engine is a process of its own, and they run in turn.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.machine import add_threads, machine
+from benchmarks.real_model import smollm2
+from rtn_tensor import export, load, rtn_int4
+from rtn_tensor.text_table import table
+
+PROMPT, SHORT, NEW = 512, 32, 32  # tokens
+MEASURES = ("prefill", "decode")
+GROUP_SIZE = 64  # which divides SmolLM2's 576 columns, as GPTQ's format wants
+VLLM = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+def write_gptq(model: Path, to: Path, dtype: torch.dtype = torch.float16) -> None:
+    """The folder `to`: the weights that this library's int4 gives, as a GPTQ checkpoint."""
+    export(load(model, rtn_int4(GROUP_SIZE), dtype=dtype), to, "gptq")
+
+
+class Engine:
+    """A process that runs the checkpoint; see `gptq_engine.py`."""
+
+    def __init__(self, name: str, python: str, folder: Path, threads: int):
+        script = str(Path(__file__).with_name("gptq_engine.py"))
+        bind = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
+        self.said = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [python, script, name, str(folder), str(threads)],
+            env=os.environ | VLLM | bind,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+        )
+        self.name = name
+        self.version = self._line()
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            self.said.seek(0)
+            raise RuntimeError(f"{self.name}'s process ended:\n{self.said.read()[-4000:]}")
+        return line.strip()
+
+    def seconds(self, prompt: int, new: int) -> float:
+        print(f"{prompt} {new}", file=self.process.stdin, flush=True)
+        return float(self._line())
+
+    def turn(self) -> dict[str, float]:
+        """Tokens per second, prefill and decoding."""
+        one, more = self.seconds(SHORT, 1), self.seconds(SHORT, 1 + NEW)
+        return {"prefill": PROMPT / self.seconds(PROMPT, 1), "decode": NEW / (more - one)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gptq_checkpoint", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--gptqmodel", metavar="PYTHON", help="an interpreter with GPTQModel and optimum")
+    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter with vLLM")
+    add_threads(parser)
+    parser.add_argument(
+        "--runs", type=int, default=5, metavar="R", help="of which the median is taken (default: 5)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
+    )
+    args = parser.parse_args()
+    given = {"GPTQModel": args.gptqmodel, "vLLM": args.vllm}
+    pythons = dict.fromkeys(("rtn_tensor", "rtn_tensor compiled"), sys.executable)
+    pythons |= {name: python for name, python in given.items() if python}
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "gptq"
+        write_gptq(smollm2(), folder)
+        engines = [Engine(name, python, folder, args.threads) for name, python in pythons.items()]
+        turns = [{engine.name: engine.turn() for engine in engines} for _ in range(args.runs + 1)][1:]
+        for engine in engines:
+            engine.process.communicate()
+    rows = [
+        {"engine": engine.name, "version": engine.version}
+        | {what: statistics.median(turn[engine.name][what] for turn in turns) for what in MEASURES}
+        for engine in engines
+    ]
+    print(f"Tokens per second: prefill of {PROMPT}, and decoding after {SHORT}\n")
+    lines = [[row["engine"], row["version"], *(f"{row[what]:.1f}" for what in MEASURES)] for row in rows]
+    print(table(["engine", "version", *MEASURES], lines))
+    if args.json:
+        about = {"machine": machine(), "model": "SmolLM2-135M-Instruct", "group_size": GROUP_SIZE}
+        about |= {"prompt": PROMPT, "new_tokens": NEW, "runs": args.runs, "threads": args.threads}
+        args.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
