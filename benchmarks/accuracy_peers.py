@@ -104,6 +104,7 @@ def auto_round(model: Any, iterations: int) -> Any:
         scheme="W4A16",
         group_size=GROUP,
         iters=iterations,
+        disable_opt_rtn=True,  # which takes the importance of columns from data
         nsamples=SAMPLES,
         seqlen=LENGTH,
         dataset=data if iterations else None,

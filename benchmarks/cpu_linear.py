@@ -2,7 +2,7 @@
 in one run.
 
     python -m benchmarks.cpu_linear [--json FILE] [--shapes 4096x4096,...] [--tokens 1,4,...] [--dtypes
-    bfloat16,...] [--threads 2]
+    bfloat16,...] [--only NAME ...] [--threads 2]
 
 Each call takes the next of several weights, which together do not fit the last-level cache, as the layers of
 a model would. The peers take turns, each with a few calls in a row, of which the first half, which find what
@@ -19,7 +19,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -77,8 +77,8 @@ def torchao_linear(config, w: Tensor) -> Callable[[Tensor], Tensor]:
     return layer
 
 
-def ours(bits: int, group_size: int, w: Tensor) -> Callable[[Tensor], Tensor]:
-    q = rtn_tensor.RTNQuantizedTensor.from_float(w, bits, group_size)
+def ours(bits: int, group_size: int, w: Tensor, scale_method: str = "absmax") -> Callable[[Tensor], Tensor]:
+    q = rtn_tensor.RTNQuantizedTensor.from_float(w, bits, group_size, scale_method)
     return lambda x: F.linear(x, q)
 
 
@@ -89,7 +89,10 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Callable[[Ten
     return {
         "dense": lambda w: lambda x: F.linear(x, w),
         "rtn int4 g128": partial(ours, 4, 128),
+        "rtn int4 g64": partial(ours, 4, 64),
         "rtn int4 g32": partial(ours, 4, 32),
+        "rtn int4 g128, zero points": partial(ours, 4, 128, scale_method="minmax"),
+        "rtn int4 g32, 8-bit scales": partial(ours, 4, 32, scale_method="search8"),
         "rtn int8 g128": partial(ours, 8, 128),
         "aten int4 g128": aten_int4,
         "aten int8": aten_int8,
@@ -111,10 +114,14 @@ def burst(layers: list, first: int, x: Tensor) -> list[float]:
 
 
 @torch.inference_mode()
-def measure(dtype: torch.dtype, n: int, k: int, tokens: list[int], turns: int) -> list[dict]:
+def measure(
+    dtype: torch.dtype, n: int, k: int, tokens: list[int], turns: int, only: Sequence[str] = ()
+) -> list[dict]:
     layers: dict[str, list] = {}
     rows: list[dict] = []
     for name, make in contenders(dtype).items():
+        if only and name not in ("dense", *only):
+            continue
         bits = 4 if "int4" in name else 8 if "int8" in name else 8 * dtype.itemsize
         count = max(2, -(-8 * CACHE_BYTES // (n * k * bits)))
         layers[name] = [make(torch.randn(n, k, dtype=dtype)) for _ in range(count)]
@@ -157,7 +164,7 @@ def way_in(turns: int) -> dict[str, float]:
     parts = {
         "dense F.linear": lambda: F.linear(x, w),
         "F.linear": lambda: F.linear(x, q),
-        "the op's one door": lambda: ops.linear(x, *planes),
+        "ops.linear": lambda: ops.linear(x, *planes),
         "the kernel in Python": lambda: cpu.linear(x, *planes),
         "the C function": lambda: cpu.library().rtn_linear(packed),
     }
@@ -214,6 +221,9 @@ def main() -> None:
         metavar="DTYPE,...",
         help=f"of x and of the dense weight (default: {DTYPES})",
     )
+    parser.add_argument(
+        "--only", metavar="NAME", action="append", default=[], help="dense and this kernel; may repeat"
+    )
     add_threads(parser)
     parser.add_argument("--turns", type=int, default=5, metavar="R", help="turns counted (default: 5)")
     parser.add_argument(
@@ -234,15 +244,15 @@ def main() -> None:
     for dtype in args.dtypes.split(","):
         for shape in args.shapes.split(","):
             n, k = map(int, shape.split("x"))
-            some = measure(getattr(torch, dtype), n, k, tokens, args.turns)
+            some = measure(getattr(torch, dtype), n, k, tokens, args.turns, args.only)
             show(some, read)
             rows += some
-    door = way_in(args.turns)
+    parts = way_in(args.turns)
     print("\nThe way in, bf16 x [1, 576] and weight [576, 576], 1 thread, each part with all below it")
-    print(table(["", "us"], [[name, f"{us:.1f}"] for name, us in door.items()]))
+    print(table(["", "us"], [[name, f"{us:.1f}"] for name, us in parts.items()]))
     if args.json:
         args.json.write_text(
-            json.dumps({"machine": about, "turns": args.turns, "way_in_us": door, "rows": rows}, indent=1)
+            json.dumps({"machine": about, "turns": args.turns, "way_in_us": parts, "rows": rows}, indent=1)
             + "\n"
         )
 

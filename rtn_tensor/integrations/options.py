@@ -17,7 +17,7 @@ import torch
 from rtn_tensor import reference
 from rtn_tensor.checkpoint.sources import saved_attributes, tensor_names
 from rtn_tensor.config import RTNConfig, rtn
-from rtn_tensor.formats import ASYMMETRIC, FORMATS, SCALES_OF_8_BITS
+from rtn_tensor.formats import ASYMMETRIC, FORMATS, SCALE8, SCALES_OF_8_BITS
 from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.integrations.transformers.names import renaming
 from rtn_tensor.quantize.selection import (
@@ -58,11 +58,11 @@ def _default_format() -> dict[str, Any]:
     return {"bits": bits, "group_size": group_size, "scale_method": "absmax"}
 
 
-def _check_served(config: RTNConfig | None, where: str, unserved: Collection[str]) -> None:
+def _check_served(config: RTNConfig | None, unserved: Collection[str]) -> None:
     if config is not None and config.scale_method in unserved:
         raise ValueError(
-            f"{where}: the scale method {config.scale_method!r} has planes that this engine does not hold "
-            "yet; use 'search', or export the folder to compressed-tensors"
+            f"quantization_config: the scale method {config.scale_method!r} has planes that this engine does "
+            "not hold yet; use 'search', or export the folder to compressed-tensors"
         )
 
 
@@ -128,7 +128,7 @@ class Options:
             config.get("rules") or [], default
         )
         for config_of in (default, *(given for _, given in rules)):
-            _check_served(config_of, "quantization_config", unserved)
+            _check_served(config_of, unserved)
         return cls(default, rules)
 
     # -------------------------------------------------------------- what becomes of a layer
@@ -256,6 +256,8 @@ class Options:
             k = weights // rows
             groups = 1 if config.group_size == -1 else -(-k // config.group_size)
             of_group = config.scale_dtype.itemsize if isinstance(config, KeptConfig) else itemsize
+            if config.scale_method in SCALES_OF_8_BITS:
+                of_group = SCALE8.itemsize
             of_group += config.scale_method in ASYMMETRIC
             after = rows * (FORMATS[config.bits].row_bytes(k) + groups * of_group)
             self._formats[format_text(config)] += 1
@@ -396,10 +398,10 @@ def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
                 "instead, with quantization='rtn'"
             )
         config = RTNConfig(about["bits"], about["group_size"], about["scale_method"])
-        if about.get("float_dtype") is not None:
+        # A scale of 8 bits has no other dtype; the weight is of the engine's.
+        if about.get("float_dtype") is not None and config.scale_method not in SCALES_OF_8_BITS:
             config = kept_config(config, about["scale_dtype"])
         formats[name] = config
-        _check_served(formats[name], f"{path}: {name}", SCALES_OF_8_BITS)
     return formats
 
 

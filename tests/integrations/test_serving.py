@@ -11,7 +11,6 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4, rtn_int8, save
-from rtn_tensor.formats import SCALES_OF_8_BITS
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.integrations.options import (
     KeptConfig,
@@ -64,21 +63,18 @@ def test_a_variable_that_is_wrong_is_named(monkeypatch, name, value, message):
 
 
 @pytest.mark.parametrize("method", ["minmax", "search8"])
-def test_planes_that_engines_do_not_hold(tmp_path, method):
-    message = f"the scale method {method!r} has planes that this engine does not hold yet; use 'search'"
+def test_planes_that_an_engine_may_not_hold(tmp_path, method):
+    """SGLang's plugin does not, and vLLM's does."""
     asked = ({"scale_method": method}, {"rules": [["*.q_proj", {"scale_method": method}]]})
+    message = f"the scale method {method!r} has planes that this engine does not hold yet; use 'search'"
     for config in asked:
         with pytest.raises(ValueError, match=message):
             Options.read(config)
+    assert Options.read(asked[0], unserved=()).default == rtn(8, 128, method)
     model = tiny_llama()
     quantize_(model, rtn_int4(32, method), but_the_ends)
     save(model, tmp_path / "saved")
-    if method == "minmax":  # vLLM's plugin holds a plane `zero`
-        assert Options.read(asked[0], unserved=SCALES_OF_8_BITS).default == rtn(8, 128, "minmax")
-        assert {*saved_formats(tmp_path / "saved").values()} == {rtn_int4(32, "minmax")}
-        return
-    with pytest.raises(ValueError, match=message):
-        saved_formats(tmp_path / "saved")
+    assert {*saved_formats(tmp_path / "saved").values()} == {rtn_int4(32, method)}
 
 
 def test_scales_of_a_folder_that_keep_their_dtype(tmp_path):

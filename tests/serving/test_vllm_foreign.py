@@ -81,15 +81,20 @@ def test_saved_by_us_after_load(folder, tmp_path):
     assert difference(model, generated) < ROUNDING["bfloat16"]
 
 
-def test_minmax_while_it_loads_and_saved(folder, tmp_path):
+@pytest.mark.parametrize("method", ["minmax", "search8"])
+def test_other_planes_while_it_loads_and_saved(folder, tmp_path, method):
+    """Zero points, and scales of 8 bits."""
     name = "mixtral"
-    model = load(folder(name), rtn_config(4, 32, "minmax"), dtype=torch.float32)
-    path = saved(folder(name), tmp_path / "saved", config=rtn_config(4, 32, "minmax"), dtype=torch.float32)
-    options = rtn(bits=4, group_size=32, scale_method="minmax")
+    config = rtn_config(4, 32, method)
+    model = load(folder(name), config, dtype=torch.float32)
+    path = saved(folder(name), tmp_path / "saved", config=config, dtype=torch.float32)
+    options = rtn(bits=4, group_size=32, scale_method=method)
     for source, how in ((folder(name), options), (path, {})):
         with engine(source, **how) as llm:
             generated = greedy(llm, new=8)
-            assert all(w.zero is not None for w in weights(llm).values())
+            for w in weights(llm).values():
+                assert (w.zero is not None) == (method == "minmax")
+                assert (w.scale.dtype == torch.uint8) == (method == "search8")
         assert difference(model, generated) < ROUNDING["float32"]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rtn_tensor.checkpoint.foreign.words import (
+    ABOUT_THE_SEARCH,
     beside,
     check_group_size,
     check_options,
@@ -30,16 +31,9 @@ from rtn_tensor.formats import FLOAT_DTYPES, groups
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 OPTIONS = (
-    *("quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version", "format"),
-    *(
-        "modules_to_not_convert",
-        "backend",
-        "do_fuse",
-        "exllama_config",
-        "fuse_max_seq_len",
-        "modules_to_fuse",
-    ),
-    *("desc_act", "sym", "meta", "checkpoint_format", "lm_head", "pack_dtype", "damp_percent", "dynamic"),
+    *("quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "sym", "data_type"),
+    *("version", "format", "checkpoint_format", "method", "desc_act", "lm_head", "pack_dtype", "dynamic"),
+    *ABOUT_THE_SEARCH,
 )
 
 
@@ -52,6 +46,8 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
     check_options(how, OPTIONS, where)
     for key in ("version", "format", "checkpoint_format"):
         option(how, key, ("gemm", "GEMM", None), where)
+    option(how, "method", ("awq", None), where)
+    option(how, "data_type", ("int", None), where)
     option(how, "dynamic", (None, {}), where)
     names = {"w_bit": "bits", "q_group_size": "group_size"}  # of old
     options = {names.get(key, key): value for key, value in how.items()}

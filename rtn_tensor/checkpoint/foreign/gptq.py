@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rtn_tensor.checkpoint.foreign.words import (
+    ABOUT_THE_SEARCH,
     beside,
     check_group_size,
     check_options,
@@ -156,36 +157,10 @@ def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:
 
 
 BITS = (4, 8)
-# Those that say something of the weights, then those that say how they were found, or how to run them.
 OPTIONS = (
-    *("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "dynamic", "lm_head"),
-    *("is_marlin_format", "format", "method", "pack_dtype"),
-    *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "meta", "quantizer", "mse"),
-    *(
-        "act_group_aware",
-        "hyb_act",
-        "model_seqlen",
-        "block_name_to_quantize",
-        "module_name_preceding_first_block",
-    ),
-    *(
-        "dataset",
-        "tokenizer",
-        "batch_size",
-        "pad_token_id",
-        "use_cuda_fp16",
-        "use_exllama",
-        "disable_exllama",
-    ),
-    *("exllama_config", "max_input_length", "cache_block_outputs", "modules_in_block_to_quantize", "backend"),
-    *(
-        "model_name_or_path",
-        "model_file_base_name",
-        "cache_examples_on_gpu",
-        "parallel_packing",
-        "offload_to_disk",
-    ),
-    *("offload_to_disk_path", "is_mixed", "compression", "version", "act_order", "calibration"),
+    *("quant_method", "bits", "group_size", "desc_act", "act_order", "sym", "data_type", "checkpoint_format"),
+    *("format", "method", "dynamic", "lm_head", "is_marlin_format", "pack_dtype", "version"),
+    *ABOUT_THE_SEARCH,
 )
 
 
@@ -199,6 +174,8 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
     check_options(how, OPTIONS, where)
     option(how, "is_marlin_format", (False, None), where)
     option(how, "pack_dtype", ("int32", None), where)
+    option(how, "method", ("gptq", None), where)
+    option(how, "data_type", ("int", None), where)
     key = "format" if "format" in how and "checkpoint_format" not in how else "checkpoint_format"
     less_one = option(how, key, ("gptq", "gptq_v2", "v2", None), where) in ("gptq", None)
     rules = how.get("dynamic") or {}

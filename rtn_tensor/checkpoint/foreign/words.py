@@ -145,6 +145,24 @@ def check_group_size(value: Any, where: str) -> int:
     return value
 
 
+# Options that say how the weights were found, by whom, or how an engine may run them, and nothing of the
+# planes: of AutoGPTQ, GPTQModel and AutoAWQ, and of auto-round, which writes its own into others' configs.
+ABOUT_THE_SEARCH = """
+    act_bits act_data_type act_dynamic act_group_aware act_group_size act_sym amp autoround_version
+    backend batch_dim batch_size block_name_to_quantize cache_block_outputs cache_examples_on_gpu
+    calibration compression damp_auto_increment damp_percent dataset disable_exllama do_fuse
+    enable_alg_ext enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input
+    enable_torch_compile exllama_config fuse_max_seq_len gradient_accumulate_steps hyb_act is_mixed
+    iters low_gpu_mem_usage lr max_input_length meta minmax_lr model_dtype model_file_base_name
+    model_name_or_path model_seqlen module_name_preceding_first_block modules_in_block_to_quantize
+    modules_to_fuse modules_to_not_convert momentum mse not_use_best_mse nsamples offload_to_disk
+    offload_to_disk_path pad_token_id parallel_packing provider quant_block_list quant_lm_head quantizer
+    sampler scale_dtype seqlen static_attention_granularity static_groups static_kv_granularity
+    super_bits super_group_size supported_types to_quant_block_names tokenizer train_bs true_sequential
+    use_cuda_fp16 use_exllama weight_config
+""".split()
+
+
 def check_options(how: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     """Raises ValueError where a config says something by an option that nobody here knows the meaning of."""
     if unknown := sorted(key for key in set(how) - set(known) if how[key] is not None):

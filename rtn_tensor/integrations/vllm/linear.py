@@ -14,7 +14,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.scalar_type import scalar_types
 
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import ASYMMETRIC
+from rtn_tensor.formats import ASYMMETRIC, SCALES_OF_8_BITS
 from rtn_tensor.integrations.options import check_cut, format_text
 from rtn_tensor.integrations.vllm.parameters import (
     add_packed,
@@ -100,6 +100,8 @@ class RTNLinearMethod(LinearMethodBase):
         try:
             if self.config.scale_method in ASYMMETRIC:
                 raise ValueError("they get no zero points")
+            if self.config.scale_method in SCALES_OF_8_BITS:
+                raise ValueError("they take scales of 16 bits")
             if dtype == torch.float32:
                 raise ValueError("they take dtype='bfloat16' and 'float16'")
             if of_rank[0] % (unit := 32 // self.config.bits if size == -1 else size):

@@ -16,7 +16,6 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from rtn_tensor.checkpoint.foreign.reading import READERS
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import SCALES_OF_8_BITS
 from rtn_tensor.integrations.options import Options, has_own_output, is_saved, saved_formats
 from rtn_tensor.integrations.vllm.experts import RTNExpertsMethod
 from rtn_tensor.integrations.vllm.foreign import (
@@ -73,7 +72,7 @@ class RTNQuantizationConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "RTNQuantizationConfig":
         if is_saved(config) or config.get("quant_method") in READERS:
             return cls(Options(default=None))
-        options = Options.read(config, own=("kernel",), unserved=SCALES_OF_8_BITS)
+        options = Options.read(config, own=("kernel",), unserved=())
         return cls(options, config.get("kernel", "rtn"))
 
     @classmethod
