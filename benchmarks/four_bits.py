@@ -64,8 +64,8 @@ def plain(config: RTNConfig) -> Method:
     return lambda model, inputs: quantize_(model, config, but_the_output(model))
 
 
-def refined(config: RTNConfig) -> Method:
-    return lambda model, inputs: refine_(model, config, but_the_output(model), **inputs())
+def refined(config: RTNConfig, seed: int = 0) -> Method:
+    return lambda model, inputs: refine_(model, config, but_the_output(model), seed=seed, **inputs())
 
 
 METHODS: dict[str, Method] = {
@@ -78,6 +78,7 @@ METHODS: dict[str, Method] = {
     **{f"int8 g128 {method}": plain(rtn_int8(128, method)) for method in SCALE_METHODS},
     **{f"int4 g{size} refined": refined(rtn_int4(size)) for size in (128, 64, 32)},
     "int4 g32 search8 refined": refined(rtn_int4(32, "search8")),
+    "int4 g64 refined, another seed": refined(rtn_int4(64), seed=1),
 }
 WINDOW, TOKENS = 1024, 2048
 SENTENCES, CALIBRATION_SENTENCES, BATCH = 512, 256, 32
