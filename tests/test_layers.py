@@ -38,6 +38,7 @@ LAYERS = [
     "tensor.callers",
     "tensor.errors",
     "tensor.layout",
+    "tensor.memory",
     "tensor.attributes",
     "tensor.pickles",
     "tensor.sharding",

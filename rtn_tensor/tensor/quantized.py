@@ -29,13 +29,14 @@ from rtn_tensor.tensor.attributes import ATTRIBUTES, FORMAT, PLANES, ParameterLi
 from rtn_tensor.tensor.callers import is_computed_anew
 from rtn_tensor.tensor.errors import is_traced, named_error, or_float
 from rtn_tensor.tensor.layout import layout_of
+from rtn_tensor.tensor.memory import WithoutMemory
 from rtn_tensor.tensor.pickles import set_state
 from rtn_tensor.wording import with_article
 
 aten = torch.ops.aten
 
 
-class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
+class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLike):
     """A float weight `[..., N, K]` held as round-to-nearest integers and one scale per group.
 
     Attributes:
@@ -341,45 +342,6 @@ class RTNQuantizedTensor(TorchAOBaseTensor, metaclass=ParameterLike):
         """What torchao, and `print(model)`, show of a layer."""
         method = "" if self.scale_method == "absmax" else f", scale_method={self.scale_method!r}"
         return f"bits={self.bits}, group_size={self.group_size}{method}"
-
-    # Whoever asks for the memory of a tensor of this shape and dtype would read past that of the planes.
-    def _without_memory(self, name: str) -> Exception:
-        return named_error(
-            self,
-            f"{name} gives the memory of plain numbers, and a quantized tensor has none; use "
-            ".dequantize() first",
-            NotImplementedError,
-        )
-
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        raise self._without_memory("DLPack")
-
-    def __dlpack_device__(self) -> Any:
-        raise self._without_memory("DLPack")
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise self._without_memory("a NumPy array")
-
-    def tolist(self) -> Any:
-        raise self._without_memory("tolist()")
-
-    @property
-    def __cuda_array_interface__(self) -> Any:
-        raise named_error(
-            self,
-            "a quantized tensor has no __cuda_array_interface__; use .dequantize() first",
-            AttributeError,
-        )
-
-    def storage(self) -> Any:
-        # safetensors asks it; NotImplementedError would mean a tensor without numbers to it, and it would
-        # read on.
-        what = "a quantized weight lies in two planes, and has no storage of its own"
-        way_out = (
-            "to save it, use rtn_tensor.save(model, folder) or torch.save, or safe_serialization=False where "
-            "the library that saves takes that; its memory is that of .qdata and .scale"
-        )
-        raise named_error(self, f"{what}; {way_out}", TypeError)
 
     # An operator of torch's own takes a TypeError from below for "not mine", and Python then says no more
     # than "unsupported operand".
