@@ -39,7 +39,7 @@ compiled-earliest:
 	$(EARLIEST) $(BIN)/pytest tests/kernels/test_triton_sass.py -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(SLOW)
 
 test-all: test test-slow
 
