@@ -121,8 +121,10 @@ def parser() -> argparse.ArgumentParser:
             "--format",
             choices=formats,
             default=formats[0],
-            help="rtn is this library's own; " * (formats[0] == OURS)
-            + "vLLM, SGLang and transformers read compressed-tensors; llama.cpp, Ollama and LM Studio gguf",
+            help="rtn is this library's own; "
+            * (formats[0] == OURS)
+            + "vLLM, SGLang and transformers read compressed-tensors; vLLM, SGLang and GPTQModel gptq; "
+            "llama.cpp, Ollama and LM Studio gguf",
         )
         sub.add_argument(
             "--like",

@@ -267,8 +267,8 @@ def check_planes(
 def pack(q: Tensor, bits: int) -> Tensor:
     """Packs `q [..., K]` int8, each in [qmin, qmax], into `qdata [..., row_bytes(K)]` uint8."""
     fmt = FORMATS[bits]
-    k = q.shape[-1]
-    q = F.pad(q, (0, -k % fmt.chunk)) if k % fmt.chunk else q.clone(memory_format=torch.contiguous_format)
+    k, fresh = q.shape[-1], torch.contiguous_format
+    q = F.pad(q, (0, -k % fmt.chunk)).contiguous() if k % fmt.chunk else q.clone(memory_format=fresh)
     # Eight elements at a time, field i of all eight words: loops over eight bytes each take ten times as
     # long.
     eights = q.view(torch.int64) if k else q.to(torch.int64)
@@ -277,7 +277,6 @@ def pack(q: Tensor, bits: int) -> Tensor:
     packed = fields[..., 0]
     for i in range(1, fmt.elements_per_byte):
         packed = packed | fields[..., i] << (bits * i)
-    fresh = torch.contiguous_format
     low, high = (
         half.clone(memory_format=fresh).view(torch.uint8).to(torch.int16) for half in packed.unbind(-1)
     )

@@ -95,6 +95,12 @@ def test_non_contiguous(bits):
 
 
 @pytest.mark.parametrize("bits", FORMATS)
+def test_channels_last(bits):
+    q = torch.randint(-8, 8, (2, 3, 4, 40), dtype=torch.int8)
+    assert torch.equal(pack(q.to(memory_format=torch.channels_last), bits), pack(q, bits))
+
+
+@pytest.mark.parametrize("bits", FORMATS)
 def test_gptq(bits):
     """Against Python's own integers."""
     fmt, each = FORMATS[bits], 32 // bits

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from rtn_tensor import RTNQuantizedTensor, explain, load, plan, quantize_, rtn_int4, rtn_int8, save
+from rtn_tensor import RTNQuantizedTensor, explain, load, plan, quantize_, rtn, rtn_int4, rtn_int8, save
 from rtn_tensor.kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,6 +178,11 @@ def _(_):
 @provokes("matches only weights that stay float")
 def _(_):
     quantize_(small(), [("0*", rtn_int8()), ("*", rtn_int4())])
+
+
+@provokes("bits=3 is not supported")
+def _(_):
+    rtn(bits=3)
 
 
 @provokes("group_size=100")

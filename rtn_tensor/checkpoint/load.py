@@ -40,6 +40,7 @@ from rtn_tensor.integrations.transformers.models import default_filter, ignored,
 from rtn_tensor.integrations.transformers.names import placed, renaming
 from rtn_tensor.quantize.selection import FilterFn, Rules, tensors_of
 from rtn_tensor.quantize.targets import Target, targets_of
+from rtn_tensor.reference import widened
 from rtn_tensor.tensor.attributes import user_attributes
 from rtn_tensor.tensor.quantized import RTNQuantizedTensor
 
@@ -353,7 +354,7 @@ def _read_into(
             t = piece.source.private()
             t = t if held(old) is old else piece.cut(t, place(old)).contiguous()
             if isinstance(t, RTNQuantizedTensor):  # of what is float nothing is read here
-                check_finite(piece.source, t.scale)
+                check_finite(piece.source, widened(t.scale))
             new[id(old)][None] = t.to(to)
             continue
         if here := on_rank(piece, old.shape, place(old)):

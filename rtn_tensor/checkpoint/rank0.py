@@ -17,6 +17,7 @@ from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.integrations.transformers.models import ignored
 from rtn_tensor.quantize.selection import tensors_of
 from rtn_tensor.quantize.targets import is_finite
+from rtn_tensor.reference import widened
 from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.wording import with_article
 
@@ -35,7 +36,7 @@ def _looked_through(state_dict: Mapping[str, Any] | None) -> dict[str, Tensor]:
                 f"{name} is a part of a tensor; give whole ones, as get_model_state_dict does "
                 "with full_state_dict=True"
             )
-        seen = t.scale if isinstance(t, RTNQuantizedTensor) else t
+        seen = widened(t.scale) if isinstance(t, RTNQuantizedTensor) else t
         if seen.dtype in (*FLOAT_DTYPES, torch.float64) and not is_finite(seen.detach()):
             raise ValueError(f"{name} holds NaN or inf; nothing was loaded")
     return {name: t.detach().to("meta") for name, t in tensors.items()}
@@ -46,7 +47,7 @@ def _kind(t: Tensor) -> str:
         return "float"
     return (
         f"bits={t.bits}, group_size={t.group_size}, "
-        f"scale_method={t.scale_method!r}{', transposed' if t.transposed else ''}"
+        f"scale_method={t.scale_method!r}{', transposed' if t.transposed else ''}, scales of {t.scale.dtype}"
     )
 
 

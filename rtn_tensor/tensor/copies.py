@@ -288,7 +288,12 @@ def set_data(func, types, args, kwargs):
             )
         check_dtype(new.dtype, w)
         # In planes of its own: who kept the old `.data` keeps what it held, as with a plain tensor.
-        fresh = type(w).from_float(new.mT if w.transposed else new, w.bits, w.group_size, w.scale_method)
+        given = new.mT if w.transposed else new
+        form = {"bits": w.bits, "group_size": w.group_size, "scale_method": w.scale_method}
+        # Scales of another dtype than the weight's keep it; those of 8 bits have no other.
+        of_scale = None if w.float_dtype is None or w.scale.dtype == SCALE8 else w.scale.dtype
+        fresh = type(w).empty(*given.shape, **form, dtype=new.dtype, device=new.device, scale_dtype=of_scale)
+        fresh.copy_(given)
         # As transformers' resize_token_embeddings does: the rows that stay keep their bits.
         if new.shape != w.shape:
             rows = min(len(new), len(w))

@@ -94,12 +94,13 @@ def test_they_load_as_they_are(tmp_path):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_missing_planes(tmp_path, kind):
     names = list(FORMATS[kind][0](N, K)[0])
+    optional = OPTIONAL - ({"g_idx"} if FORMATS[kind][1].get("desc_act") else set())
     for name in names:
         folder = written(tmp_path / "a", kind, lambda planes, config, name=name: planes.pop(name))
         for config in (None, rtn_int4(32)):
             why = refused(folder, kind, config)
-            assert (why is None) == (name in OPTIONAL), (name, why)
-            assert why is None or name in OPTIONAL or "0." in why or "hold none that is" in why, why
+            assert (why is None) == (name in optional), (name, why)
+            assert why is None or "0." in why or "hold none that is" in why, why
 
 
 def cut_rows(t):
@@ -202,6 +203,10 @@ LIES = {
     "GPTQ of other groups": ("GPTQ", {"group_size": 64}),
     "GPTQ of 3 bits": ("GPTQ", {"bits": 3}),
     "GPTQ of Marlin": ("GPTQ", {"checkpoint_format": "marlin"}),
+    "GPTQ of two versions": ("GPTQ", {"checkpoint_format": "gptq", "format": "gptq_v2"}),
+    "GPTQ with adapters": ("GPTQ", {"dynamic": {"+:0": {"adapter": {"rank": 8}}}}),
+    "GPTQ of one endless group": ("GPTQ", {"group_size": 10**30}),
+    "AWQ of one endless group": ("AWQ", {"group_size": 10**30}),
     "AWQ of other groups": ("AWQ", {"group_size": 96}),
     "AWQ for a vector": ("AWQ", {"version": "gemv"}),
     "fp8 of other blocks": ("fp8", {"weight_block_size": [64, 32]}),
@@ -211,6 +216,51 @@ LIES = {
     "of no group": ("compressed-tensors", {"config_groups": {}}),
     "another format": ("compressed-tensors", {"format": "marlin-24"}),
 }
+
+
+@pytest.mark.parametrize("value", [["gptq"], {"gptq": 1}, 4, None])
+def test_methods_that_are_none(tmp_path, value):
+    folder = written(tmp_path / "a", "GPTQ", lambda planes, config: config.update(quant_method=value))
+    assert "quantized by" in refused(folder, "GPTQ")
+
+
+def test_columns_that_are_sorted_without_saying_how(tmp_path):
+    """The config says so, and the plane is not there."""
+
+    def change(planes, config):
+        del planes["weight_g_idx" if "config_groups" in config else "g_idx"]
+        for group in config.get("config_groups", {}).values():
+            group["weights"]["actorder"] = "group"
+
+    assert "has no 0.g_idx beside it" in refused(
+        written(tmp_path / "a", "GPTQ, sorted", change), "GPTQ, sorted"
+    )
+    kind = "compressed-tensors, asymmetric"
+    folder = written(tmp_path / "b", kind, change)
+    assert "has no 0.weight_g_idx beside it" in refused(folder, kind)
+
+
+@pytest.mark.parametrize("kind", ["GPTQ", "AWQ"])
+def test_planes_of_no_rows_and_endless_columns(tmp_path, kind):
+    """A header of some bytes must not cost memory for what it says."""
+    k = 1 << 37
+
+    def empty(name, shape, dtype):
+        return name, {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}
+
+    header = dict(
+        [
+            empty("0.qweight", [k, 0], "I32"),
+            empty("0.scales", [1, 0], "F16"),
+            empty("0.qzeros", [1, 0], "I32"),
+        ]
+    )
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    config = {**FORMATS[kind][1], "group_size": -1}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    assert refused(tmp_path, kind)
 
 
 @pytest.mark.parametrize(("kind", "changes"), LIES.values(), ids=LIES)

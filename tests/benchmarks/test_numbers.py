@@ -45,6 +45,8 @@ ALIASES = {  # what a row is called elsewhere
     },
     "int4, group_size 64, the paper's formula": "int4 g64 absmax",
     **{f"int4, group_size {size}, refined": f"int4 g{size} refined" for size in (32, 64)},
+    "int4, group_size 32, search, scales of 8 bits": "int4 g32 search8",
+    "int4, group_size 32, refined, scales of 8 bits": "int4 g32 search8 refined",
     "plan of 5.0 bits, refined": "plan 5.0 refined",
     "int4, group_size 64, search (the default)": "int4 g64 search",
     "GPTQ, group_size 64, calibrated": "GPTQ g64",

@@ -201,6 +201,27 @@ def test_activations_that_were_quantized(tmp_path):
         assert torch.equal(loaded.get_parameter(name).dequantize(F32), w)
 
 
+@pytest.mark.parametrize("name", ["auto-round", "GPTQ", "AWQ"])
+def test_activations_of_auto_round(tmp_path, name):
+    make, config, dtype, _ = FORMATS[name]
+    made.write(tmp_path, tiny_llama(layers=1, dtype=dtype), make, config | {"act_bits": 8})
+    with pytest.warns(UserWarning, match="the activations were quantized, too"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+@pytest.mark.parametrize("other", [None, "gptq_v2"])
+def test_a_version_said_by_either_option(tmp_path, key, other):
+    """One that is null says nothing."""
+    keys = {"checkpoint_format", "format"}
+    config = made.gptq_config() | {key: "gptq_v2"} | dict.fromkeys(keys - {key}, other)
+    model = tiny_llama(layers=1, dtype=F16)
+    stands_for = made.write(tmp_path, model, partial(made.gptq, v2=True), config)
+    loaded = load(tmp_path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(loaded.get_parameter(name).dequantize(F32), stands_for[name])
+
+
 def test_layers_of_auto_round(tmp_path):
     model = tiny_llama(layers=1, dtype=F16)
     model.save_pretrained(tmp_path)

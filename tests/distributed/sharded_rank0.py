@@ -195,9 +195,17 @@ def unfit_states():
         yield (
             state,
             ValueError,
-            f"quantize_ the model as rank 0's .*\n  up.weight has {got}, the model's has {kind}\n  "
-            "down.weight has",
+            f"quantize_ the model as rank 0's .*\n  up.weight has {got}, scales of torch.float32, the model's "
+            f"has {kind}, scales of torch.float32\n  down.weight has",
         )
+    yield (
+        quantized(mlp().bfloat16()).state_dict(),
+        ValueError,
+        "up.weight has .*, scales of torch.bfloat16, the model's has .*, scales of torch.float32",
+    )
+    damaged = {name: t.clone() for name, t in quantized(mlp(), rtn_int4(32, "search8")).state_dict().items()}
+    damaged["down.weight"].scale[-1, -1] = 0x7F  # NaN, in 8 bits
+    yield damaged, ValueError, "down.weight holds NaN or inf; nothing was loaded"
     yield with_nan, ValueError, "down.weight holds NaN or inf; nothing was loaded"
     yield (
         good | get_model_state_dict(tensor_parallel(quantized(mlp()))),

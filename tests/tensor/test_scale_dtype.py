@@ -101,6 +101,18 @@ def test_what_is_copied_into_it_is_quantized_with_scales_of_its_own():
     assert (w.dtype, w.scale.dtype) == (BF16, F16)
 
 
+@pytest.mark.parametrize("rows", [4, 48, 50])
+def test_rows_that_stay_keep_their_bits_when_data_is_set(rows):
+    """As `resize_token_embeddings` sets it."""
+    w = apart()
+    p = nn.Parameter(w.clone(), requires_grad=False)
+    more = torch.randn(2, 96, dtype=BF16)
+    p.data = torch.cat([w.dequantize(), more])[:rows]
+    assert (p.dtype, p.scale.dtype, p.shape) == (BF16, F16, (rows, 96))
+    if rows != 48:
+        assert torch.equal(p.dequantize()[:48], w.dequantize()[:rows])
+
+
 def test_embedding():
     layer = nn.Embedding(48, 96)
     layer.weight = nn.Parameter(apart(), requires_grad=False)

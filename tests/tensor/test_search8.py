@@ -133,6 +133,14 @@ def test_files(model, tmp_path):
     assert_same_weight(again.get_parameter(name), model.get_parameter(name))
 
 
+def test_a_damaged_scale_in_a_file(model, tmp_path):
+    quantize_(model, rtn(4, 32, "search8"))
+    model.model.layers[0].mlp.down_proj.weight.scale[0, 0] = 0x7F  # NaN
+    save(model, tmp_path / "q")
+    with pytest.raises(ValueError, match="down_proj.* holds NaN or inf"):
+        load(tmp_path / "q")
+
+
 def test_a_folder_is_quantized_as_the_model_is(model, tmp_path):
     model.save_pretrained(tmp_path / "float")
     config = rtn_int4(32, "search8")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rtn_tensor.checkpoint.foreign import awq, gptq
-from rtn_tensor.checkpoint.foreign.words import ABOUT_THE_SEARCH, check_options, option
+from rtn_tensor.checkpoint.foreign.words import ABOUT_THE_SEARCH, check_options, option, warn_of_activations
 from rtn_tensor.checkpoint.sources import Source
 
 OPTIONS = (
@@ -22,6 +22,7 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
         ValueError: an option that is not read; a plane is missing, or not as the others say.
     """
     check_options(how, OPTIONS, where)
+    warn_of_activations(how, where)
     option(how, "data_type", ("int", None), where)
     for key in ("rotation_config", "rotation_configs", "dynamic"):
         option(how, key, (None, {}, []), where)

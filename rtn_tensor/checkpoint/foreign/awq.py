@@ -25,6 +25,7 @@ from rtn_tensor.checkpoint.foreign.words import (
     put,
     quantized_rows,
     signed,
+    warn_of_activations,
 )
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.formats import FLOAT_DTYPES, groups
@@ -44,6 +45,7 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
         ValueError: an option that is not read; a plane is missing, or not as the others say.
     """
     check_options(how, OPTIONS, where)
+    warn_of_activations(how, where)
     for key in ("version", "format", "checkpoint_format"):
         option(how, key, ("gemm", "GEMM", None), where)
     option(how, "method", ("awq", None), where)
@@ -81,7 +83,6 @@ def _weight(name: str, words: Source, scales: Source, zeros: Source, group_size:
     count = groups(k, group_size)
     check_plane(scales, (count, n), *FLOAT_DTYPES)
     check_plane(zeros, (count, n // 8), torch.int32)
-    group_of = torch.arange(k) // (k if group_size == -1 else group_size)
     asymmetric = bool((zeros.view() != 0x88888888 - (1 << 32)).any())
     kept = kept_format(4, group_size, count, scales, asymmetric)
 
@@ -89,6 +90,6 @@ def _weight(name: str, words: Source, scales: Source, zeros: Source, group_size:
         q = signed(_numbers(words.view(), start, stop).t().contiguous(), 4)
         scale = scales.view()[:, start:stop].t()
         zero = signed(_numbers(zeros.view(), start, stop).t().contiguous(), 4)
-        return floats(q, scale, zero, group_of) if kept is None else quantized_rows(q, scale, kept, zero)
+        return floats(q, scale, zero, group_size) if kept is None else quantized_rows(q, scale, kept, zero)
 
     return computed(words, name, (n, k), compute, kept)

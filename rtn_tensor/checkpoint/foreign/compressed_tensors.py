@@ -12,7 +12,6 @@ Of a linear `P`, by the format of its config group:
 """
 
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -37,6 +36,8 @@ from rtn_tensor.checkpoint.foreign.words import (
     put,
     quantized_rows,
     signed,
+    sorted_groups,
+    warn_of_activations,
 )
 from rtn_tensor.checkpoint.foreign.written import (
     Engine,
@@ -48,7 +49,7 @@ from rtn_tensor.checkpoint.foreign.written import (
     unlike_parts,
 )
 from rtn_tensor.checkpoint.sources import Source
-from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, groups, pack_gptq
+from rtn_tensor.formats import FLOAT_DTYPES, FORMATS, MAX_GROUP_SIZE, groups, pack_gptq
 
 EXPERT = r".*\.experts\.\d+\..*"
 
@@ -167,13 +168,6 @@ def _transformers(weights: Sequence[Weight], experts: Mapping[str, set[Any]]) ->
 # ----------------------------------------------------------------------------------- reading
 
 
-def quantizes_activations(how: Mapping[str, Any]) -> bool:
-    """Whether a config says that activations are quantized, too."""
-    groups = how.get("config_groups")
-    found = groups.values() if isinstance(groups, dict) else ()
-    return any(isinstance(group, dict) and bool(group.get("input_activations")) for group in found)
-
-
 def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
     """Puts weights in the place of compressed-tensors' planes.
 
@@ -181,8 +175,7 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
         ValueError: an option that is not read; a plane is missing, or not as the others or the config say.
     """
     schemes = schemes_of(how, where)
-    if quantizes_activations(how):
-        warnings.warn(f"{where}: the activations were quantized, too, and load does not", stacklevel=6)
+    warn_of_activations(how, where)
     for module, packed in ending(found, ".weight_packed"):
         scale = beside(found, packed, f"{module}.weight_scale")
         name = f"{module}.weight"
@@ -231,7 +224,7 @@ def _groups(
         strategy = "group" if size not in (None, -1) else "channel"
     if strategy != "group":
         return -1, (n if strategy == "channel" else 1, 1)
-    if type(size) is not int or size < 1:
+    if type(size) is not int or not 0 < size <= MAX_GROUP_SIZE:
         raise source.error(
             f"has groups, and its config group the group_size {str(size)[:100]}; it must be a number"
         )
@@ -239,22 +232,21 @@ def _groups(
 
 
 def _order(
-    found: Mapping[str, Source], module: str, k: int, group_size: int, count: int
-) -> tuple[Tensor, bool]:
-    """The group of each column, and whether that is their own order."""
-    in_order = torch.arange(k) // (max(k, 1) if group_size == -1 else group_size)
-    if (index := found.get(f"{module}.weight_g_idx")) is None:
-        return in_order, True
-    check_plane(index, (k,), torch.int32, torch.int64)
-    group_of = index.view().long()
-    if k and bool((group_of == -1).all()):  # as a module has it before columns are sorted
-        return in_order, True
-    if k and not 0 <= int(group_of.min()) <= int(group_of.max()) < count:
-        raise index.error(
-            f"names the groups {int(group_of.min())} to {int(group_of.max())}, and there are {count}; "
-            "download the checkpoint again"
-        )
-    return group_of, torch.equal(group_of, in_order)
+    found: Mapping[str, Source],
+    weight: Source,
+    module: str,
+    about: Mapping[str, Any],
+    k: int,
+    size: int,
+    count: int,
+) -> Tensor | None:
+    """As `sorted_groups`, with groups of `size`."""
+    index = found.get(name := f"{module}.weight_g_idx")
+    if about.get("actorder") in ("group", "dynamic"):
+        index = beside(found, weight, name)
+    if index is not None and index.shape == (k,) and k and bool((index.view() == -1).all()):
+        return None  # as a module has it before columns are sorted
+    return sorted_groups(index, k, size, count)
 
 
 def _packed(
@@ -270,7 +262,7 @@ def _packed(
     check_plane(packed, (n, -(-k * bits // 32)), torch.int32)
     group_size, shape = _groups(packed, scale, about, n, k)
     check_plane(scale, shape, *FLOAT_DTYPES)
-    group_of, in_order = _order(found, module, k, group_size, shape[1])
+    group_of = _order(found, packed, module, about, k, group_size, shape[1])
     zeros = found.get(f"{module}.weight_zero_point")
     if not about.get("symmetric", True):
         zeros = beside(found, packed, f"{module}.weight_zero_point")
@@ -286,13 +278,15 @@ def _packed(
         return (signed(fields(zero.t(), bits), bits)[:, :n].t() if packed_zeros else zero).expand(n, -1)
 
     asymmetric = (zero_points := all_zeros()) is not None and bool(zero_points.any())
-    kept = kept_format(bits, group_size, shape[1], scale, asymmetric) if in_order else None
+    kept = kept_format(bits, group_size, shape[1], scale, asymmetric) if group_of is None else None
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         q = signed(fields(packed.view()[start:stop], bits), bits)[:, :k]
         scales, zero = scale.view().expand(n, -1)[start:stop], all_zeros()
         zero = zero if zero is None else zero[start:stop]
-        return floats(q, scales, zero, group_of) if kept is None else quantized_rows(q, scales, kept, zero)
+        if kept is not None:
+            return quantized_rows(q, scales, kept, zero)
+        return floats(q, scales, zero, group_size, group_of)
 
     return computed(packed, f"{module}.weight", (n, k), compute, kept)
 
@@ -307,7 +301,7 @@ def _integers(
     group_size, shape = _groups(weight, scale, about, n, k)
     if scale.shape != (1,) or shape != (1, 1):
         check_plane(scale, shape, *FLOAT_DTYPES)
-    group_of, in_order = _order(found, module, k, group_size, shape[1])
+    group_of = _order(found, weight, module, about, k, group_size, shape[1])
     zeros = found.get(f"{module}.weight_zero_point")
     if not about.get("symmetric", True):
         zeros = beside(found, weight, f"{module}.weight_zero_point")
@@ -315,13 +309,15 @@ def _integers(
         check_plane(zeros, shape, torch.int8)
     asymmetric = zeros is not None and bool(zeros.view().any())
     # In a byte each there may be any number.
-    kept = kept_format(8, group_size, shape[1], scale, asymmetric) if in_order else None
+    kept = kept_format(8, group_size, shape[1], scale, asymmetric) if group_of is None else None
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         q = weight.view()[start:stop]
         scales = scale.view().view(shape).expand(n, -1)[start:stop]
         zero = None if zeros is None else zeros.view().view(shape).expand(n, -1)[start:stop]
-        return floats(q, scales, zero, group_of) if kept is None else quantized_rows(q, scales, kept, zero)
+        if kept is not None:
+            return quantized_rows(q, scales, kept, zero)
+        return floats(q, scales, zero, group_size, group_of)
 
     return computed(weight, f"{module}.weight", (n, k), compute, kept)
 

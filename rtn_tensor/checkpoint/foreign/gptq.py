@@ -28,6 +28,8 @@ from rtn_tensor.checkpoint.foreign.words import (
     put,
     quantized_rows,
     signed,
+    sorted_groups,
+    warn_of_activations,
 )
 from rtn_tensor.checkpoint.foreign.written import (
     FUSED,
@@ -172,16 +174,26 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
             not there.
     """
     check_options(how, OPTIONS, where)
+    warn_of_activations(how, where)
     option(how, "is_marlin_format", (False, None), where)
     option(how, "pack_dtype", ("int32", None), where)
     option(how, "method", ("gptq", None), where)
     option(how, "data_type", ("int", None), where)
-    key = "format" if "format" in how and "checkpoint_format" not in how else "checkpoint_format"
-    less_one = option(how, key, ("gptq", "gptq_v2", "v2", None), where) in ("gptq", None)
+    said = {
+        option(how, key, ("gptq", "gptq_v2", "v2", None), where) for key in ("checkpoint_format", "format")
+    } - {None}
+    less_one = said <= {"gptq"}
+    if "gptq" in said and not less_one:
+        raise ValueError(
+            f"{where}: checkpoint_format is {how['checkpoint_format']!r} and format is {how['format']!r}, by "
+            "which zeros are others; leave the one out that is wrong"
+        )
     rules = how.get("dynamic") or {}
     if not isinstance(rules, dict) or not all(isinstance(rule, dict | type(None)) for rule in rules.values()):
         raise ValueError(f"{where}: dynamic is {str(rules)[:100]}; it must be an object of objects")
-    for pattern in rules:
+    for pattern, changes in rules.items():
+        if not pattern.startswith("-:"):
+            check_options(changes or {}, OPTIONS, f"{where}: dynamic {pattern!r}")
         try:
             re.compile(_pattern(pattern))
         except re.error as error:
@@ -209,7 +221,8 @@ def read_planes(found: dict[str, Source], of: Any, less_one: bool, where: str) -
         bits = option(about, "bits", BITS, of_module)
         group_size = check_group_size(about.get("group_size"), of_module)
         planes = {end: found.get(f"{module}.{end}") for end in ("scales", "qzeros", "g_idx")}
-        for end in ("scales", "qzeros"):
+        is_sorted = any(about.get(key) for key in ("desc_act", "act_order"))
+        for end in ("scales", "qzeros", *(("g_idx",) if is_sorted else ())):
             planes[end] = beside(found, words, f"{module}.{end}")
         source = _weight(f"{module}.weight", words, planes, bits, group_size, less_one)
         put(found, (words, *planes.values()), source)
@@ -228,21 +241,12 @@ def _weight(
     count = groups(k, group_size)
     check_plane(scales, (count, n), *FLOAT_DTYPES)
     check_plane(zeros, (count, -(-n * bits // 32)), torch.int32)
-    in_order = torch.arange(k) // (k if group_size == -1 else group_size)
-    group_of = in_order
-    if index is not None:
-        check_plane(index, (k,), torch.int32, torch.int64)
-        group_of = index.view().long()
-        if k and not 0 <= int(group_of.min()) <= int(group_of.max()) < count:
-            raise index.error(
-                f"names the groups {int(group_of.min())} to {int(group_of.max())}, and there are {count}; "
-                "download the checkpoint again"
-            )
+    group_of = sorted_groups(index, k, group_size, count)
     middle = -FORMATS[bits].qmin
     numbers = fields(zeros.view(), bits)[:, :n]
     asymmetric = bool((numbers != middle - less_one).any())
     kept = None
-    if torch.equal(group_of, in_order):
+    if group_of is None:
         largest = int(numbers.max()) + less_one - middle if numbers.numel() else 0
         kept = kept_format(bits, group_size, count, scales, asymmetric, largest)
 
@@ -254,6 +258,8 @@ def _weight(
         first = start * bits // 32
         some = fields(zeros.view()[:, first : -(-stop * bits // 32)], bits)[:, start - first * 32 // bits :]
         zero = some[:, : stop - start].t().int() + (less_one - middle)
-        return floats(q, scale, zero, group_of) if kept is None else quantized_rows(q, scale, kept, zero)
+        if kept is not None:
+            return quantized_rows(q, scale, kept, zero)
+        return floats(q, scale, zero, group_size, group_of)
 
     return computed(words, name, (n, k), compute, kept)

@@ -69,7 +69,7 @@ def check_method(how: Any, where: str, key: str) -> str:
     method = how.get("quant_method", old)
     if method == "modelopt_fp4":
         method = "modelopt"
-    if method != OURS and method not in READERS:
+    if not isinstance(method, str) or (method != OURS and method not in READERS):
         raise ValueError(not_read(FOREIGN.get(str(method), str(method)), f"{where} ({key})"))
     return method
 

@@ -63,12 +63,11 @@ def _weight(name: str, q: Source, scale: Source, zero: Source | None) -> Source:
         if zero.view().any():
             raise zero.error("is not zero everywhere, and torchao's Int8Tensor is symmetric")
     kept = kept_format(8, group_size, count, scale, asymmetric=False)
-    group_of = torch.arange(k) // max(columns, 1)
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         integers, scales = q.view()[start:stop], scale.view().expand(n, -1)[start:stop]
         if kept is not None:
             return quantized_rows(integers, scales, kept)
-        return floats(integers, scales, None, group_of)
+        return floats(integers, scales, None, group_size)
 
     return computed(q, name, (n, k), compute, kept)

@@ -1,5 +1,6 @@
 """Planes of packed numbers, as other libraries pack them, and how they are taken from a checkpoint."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from rtn_tensor.checkpoint.rows import Kept, Rows
 from rtn_tensor.checkpoint.sources import Source
-from rtn_tensor.formats import FORMATS, GIVEN, GIVEN_ASYMMETRIC, pack
+from rtn_tensor.formats import FORMATS, GIVEN, GIVEN_ASYMMETRIC, MAX_GROUP_SIZE, pack
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 # What the 16 numbers of fp4 (e2m1) stand for.
@@ -113,8 +114,34 @@ def kept_format(
     return Kept(bits, -1 if count == 1 else group_size, scale.dtype, asymmetric)
 
 
-def floats(q: Tensor, scale: Tensor, zero: Tensor | None, group_of: Tensor) -> Tensor:
-    """S (q - zero) in fp32, of integers `[n, K]`, scales and zeros `[n, G]`, and the group of each column."""
+def _in_order(k: int, group_size: int) -> Tensor:
+    return torch.arange(k) // (max(k, 1) if group_size == -1 else group_size)
+
+
+def sorted_groups(index: Source | None, k: int, group_size: int, count: int) -> Tensor | None:
+    """The group of each column `[K]` as a plane has it; None where columns are in their own order.
+
+    Raises:
+        ValueError: the plane has another shape, or names a group that is not among the `count`.
+    """
+    if index is None:
+        return None
+    check_plane(index, (k,), torch.int32, torch.int64)
+    group_of = index.view().long()
+    if k and not 0 <= int(group_of.min()) <= int(group_of.max()) < count:
+        raise index.error(
+            f"names the groups {int(group_of.min())} to {int(group_of.max())}, and there are {count}; "
+            "download the checkpoint again"
+        )
+    return None if torch.equal(group_of, _in_order(k, group_size)) else group_of
+
+
+def floats(
+    q: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, group_of: Tensor | None = None
+) -> Tensor:
+    """S (q - zero) in fp32: integers `[n, K]`, scales and zeros `[n, G]`, `group_of` as `sorted_groups`."""
+    if group_of is None:
+        group_of = _in_order(q.shape[-1], group_size)
     w = q.float()
     if zero is not None:
         w -= zero.float()[:, group_of]
@@ -140,7 +167,7 @@ def check_group_size(value: Any, where: str) -> int:
     Raises:
         ValueError: it is none.
     """
-    if type(value) is not int or (value != -1 and value < 1):
+    if type(value) is not int or (value != -1 and not 0 < value <= MAX_GROUP_SIZE):
         raise ValueError(f"{where}: group_size is {str(value)[:100]}; it must be a number, or -1")
     return value
 
@@ -161,6 +188,19 @@ ABOUT_THE_SEARCH = """
     super_bits super_group_size supported_types to_quant_block_names tokenizer train_bs true_sequential
     use_cuda_fp16 use_exllama weight_config
 """.split()
+
+
+def quantizes_activations(how: Mapping[str, Any]) -> bool:
+    """Whether a config of compressed-tensors, or of auto-round, says that activations are quantized, too."""
+    groups, bits = how.get("config_groups"), how.get("act_bits")
+    found = groups.values() if isinstance(groups, dict) else ()
+    inputs = any(isinstance(group, dict) and bool(group.get("input_activations")) for group in found)
+    return inputs or (isinstance(bits, int) and bits < 16)
+
+
+def warn_of_activations(how: Mapping[str, Any], where: str) -> None:
+    if quantizes_activations(how):
+        warnings.warn(f"{where}: the activations were quantized, too, and load does not", stacklevel=7)
 
 
 def check_options(how: Mapping[str, Any], known: Iterable[str], where: str) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from vllm.model_executor.models.utils import WeightsMapper
 
 from rtn_tensor.checkpoint.files import read_json
-from rtn_tensor.checkpoint.foreign.compressed_tensors import quantizes_activations
 from rtn_tensor.checkpoint.foreign.reading import (
     FILES,
     OF_ACTIVATIONS,
@@ -25,6 +24,7 @@ from rtn_tensor.checkpoint.foreign.reading import (
     description,
     put_together,
 )
+from rtn_tensor.checkpoint.foreign.words import quantizes_activations
 from rtn_tensor.checkpoint.sources import IN_FILES, sources, state_sources, tensor_names
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import ASYMMETRIC, GIVEN, GIVEN_ASYMMETRIC
@@ -36,7 +36,7 @@ UNLIKE_THE_FIRST = (
     "an engine with this one"
 )
 # What lies beside planes, or is made of them already.
-PASSED = ("bias", *(f"_weight_{plane}" for plane in IN_FILES.values()))
+PASSED = ("bias", *(f"{begin}weight_{plane}" for begin in ("", "_") for plane in IN_FILES.values()))
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def foreign_folder(path: str | os.PathLike) -> ForeignFolder | None:
     how = description(path, tensor_names(path) if beside else ())
     if how is None:
         return None
-    if how.method == "compressed-tensors" and quantizes_activations(how.options):
+    if quantizes_activations(how.options):
         raise ValueError(
             f"{how.where}: the activations are quantized, too, and this library quantizes weights only; "
             f"{VLLMS_OWN}"

@@ -18,7 +18,7 @@ from rtn_tensor.checkpoint.sources import IN_FILES
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import SCALE8, pack_gptq, unpack
 from rtn_tensor.integrations.options import KeptConfig
-from rtn_tensor.quantize.targets import is_finite
+from rtn_tensor.quantize.targets import is_finite, too_large
 from rtn_tensor.reference import widened
 from rtn_tensor.tensor import RTNQuantizedTensor
 
@@ -74,6 +74,8 @@ def quantized_loaded(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -
         )
     if not is_finite(w):
         raise ValueError(f"{fqn} holds NaN or inf; repair the checkpoint, or name the layer in ignore")
+    if why := too_large(w, config.scale_method):
+        raise ValueError(f"{fqn} {why}")
     return RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
 
 

@@ -118,6 +118,8 @@ class RTNQuantizationConfig(QuantizationConfig):
             r"\.experts\._gate_up_proj_(qdata|scale|zero_point)$": rf".experts.{up}_\1",
             r"\.experts\._down_proj_(qdata|scale|zero_point)$": rf".experts.{down}_\1",
         }
+        # Our own folder's experts, where they are modules of their own.
+        names[r"\.experts\.(\d+)\.(\w+)\._weight_(qdata|scale|zero_point)$"] = r".experts.\1.\2.weight_\3"
         by_name = {regex.compile(old): new for old, new in names.items()}
         return TurningMapper(orig_to_new_regex=by_name, folder=self.folder)
 
