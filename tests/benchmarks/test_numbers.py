@@ -93,7 +93,7 @@ def test_accuracy(page):
 def test_four_bits():
     rows = {(row["model"], row["method"]): row for row in results("four_bits.json")["rows"]}
     found = table("docs/refine.md", "Whisper base, KL", "bits per weight")
-    assert len(found) == 11
+    assert len(found) == 15
     columns = {
         "Whisper base, KL": ("whisper", "kl"),
         "MiniLM, 1 - cosine": ("minilm", "distance"),
