@@ -12,8 +12,6 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +22,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.answers import Peer
 from benchmarks.machine import add_threads, machine
 from benchmarks.real_model import smollm2, smollm2_gguf
 from rtn_tensor import quantize_, rtn_int4, rtn_int8
@@ -90,33 +89,14 @@ MEASURES = {
 }
 
 
-class LlamaCpp:
-    """llama.cpp in a process of its own, by an interpreter that has it."""
-
-    def __init__(self, python: str, threads: int, new_tokens: int):
-        script = str(Path(__file__).with_name("llama_cpp_model.py"))
-        command = [python, script, str(smollm2_gguf()), *map(str, (threads, PROMPT, new_tokens))]
-        self.said = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said
-        )
-        self.version = self._line()
-
-    def _line(self) -> str:
-        line = self.process.stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            self.said.seek(0)
-            raise RuntimeError(f"llama.cpp's process ended:\n{self.said.read()[-2000:]}")
-        return line.strip()
-
-    def __call__(self, what: str) -> float:
-        """`what`: as "decode Q4_0"."""
-        print(what, file=self.process.stdin, flush=True)
-        return float(self._line())
+def llama_cpp(python: str, threads: int, new_tokens: int) -> Peer:
+    """llama.cpp, by an interpreter that has it; it is asked as in "decode Q4_0"."""
+    script = str(Path(__file__).with_name("llama_cpp_model.py"))
+    return Peer("llama.cpp", [python, script, str(smollm2_gguf()), *map(str, (threads, PROMPT, new_tokens))])
 
 
 @torch.inference_mode()
-def measure(name: str, new_tokens: int, runs: int, llama: LlamaCpp | None) -> list[dict]:
+def measure(name: str, new_tokens: int, runs: int, llama: Peer | None) -> list[dict]:
     """Medians over `runs`, ours and llama.cpp's in turn, after one of each."""
     config, peer = CONFIGS[name]
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.bfloat16).eval()
@@ -126,7 +106,7 @@ def measure(name: str, new_tokens: int, runs: int, llama: LlamaCpp | None) -> li
     for what, prepare in MEASURES.items():
         ours = prepare(model, new_tokens)
         peers = {"ours": ours} | (
-            {"llama.cpp": lambda what=what: llama(f"{what.split()[0]} {peer}")} if llama else {}
+            {"llama.cpp": lambda what=what: llama.number(f"{what.split()[0]} {peer}")} if llama else {}
         )
         turns = [{who: run() for who, run in peers.items()} for _ in range(runs + 1)][1:]
         rows.append(
@@ -165,7 +145,7 @@ def main() -> None:
         f"{about['instruction_set']}",
         flush=True,
     )
-    llama = LlamaCpp(args.llama, args.threads, args.new_tokens) if args.llama else None
+    llama = llama_cpp(args.llama, args.threads, args.new_tokens) if args.llama else None
     rows = [row for name in CONFIGS for row in measure(name, args.new_tokens, args.runs, llama)]
     headers = ["weights", "what", "ours", *(["llama.cpp", "its weights", "ratio"] if llama else [])]
     print(f"\nTokens per second; prefill of {PROMPT} tokens, decoding after 32\n")

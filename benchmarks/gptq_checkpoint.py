@@ -13,13 +13,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+from benchmarks.answers import Peer
 from benchmarks.machine import add_threads, machine
 from benchmarks.real_model import smollm2
 from rtn_tensor import export, load, rtn_int4
@@ -41,39 +41,21 @@ def write_gptq(model: Path, to: Path, dtype: torch.dtype = torch.float16) -> Non
     export(load(model, rtn_int4(GROUP_SIZE), dtype=dtype), to, "gptq")
 
 
-class Engine:
+def engine(name: str, python: str, folder: Path, threads: int) -> Peer:
     """A process that runs the checkpoint; see `gptq_engine.py`."""
+    script = str(Path(__file__).with_name("gptq_engine.py"))
+    bind = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
+    return Peer(name, [python, script, name, str(folder), str(threads)], os.environ | VLLM | bind)
 
-    def __init__(self, name: str, python: str, folder: Path, threads: int):
-        script = str(Path(__file__).with_name("gptq_engine.py"))
-        bind = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
-        self.said = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [python, script, name, str(folder), str(threads)],
-            env=os.environ | VLLM | bind,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.said,
-        )
-        self.name = name
-        self.version = self._line()
 
-    def _line(self) -> str:
-        line = self.process.stdout.readline()  # type: ignore[union-attr]
-        if not line:
-            self.said.seek(0)
-            raise RuntimeError(f"{self.name}'s process ended:\n{self.said.read()[-4000:]}")
-        return line.strip()
+def turn(engine: Peer) -> dict[str, float]:
+    """Tokens per second, prefill and decoding."""
 
-    def seconds(self, prompt: int, new: int) -> float:
-        print(f"{prompt} {new}", file=self.process.stdin, flush=True)
-        return float(self._line())
+    def seconds(prompt: int, new: int) -> float:
+        return engine.number(f"{prompt} {new}")
 
-    def turn(self) -> dict[str, float]:
-        """Tokens per second, prefill and decoding."""
-        one, more = self.seconds(SHORT, 1), self.seconds(SHORT, 1 + NEW)
-        return {"prefill": PROMPT / self.seconds(PROMPT, 1), "decode": NEW / (more - one)}
+    one, more = seconds(SHORT, 1), seconds(SHORT, 1 + NEW)
+    return {"prefill": PROMPT / seconds(PROMPT, 1), "decode": NEW / (more - one)}
 
 
 def main() -> None:
@@ -96,14 +78,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "gptq"
         write_gptq(smollm2(), folder)
-        engines = [Engine(name, python, folder, args.threads) for name, python in pythons.items()]
-        turns = [{engine.name: engine.turn() for engine in engines} for _ in range(args.runs + 1)][1:]
-        for engine in engines:
-            engine.process.communicate()
+        engines = [engine(name, python, folder, args.threads) for name, python in pythons.items()]
+        turns = [{peer.name: turn(peer) for peer in engines} for _ in range(args.runs + 1)][1:]
+        for peer in engines:
+            peer.process.communicate()
     rows = [
-        {"engine": engine.name, "version": engine.version}
-        | {what: statistics.median(turn[engine.name][what] for turn in turns) for what in MEASURES}
-        for engine in engines
+        {"engine": peer.name, "version": peer.version}
+        | {what: statistics.median(each[peer.name][what] for each in turns) for what in MEASURES}
+        for peer in engines
     ]
     print(f"Tokens per second: prefill of {PROMPT}, and decoding after {SHORT}\n")
     lines = [[row["engine"], row["version"], *(f"{row[what]:.1f}" for what in MEASURES)] for row in rows]
