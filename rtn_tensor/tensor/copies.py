@@ -288,7 +288,7 @@ def set_data(func, types, args, kwargs):
             )
         check_dtype(new.dtype, w)
         # In planes of its own: who kept the old `.data` keeps what it held, as with a plain tensor.
-        given = new.mT if w.transposed else new
+        given = (new.mT if w.transposed else new).detach()
         form = {"bits": w.bits, "group_size": w.group_size, "scale_method": w.scale_method}
         # Scales of another dtype than the weight's keep it; those of 8 bits have no other.
         of_scale = None if w.float_dtype is None or w.scale.dtype == SCALE8 else w.scale.dtype
