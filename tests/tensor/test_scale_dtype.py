@@ -111,6 +111,8 @@ def test_rows_that_stay_keep_their_bits_when_data_is_set(rows):
     assert (p.dtype, p.scale.dtype, p.shape) == (BF16, F16, (rows, 96))
     if rows != 48:
         assert torch.equal(p.dequantize()[:48], w.dequantize()[:rows])
+    p.data = nn.Parameter(torch.randn(rows, 96, dtype=BF16)) * 2
+    assert (p.requires_grad, p.grad_fn, p.scale.dtype) == (False, None, F16)
 
 
 def test_embedding():
