@@ -11,7 +11,10 @@ def test_linear_measures_every_peer_at_every_size(capsys):
     names = [
         "dense",
         "rtn int4 g128",
+        "rtn int4 g64",
         "rtn int4 g32",
+        "rtn int4 g128, zero points",
+        "rtn int4 g32, 8-bit scales",
         "rtn int8 g128",
         "aten int4 g128",
         "aten int8",
@@ -23,6 +26,8 @@ def test_linear_measures_every_peer_at_every_size(capsys):
     assert {r["over_dense"] for r in rows if r["kernel"] == "dense"} == {1.0}
     cpu_linear.show(rows, read=1e9)
     assert "of the streaming read" in capsys.readouterr().out
+    some = cpu_linear.measure(torch.bfloat16, 64, 128, [1], turns=1, only=["rtn int4 g32, 8-bit scales"])
+    assert [r["kernel"] for r in some] == ["dense", "rtn int4 g32, 8-bit scales"]
 
 
 def test_load_measures_every_way(tmp_path):
