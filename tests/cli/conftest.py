@@ -63,7 +63,7 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, home, monkeypatch):
+def run_at_home(capsys, home, monkeypatch):
     monkeypatch.chdir(home)
 
     def run(*args):

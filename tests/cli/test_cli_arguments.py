@@ -62,8 +62,8 @@ import pytest
         (["explain", "--m", "1.5"], "explain: error: argument --m: invalid int value: '1.5'"),
     ],
 )
-def test_usage(run, command, message):
-    assert run(*command) == (2, "", f"rtn-tensor {message}\n")
+def test_usage(run_at_home, command, message):
+    assert run_at_home(*command) == (2, "", f"rtn-tensor {message}\n")
 
 
 A_FILE = "it is a file; give the folder that it lies in, or to load() the module to fill, as model="
@@ -110,15 +110,15 @@ NO_CONFIG = "it has no config.json; add its model's, or give load() the module t
         ),
     ],
 )
-def test_mistakes(run, home, command, message):
+def test_mistakes(run_at_home, home, command, message):
     before = sorted(home.iterdir())
-    assert run(*command) == (1, "", f"rtn-tensor: error: {message}\n")
+    assert run_at_home(*command) == (1, "", f"rtn-tensor: error: {message}\n")
     assert sorted(home.iterdir()) == before
 
 
-def test_rules_that_nest_too_deeply(run, tmp_path):
+def test_rules_that_nest_too_deeply(run_at_home, tmp_path):
     (tmp_path / "rules").write_text("[" * 100_000)
-    status, out, err = run("quantize", "model", tmp_path / "new", "--rules", tmp_path / "rules")
+    status, out, err = run_at_home("quantize", "model", tmp_path / "new", "--rules", tmp_path / "rules")
     assert (status, out) == (1, "")
     assert (
         err

@@ -84,7 +84,8 @@ options:
   --refine-on FILE      with --refine, a UTF-8 text to use in place of its own
   --format {rtn,compressed-tensors,gptq,gguf}
                         rtn is this library's own; vLLM, SGLang and transformers read compressed-
-                        tensors; llama.cpp, Ollama and LM Studio gguf (default: rtn)
+                        tensors; vLLM, SGLang and GPTQModel gptq; llama.cpp, Ollama and LM Studio
+                        gguf (default: rtn)
   --like FILE           for gguf, a GGUF file of the same model, which gives the tokenizer and the
                         metadata
   --force               replace dst, once the new one is whole

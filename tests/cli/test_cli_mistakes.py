@@ -35,8 +35,8 @@ from tiny_llama import tiny_tokenizer
         ),
     ],
 )
-def test_models_that_are_not_causal(run, task, model, message):
-    assert run(task[0], model, *task[1:]) == (1, "", f"rtn-tensor: error: {message}\n")
+def test_models_that_are_not_causal(run_at_home, task, model, message):
+    assert run_at_home(task[0], model, *task[1:]) == (1, "", f"rtn-tensor: error: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def test_models_that_are_not_causal(run, task, model, message):
         ),
     ],
 )
-def test_more_tokens_than_positions(run, command, message):
-    assert run(*command) == (1, "", f"rtn-tensor: error: {message}\n")
+def test_more_tokens_than_positions(run_at_home, command, message):
+    assert run_at_home(*command) == (1, "", f"rtn-tensor: error: {message}\n")
 
 
-def test_as_many_tokens_as_positions(run):
-    assert run("generate", "model", "We", "--max-new-tokens", "3")[0] == 0
+def test_as_many_tokens_as_positions(run_at_home):
+    assert run_at_home("generate", "model", "We", "--max-new-tokens", "3")[0] == 0
     assert (
-        run(
+        run_at_home(
             "perplexity",
             "model",
             "--text",
@@ -92,9 +92,9 @@ def test_as_many_tokens_as_positions(run):
     "template",
     ["{% if %}", "{{ raise_exception('no system role') }}", "{{ messages[0].a.b }}", "{{ 1 + messages }}"],
 )
-def test_a_chat_template_that_fails(run, copy, template):
+def test_a_chat_template_that_fails(run_at_home, copy, template):
     (copy / "chat_template.jinja").write_text(template)
-    status, out, err = run("generate", copy, "We")
+    status, out, err = run_at_home("generate", copy, "We")
     assert (status, out) == (1, "")
     assert err.startswith("rtn-tensor: error: the tokenizer's chat template fails (")
     assert err.count("\n") == 1
@@ -110,10 +110,10 @@ def test_a_chat_template_that_fails(run, copy, template):
         ("tokenizer_config.json", "[]"),
     ],
 )
-def test_a_tokenizer_that_is_none(run, copy, file, text):
+def test_a_tokenizer_that_is_none(run_at_home, copy, file, text):
     (copy / file).write_text(text)
     for command in (["generate", copy, "We"], ["perplexity", copy, "--text", "text"]):
-        status, out, err = run(*command)
+        status, out, err = run_at_home(*command)
         assert (status, out) == (1, "")
         assert err.startswith(
             f"rtn-tensor: error: {copy} has no tokenizer that can be read; copy the "
@@ -122,17 +122,17 @@ def test_a_tokenizer_that_is_none(run, copy, file, text):
         assert err.count("\n") == 1
 
 
-def test_a_tokenizer_of_more_tokens_than_the_model_has(run, copy):
+def test_a_tokenizer_of_more_tokens_than_the_model_has(run_at_home, copy):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"unheard of {i}" for i in range(320 - len(tokenizer))] + ["people"])
     tokenizer.save_pretrained(copy)
     message = "rtn-tensor: error: token 320 is none of the 320 of the model's vocabulary; use the tokenizer that came with the model\n"
-    assert run("generate", copy, "We the people") == (1, "", message)
-    assert run("perplexity", copy, "--text", "text") == (1, "", message)
+    assert run_at_home("generate", copy, "We the people") == (1, "", message)
+    assert run_at_home("perplexity", copy, "--text", "text") == (1, "", message)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
-def test_a_config_that_is_none(run, copy, tmp_path, text):
+def test_a_config_that_is_none(run_at_home, copy, tmp_path, text):
     (copy / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     for command in (
         ["inspect", copy],
@@ -140,27 +140,27 @@ def test_a_config_that_is_none(run, copy, tmp_path, text):
         ["quantize", copy, tmp_path / "new"],
         ["tune", "--model", copy],
     ):
-        status, out, err = run(*command)
+        status, out, err = run_at_home(*command)
         assert (status, out) == (1, "")
         assert err.startswith(f"rtn-tensor: error: {copy / 'config.json'}")
         assert err.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
-def test_no_code_of_the_folders_is_run_or_asked_for(run, copy, tmp_path, monkeypatch):
+def test_no_code_of_the_folders_is_run_or_asked_for(run_at_home, copy, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(prompt))
     (copy / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
     tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
     changed = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.C", None]}}
     (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer | changed))
-    status, out, err = run("generate", copy, "We")
+    status, out, err = run_at_home("generate", copy, "We")
     assert (status, out) == (1, "")
     assert "code of its own (auto_map), which is never run here" in err
     config = json.loads((copy / "config.json").read_text())
     changed = {"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"}}
     (copy / "config.json").write_text(json.dumps(config | changed))
     for command in (["inspect", copy], ["quantize", copy, tmp_path / "new"]):
-        status, out, err = run(*command)
+        status, out, err = run_at_home(*command)
         assert (status, out) == (1, "")
         assert err.count("\n") == 1
         # What transformers advises no command takes.
@@ -172,23 +172,25 @@ def test_no_code_of_the_folders_is_run_or_asked_for(run, copy, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("against", ["nowhere", "text", "bert", "broken"])
-def test_both_models_are_looked_at_before_one_is_scored(run, home, tmp_path, monkeypatch, against):
+def test_both_models_are_looked_at_before_one_is_scored(run_at_home, home, tmp_path, monkeypatch, against):
     monkeypatch.setattr("rtn_tensor.commands.load", lambda path: pytest.fail(f"{path} was loaded"))
     broken = shutil.copytree(home / "model", tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"")
     other = broken if against == "broken" else against
-    status, out, err = run("evaluate", "model", "--tasks", "perplexity", "--text", "text", "--against", other)
+    status, out, err = run_at_home(
+        "evaluate", "model", "--tasks", "perplexity", "--text", "text", "--against", other
+    )
     assert (status, out) == (1, "")
     assert err.count("\n") == 1
 
 
-def test_other_tokens_cannot_be_compared(run, copy):
+def test_other_tokens_cannot_be_compared(run_at_home, copy):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["people"])
     tokenizer.save_pretrained(copy)
     message = f"model and {copy} make other tokens of the text, so that their perplexities cannot be compared"
     command = ["evaluate", "model", "--tasks", "perplexity", "--text", "text", "--against", copy]
-    assert run(*command) == (1, "", f"rtn-tensor: error: {message}\n")
+    assert run_at_home(*command) == (1, "", f"rtn-tensor: error: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -202,12 +204,12 @@ def test_other_tokens_cannot_be_compared(run, copy):
         ("[1]", ", line 1: it is no JSON object; each line is a row of the dataset, as JSON"),
     ],
 )
-def test_rows_that_are_none(run, tmp_path, rows, message):
+def test_rows_that_are_none(run_at_home, tmp_path, rows, message):
     pytest.importorskip(
         "lm_eval", reason="lm-evaluation-harness is not installed; pip install 'rtn-tensor[evaluate]'"
     )
     (tmp_path / "lambada.jsonl").write_text(rows)
-    status, out, err = run("evaluate", "model", "--tasks", "lambada", "--data", tmp_path)
+    status, out, err = run_at_home("evaluate", "model", "--tasks", "lambada", "--data", tmp_path)
     assert (status, out) == (1, "")
     assert (
         err == f"rtn-tensor: error: {tmp_path / 'lambada.jsonl'}{'' if message[0] == ',' else ' '}{message}\n"
@@ -252,12 +254,12 @@ def test_letters_that_the_locale_has_not(home):
     assert "\\u" in out or "\\x" in out
 
 
-def test_what_was_not_foreseen(run, monkeypatch):
+def test_what_was_not_foreseen(run_at_home, monkeypatch):
     def fails(**kwargs):
         raise KeyError("x")
 
     monkeypatch.setattr("rtn_tensor.commands.explain", fails)
-    assert run("explain") == (
+    assert run_at_home("explain") == (
         1,
         "",
         f"rtn-tensor: error: KeyError: 'x'; `{sys.executable} -X dev -m rtn_tensor` and the same words show "
@@ -265,15 +267,15 @@ def test_what_was_not_foreseen(run, monkeypatch):
     )
 
 
-def test_ctrl_c(run, monkeypatch):
+def test_ctrl_c(run_at_home, monkeypatch):
     def stopped(**kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rtn_tensor.commands.explain", stopped)
-    assert run("explain") == (130, "", "rtn-tensor: stopped by SIGINT\n")
+    assert run_at_home("explain") == (130, "", "rtn-tensor: stopped by SIGINT\n")
 
 
-def test_names_cannot_command_a_terminal(run):
-    status, _, err = run("inspect", "\x1b[2Jhere")
+def test_names_cannot_command_a_terminal(run_at_home):
+    status, _, err = run_at_home("inspect", "\x1b[2Jhere")
     assert status == 1
     assert err.startswith("rtn-tensor: error: \\x1b[2Jhere is not a model folder")
