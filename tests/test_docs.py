@@ -87,9 +87,11 @@ def failures(tmp_path_factory) -> dict[str, str]:
     top = tmp_path_factory.mktemp("pages")
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000}
     model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     for page in WITH_PYTHON:
         model.save_pretrained(top / page.stem / "my-model")
-        tiny_tokenizer().save_pretrained(top / page.stem / "my-model")
+        tokenizer.save_pretrained(top / page.stem / "my-model")
     programs = {page.stem: "\n".join(blocks(page, "python")) for page in WITH_PYTHON}
     return json.loads(
         run([sys.executable, *STRICT, "-c", RUNNER], top, json.dumps(programs)).splitlines()[-1]
