@@ -17,12 +17,13 @@ import torch
 from rtn_tensor import reference
 from rtn_tensor.checkpoint.sources import saved_attributes, tensor_names
 from rtn_tensor.config import RTNConfig, rtn
-from rtn_tensor.formats import ASYMMETRIC, FORMATS, SCALE8, SCALES_OF_8_BITS
+from rtn_tensor.formats import ASYMMETRIC, FORMATS, SCALES_OF_8_BITS
 from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.integrations.transformers.names import renaming
 from rtn_tensor.quantize.selection import (
     FORMAT_KEYS,
     Rules,
+    bits_of,
     config_from_json,
     matches,
     reaches,
@@ -253,13 +254,8 @@ class Options:
         if config is None:
             self._kept[re.sub(r"\.\d+(?=\.)", ".*", name)] += 1
         elif rows:
-            k = weights // rows
-            groups = 1 if config.group_size == -1 else -(-k // config.group_size)
-            of_group = config.scale_dtype.itemsize if isinstance(config, KeptConfig) else itemsize
-            if config.scale_method in SCALES_OF_8_BITS:
-                of_group = SCALE8.itemsize
-            of_group += config.scale_method in ASYMMETRIC
-            after = rows * (FORMATS[config.bits].row_bytes(k) + groups * of_group)
+            of_scale = config.scale_dtype.itemsize if isinstance(config, KeptConfig) else itemsize
+            after = bits_of((rows, weights // rows), config, 8 * of_scale) // 8
             self._formats[format_text(config)] += 1
         self._bytes[0] += before
         self._bytes[1] += after

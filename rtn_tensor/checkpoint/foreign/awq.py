@@ -19,11 +19,10 @@ from rtn_tensor.checkpoint.foreign.words import (
     computed,
     ending,
     fields,
-    floats,
     kept_format,
     option,
     put,
-    quantized_rows,
+    rows_of,
     signed,
     warn_of_activations,
 )
@@ -90,6 +89,6 @@ def _weight(name: str, words: Source, scales: Source, zeros: Source, group_size:
         q = signed(_numbers(words.view(), start, stop).t().contiguous(), 4)
         scale = scales.view()[:, start:stop].t()
         zero = signed(_numbers(zeros.view(), start, stop).t().contiguous(), 4)
-        return floats(q, scale, zero, group_size) if kept is None else quantized_rows(q, scale, kept, zero)
+        return rows_of(q, scale, zero, kept, group_size)
 
     return computed(words, name, (n, k), compute, kept)

@@ -29,12 +29,11 @@ from rtn_tensor.checkpoint.foreign.words import (
     computed,
     ending,
     fields,
-    floats,
     kept_format,
     nibbles,
     option,
     put,
-    quantized_rows,
+    rows_of,
     signed,
     sorted_groups,
     warn_of_activations,
@@ -284,9 +283,7 @@ def _packed(
         q = signed(fields(packed.view()[start:stop], bits), bits)[:, :k]
         scales, zero = scale.view().expand(n, -1)[start:stop], all_zeros()
         zero = zero if zero is None else zero[start:stop]
-        if kept is not None:
-            return quantized_rows(q, scales, kept, zero)
-        return floats(q, scales, zero, group_size, group_of)
+        return rows_of(q, scales, zero, kept, group_size, group_of)
 
     return computed(packed, f"{module}.weight", (n, k), compute, kept)
 
@@ -315,9 +312,7 @@ def _integers(
         q = weight.view()[start:stop]
         scales = scale.view().view(shape).expand(n, -1)[start:stop]
         zero = None if zeros is None else zeros.view().view(shape).expand(n, -1)[start:stop]
-        if kept is not None:
-            return quantized_rows(q, scales, kept, zero)
-        return floats(q, scales, zero, group_size, group_of)
+        return rows_of(q, scales, zero, kept, group_size, group_of)
 
     return computed(weight, f"{module}.weight", (n, k), compute, kept)
 

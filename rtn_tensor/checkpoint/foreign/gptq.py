@@ -22,11 +22,11 @@ from rtn_tensor.checkpoint.foreign.words import (
     computed,
     ending,
     fields,
-    floats,
     kept_format,
     option,
     put,
     quantized_rows,
+    rows_of,
     signed,
     sorted_groups,
     warn_of_activations,
@@ -258,8 +258,6 @@ def _weight(
         first = start * bits // 32
         some = fields(zeros.view()[:, first : -(-stop * bits // 32)], bits)[:, start - first * 32 // bits :]
         zero = some[:, : stop - start].t().int() + (less_one - middle)
-        if kept is not None:
-            return quantized_rows(q, scale, kept, zero)
-        return floats(q, scale, zero, group_size, group_of)
+        return rows_of(q, scale, zero, kept, group_size, group_of)
 
     return computed(words, name, (n, k), compute, kept)

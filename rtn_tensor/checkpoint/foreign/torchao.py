@@ -15,10 +15,9 @@ from rtn_tensor.checkpoint.foreign.words import (
     check_plane,
     computed,
     ending,
-    floats,
     kept_format,
     put,
-    quantized_rows,
+    rows_of,
 )
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.formats import FLOAT_DTYPES, groups
@@ -66,8 +65,6 @@ def _weight(name: str, q: Source, scale: Source, zero: Source | None) -> Source:
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         integers, scales = q.view()[start:stop], scale.view().expand(n, -1)[start:stop]
-        if kept is not None:
-            return quantized_rows(integers, scales, kept)
-        return floats(integers, scales, None, group_size)
+        return rows_of(integers, scales, None, kept, group_size)
 
     return computed(q, name, (n, k), compute, kept)

@@ -148,6 +148,20 @@ def floats(
     return w * scale.float()[:, group_of]
 
 
+def rows_of(
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    kept: Kept | None,
+    group_size: int,
+    group_of: Tensor | None = None,
+) -> Tensor:
+    """Some rows of a weight: in this library's form where it is kept, else `floats`."""
+    if kept is None:
+        return floats(q, scale, zero, group_size, group_of)
+    return quantized_rows(q, scale, kept, zero)
+
+
 def option(how: Mapping[str, Any], key: str, allowed: Iterable[Any], where: str, default: Any = None) -> Any:
     """The value of an option.
 

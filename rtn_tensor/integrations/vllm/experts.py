@@ -16,11 +16,12 @@ from rtn_tensor.integrations.options import activation_of, check_cut, check_rout
 from rtn_tensor.integrations.vllm.parameters import (
     add_planes,
     empty_parameter,
-    has_finite_scales,
     put,
     quantized_loaded,
     take_planes,
 )
+from rtn_tensor.quantize.targets import is_finite
+from rtn_tensor.reference import widened
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 
@@ -104,7 +105,7 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         for w, config in self.configs.items():
             fqn = self._fqn(w)
             if self.at_once:
-                if not has_finite_scales(getattr(layer, f"{w}_weight").scale):
+                if not is_finite(widened(getattr(layer, f"{w}_weight").scale)):
                     raise ValueError(
                         f"{fqn} holds NaN or inf, or nothing was loaded; repair the checkpoint, "
                         "or name the layer in ignore"

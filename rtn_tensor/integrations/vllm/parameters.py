@@ -16,7 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from rtn_tensor.checkpoint.sources import IN_FILES
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import SCALE8, pack_gptq, unpack
+from rtn_tensor.formats import pack_gptq, unpack
 from rtn_tensor.integrations.options import KeptConfig
 from rtn_tensor.quantize.targets import is_finite, too_large
 from rtn_tensor.reference import widened
@@ -42,18 +42,13 @@ def add_planes(
     return planes
 
 
-def has_finite_scales(scale: Tensor) -> bool:
-    """Of a plane `scale`, whose numbers may be the bits of a float8_e4m3fn, NaN among them."""
-    return is_finite(widened(scale) if scale.dtype == SCALE8 else scale)
-
-
 def take_planes(
     layer: Any, name: str, k: int, config: RTNConfig, dtype: torch.dtype, fqn: str
 ) -> RTNQuantizedTensor:
     """The weight of `dtype` whose planes were loaded, in their place."""
     loaded = {plane: layer._parameters.pop(f"{name}_{end}", None) for plane, end in IN_FILES.items()}
     planes = {plane: parameter.data for plane, parameter in loaded.items() if parameter is not None}
-    if not has_finite_scales(planes["scale"]):
+    if not is_finite(widened(planes["scale"])):
         why = "is NaN or inf" if isinstance(config, KeptConfig) else f"does not fit {dtype}"
         way_out = (
             "repair the checkpoint" if isinstance(config, KeptConfig) else "serve it with dtype='bfloat16'"
