@@ -21,11 +21,16 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16
 # One file an instruction set; which of them runs is chosen when the library is loaded.
 FLAGS = {
     "x86_64": {
-        "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+        "isa_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+        "isa_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
         "isa_avx512.cpp": AVX512,
+        "isa_avxvnni.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
         "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     },
-    "aarch64": {"isa_neonbf16.cpp": ["-march=armv8.2-a+bf16"]},
+    "aarch64": {
+        "isa_neonbf16.cpp": ["-march=armv8.2-a+dotprod+bf16"],
+        "isa_neondot.cpp": ["-march=armv8.2-a+dotprod"],
+    },
 }
 PORTABLE: dict[str, list[str]] = {"isa_generic.cpp": [], "rtn.cpp": [], "threads.cpp": [], "torch_op.cpp": []}
 

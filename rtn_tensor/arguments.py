@@ -100,7 +100,7 @@ def _rows(op: str, name: str, x: Tensor, columns: Any, qdata: Tensor, dims: int 
     )
 
 
-def check_linear(x, qdata, scale, bias, bits, group_size, zero=None):
+def check_linear(x, qdata, scale, bias, bits, group_size, zero=None, int8_x=False):
     torch._check(x.dim() >= 1, lambda: "rtn::linear: x has no dims; it must be [..., K]")
     k = x.shape[-1]
     _weight("linear", qdata, scale, bits, group_size, k, zero, 2)
@@ -113,7 +113,7 @@ def check_linear_dx(dy, qdata, scale, bits, group_size, k, zero=None):
     _rows("linear_dx", "dy", dy, qdata.shape[0], qdata)
 
 
-def check_grouped(x, qdata, scale, offs, bits, group_size, zero=None):
+def check_grouped(x, qdata, scale, offs, bits, group_size, zero=None, int8_x=False):
     torch._check(x.dim() == 2, lambda: f"rtn::grouped: x is {list(x.shape)}; it must be [M, K]")
     k = x.shape[-1]
     _weight("grouped", qdata, scale, bits, group_size, k, zero, 3)
@@ -128,7 +128,20 @@ def check_grouped_dx(dy, qdata, scale, offs, bits, group_size, k, zero=None):
 
 
 def check_routed(
-    x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero=None
+    x,
+    qdata,
+    scale,
+    bias,
+    experts,
+    pairs,
+    offs,
+    router,
+    top_k,
+    activation,
+    bits,
+    group_size,
+    zero=None,
+    int8_x=False,
 ):
     torch._check(x.dim() == 2, lambda: f"rtn::routed: x is {list(x.shape)}; it must be [T, K]")
     k = x.shape[-1]

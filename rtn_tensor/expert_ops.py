@@ -23,13 +23,13 @@ from rtn_tensor.registration import (
 
 @define(
     "grouped(Tensor x, Tensor qdata, Tensor scale, Tensor offs, int bits, int group_size, "
-    "Tensor? zero=None) -> Tensor"
+    "Tensor? zero=None, bool int8_x=False) -> Tensor"
 )
-def _grouped(x, qdata, scale, offs, bits, group_size, zero=None):
+def _grouped(x, qdata, scale, offs, bits, group_size, zero=None, int8_x=False):
     kernel = choose(
-        make_problem("grouped", x.dtype, x.shape[0], x.shape[1], qdata, scale, bits, group_size, zero)
+        make_problem("grouped", x.dtype, x.shape[0], x.shape[1], qdata, scale, bits, group_size, zero, int8_x)
     )
-    return kernel.grouped(x, qdata, scale, offs, bits, group_size, zero)
+    return kernel.grouped(x, qdata, scale, offs, bits, group_size, zero, int8_x)
 
 
 def grouped(
@@ -40,34 +40,35 @@ def grouped(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
     """`linear` of each expert over its own rows: `x [M, K]` sorted by expert, `qdata [E, N, B]`, `scale [E,
     N, G]`, `offs [E]` int32 cumulative ends, as for torch's grouped_mm -> `[M, N]` in x's dtype; rows past
     the last end come out zero."""
     if tracing(x, qdata, scale, offs) or wants_grad(x):
         run = _grouped_function if transformed() else rtn_ops.grouped.default
-        return run(x, qdata, scale, offs, bits, group_size, zero)
-    return _grouped(x, qdata, scale, offs, bits, group_size, zero)
+        return run(x, qdata, scale, offs, bits, group_size, zero, int8_x)
+    return _grouped(x, qdata, scale, offs, bits, group_size, zero, int8_x)
 
 
 @fake("grouped")
-def _grouped_fake(x, qdata, scale, offs, bits, group_size, zero=None):
+def _grouped_fake(x, qdata, scale, offs, bits, group_size, zero=None, int8_x=False):
     return x.new_empty(x.shape[0], qdata.shape[-2])
 
 
-def _grouped_forward(x, qdata, scale, offs, bits, group_size, zero=None):
-    return rtn_ops.grouped.default(x, qdata, scale, offs, bits, group_size, zero)
+def _grouped_forward(x, qdata, scale, offs, bits, group_size, zero=None, int8_x=False):
+    return rtn_ops.grouped.default(x, qdata, scale, offs, bits, group_size, zero, int8_x)
 
 
 def _grouped_setup(ctx, inputs, output):
-    x, qdata, scale, offs, ctx.bits, ctx.group_size, zero = inputs
+    x, qdata, scale, offs, ctx.bits, ctx.group_size, zero, _ = inputs
     save_planes(ctx, qdata, scale, offs, zero)
     ctx.k = x.shape[-1]
 
 
 def _grouped_backward(ctx, dy):
     qdata, scale, offs, zero = ctx.saved_tensors
-    return grouped_dx(dy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k, zero), *[None] * 6
+    return grouped_dx(dy, qdata, scale, offs, ctx.bits, ctx.group_size, ctx.k, zero), *[None] * 7
 
 
 def _grouped_jvp(ctx, dx, *_):
@@ -77,7 +78,7 @@ def _grouped_jvp(ctx, dx, *_):
 
 def _sorted_vmap(name: str, run) -> Any:
     def vmap(info, in_dims, x, qdata, scale, offs, *others):
-        refuse_vmapped_planes(name, (*in_dims[1:4], in_dims[-1]))
+        refuse_vmapped_planes(name, (*in_dims[1:4], *in_dims[6:]))
         # The batch goes next to the rows, which so stay sorted by expert.
         rows = x.movedim(in_dims[0], 1)
         y = run(rows.flatten(0, 1), qdata, scale, offs * info.batch_size, *others)
@@ -162,16 +163,32 @@ _grouped_dx_function = differentiable(
 @define(
     "routed(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, Tensor experts, Tensor? pairs, Tensor? offs, "
     "Tensor? router, int top_k, "
-    "str activation, int bits, int group_size, Tensor? zero=None) -> Tensor"
+    "str activation, int bits, int group_size, Tensor? zero=None, "
+    "bool int8_x=False) -> Tensor"
 )
 def _routed(
-    x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero=None
+    x,
+    qdata,
+    scale,
+    bias,
+    experts,
+    pairs,
+    offs,
+    router,
+    top_k,
+    activation,
+    bits,
+    group_size,
+    zero=None,
+    int8_x=False,
 ):
     # Unsorted, each pair is a program of its own.
     rows = x.shape[0] * top_k if offs is not None else qdata.shape[0]
-    kernel = choose(make_problem("routed", x.dtype, rows, x.shape[1], qdata, scale, bits, group_size, zero))
+    kernel = choose(
+        make_problem("routed", x.dtype, rows, x.shape[1], qdata, scale, bits, group_size, zero, int8_x)
+    )
     return kernel.routed(
-        x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero
+        x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero, int8_x
     )
 
 
@@ -189,21 +206,48 @@ def routed(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
     """`grouped` of tokens that are routed to experts, gathering, bias, activation and router weights in the
     same launch; see `reference.routed`. It has no backward."""
     if tracing(x, qdata, scale):
         return rtn_ops.routed.default(
-            x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero
+            x,
+            qdata,
+            scale,
+            bias,
+            experts,
+            pairs,
+            offs,
+            router,
+            top_k,
+            activation,
+            bits,
+            group_size,
+            zero,
+            int8_x,
         )
     return _routed(
-        x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero
+        x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero, int8_x
     )
 
 
 @fake("routed")
 def _routed_fake(
-    x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero=None
+    x,
+    qdata,
+    scale,
+    bias,
+    experts,
+    pairs,
+    offs,
+    router,
+    top_k,
+    activation,
+    bits,
+    group_size,
+    zero=None,
+    int8_x=False,
 ):
     return x.new_empty(x.shape[0] * top_k, qdata.shape[-2] // 2 if activation else qdata.shape[-2])
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from rtn_tensor.wording import with_article
 
 CHUNK_BYTES = 16
-VERSION = 2  # the latest of all this; weights, and so files, carry the earliest that has what they have
+VERSION = 3  # the latest of all this; weights, and so files, carry the earliest that has what they have
 MAX_GROUP_SIZE = 1 << 30  # no row is as long; kernels multiply it by 8 without a thought of overflow
 SCALE_METHODS = ("absmax", "signed", "search", "minmax", "search8")
 SCALES_OF_8_BITS = {"search8": "search"}  # those of them whose scales have 8 bits, and how these are found
@@ -35,6 +35,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALE8, SCALE8_UNIT = torch.uint8, 2.0**-7
 SCALE_DTYPES = (*FLOAT_DTYPES, SCALE8)
 LARGEST_OF_8_BITS = 28.0
+FORMAT_KEYS = ("bits", "group_size", "scale_method", "activations")  # of a config, in the order of a rule's
+ACTIVATIONS = (None, "int8")  # what products round their activations to, if anything
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Format:
 FORMATS = {4: Format(4, 64, "search"), 8: Format(8)}
 
 
+def format_of(weight: Any) -> dict[str, Any]:
+    """What a config asks for, or a weight has, by the names of `RTNConfig`'s arguments."""
+    return {name: getattr(weight, name) for name in FORMAT_KEYS}
+
+
 def or_default(bits: int, group_size: int | None, scale_method: str | None) -> tuple[int, str]:
     """The group size and the scale method; where one is None, that of `bits`."""
     of_bits = FORMATS.get(bits, Format(bits))
@@ -103,8 +110,13 @@ def embedding_dtype(scale_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if scale_dtype == SCALE8 else scale_dtype
 
 
-def version_of(zero: Tensor | None, float_dtype: torch.dtype | None = None) -> int:
-    """The earliest version of the format that has such planes, and shows such a dtype."""
+def version_of(
+    zero: Tensor | None, float_dtype: torch.dtype | None = None, activations: str | None = None
+) -> int:
+    """The earliest version of the format that has such planes, shows such a dtype, and takes such
+    activations."""
+    if activations is not None:
+        return 3
     return 1 if zero is None and float_dtype is None else 2
 
 
@@ -134,6 +146,15 @@ def check_version(version: int) -> None:
         raise ValueError(
             f"the weight is of version {version} of the format, and this rtn-tensor reads up to "
             f"{VERSION}; upgrade rtn-tensor"
+        )
+
+
+def check_activations(activations: Any) -> None:
+    """Raises ValueError unless products can take their activations so."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(
+            f"activations={activations!r} is not supported; use 'int8', to round them to 8 bits before a "
+            "product, or None, to leave them as they are"
         )
 
 
@@ -192,6 +213,7 @@ def check_planes(
     version: int = VERSION,
     zero: Tensor | None = None,
     float_dtype: torch.dtype | None = None,
+    activations: str | None = None,
 ) -> None:
     """Raises TypeError or ValueError unless these are the planes of one weight `[..., N, k]`: `qdata [..., N,
     row_bytes(k)]` uint8, `scale [..., N, groups(k, group_size)]` float, and where it is asymmetric `zero`
@@ -199,6 +221,7 @@ def check_planes(
     planes from outside come through here first."""
     check_version(version)
     check_format(bits, group_size, scale_method)
+    check_activations(activations)
     if not isinstance(k, int | torch.SymInt) or isinstance(k, bool) or k < 0:
         raise ValueError(
             f"in_features={k!r} is no number of columns; it must be an integer, and not negative"
@@ -249,9 +272,15 @@ def check_planes(
             f"zero is of shape {tuple(zero.shape)} and scale of shape {tuple(s_shape)}; there must be one "
             "zero per scale"
         )
-    if version < version_of(zero, float_dtype):
-        has = "no plane zero" if zero is not None else "no dtype but that of the scale"
-        raise ValueError(f"version={version} of the format has {has}; it came with version 2")
+    if version < (since := version_of(zero, float_dtype, activations)):
+        has = (
+            "activations as they are only"
+            if activations is not None
+            else "no plane zero"
+            if zero is not None
+            else "no dtype but that of the scale"
+        )
+        raise ValueError(f"version={version} of the format has {has}; it came with version {since}")
     if of_8_bits and float_dtype is None:
         raise ValueError(
             f"scale_method={scale_method!r} makes scales of 8 bits, which say nothing of the weight's dtype; "

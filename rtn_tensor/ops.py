@@ -44,15 +44,18 @@ from rtn_tensor.registration import (
 # ------------------------------------------------------------------ linear and its backward
 
 
-_LINEAR = "(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size, Tensor? zero=None)"
+_LINEAR = (
+    "(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size, Tensor? zero=None, "
+    "bool int8_x=False)"
+)
 
 
 @define(f"linear{_LINEAR} -> Tensor")
-def _linear(x, qdata, scale, bias, bits, group_size, zero=None):
+def _linear(x, qdata, scale, bias, bits, group_size, zero=None, int8_x=False):
     x_MK = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     m, k = x_MK.shape
-    kernel = choose(make_problem("linear", x.dtype, m, k, qdata, scale, bits, group_size, zero))
-    y_MN = kernel.linear(x_MK, qdata, scale, bias, bits, group_size, zero)
+    kernel = choose(make_problem("linear", x.dtype, m, k, qdata, scale, bits, group_size, zero, int8_x))
+    y_MN = kernel.linear(x_MK, qdata, scale, bias, bits, group_size, zero, int8_x)
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], qdata.shape[-2])
 
 
@@ -80,33 +83,35 @@ def linear(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
     """y = x @ w'^T + bias: `x [..., K]`, `qdata [N, B]`, `scale [N, G]`, `bias [N]` -> `[..., N]` in x's
-    dtype. Here and below w' = (q - zero) S, where there is a `zero [N, G]`."""
+    dtype. Here and below w' = (q - zero) S, where there is a `zero [N, G]`; `int8_x` says whether x is
+    rounded to int8 first, which its gradient passes straight through."""
     given = (x,) if bias is None else (x, bias)
     # The planes are of one kind.
     if tracing(*given) or type(qdata) is not Tensor or wants_grad(*given):
         run = _linear_function if transformed() else rtn_ops.linear.default
-        return run(x, qdata, scale, bias, bits, group_size, zero)
+        return run(x, qdata, scale, bias, bits, group_size, zero, int8_x)
     # Past autograd and torch.library, the call takes 3 us around the product; through Python it takes 9.
     if x.is_cpu and _cpu_linear:
-        y = _cpu_linear(x, qdata, scale, bias, bits, group_size, zero)
+        y = _cpu_linear(x, qdata, scale, bias, bits, group_size, zero, int8_x)
         if y is not None:
             return y
-    return _linear(x, qdata, scale, bias, bits, group_size, zero)
+    return _linear(x, qdata, scale, bias, bits, group_size, zero, int8_x)
 
 
 @fake("linear")
-def _linear_fake(x, qdata, scale, bias, bits, group_size, zero=None):
+def _linear_fake(x, qdata, scale, bias, bits, group_size, zero=None, int8_x=False):
     return x.new_empty(*x.shape[:-1], qdata.shape[-2])
 
 
-def _linear_forward(x, qdata, scale, bias, bits, group_size, zero=None):
-    return rtn_ops.linear.default(x, qdata, scale, bias, bits, group_size, zero)
+def _linear_forward(x, qdata, scale, bias, bits, group_size, zero=None, int8_x=False):
+    return rtn_ops.linear.default(x, qdata, scale, bias, bits, group_size, zero, int8_x)
 
 
 def _linear_setup(ctx, inputs, output):
-    x, qdata, scale, bias, ctx.bits, ctx.group_size, zero = inputs
+    x, qdata, scale, bias, ctx.bits, ctx.group_size, zero, _ = inputs
     save_planes(ctx, qdata, scale, zero)
     ctx.k = x.shape[-1]
 
@@ -118,7 +123,7 @@ def _linear_backward(ctx, dy):
         dx = linear_dx(dy, qdata, scale, ctx.bits, ctx.group_size, ctx.k, zero)
     if ctx.needs_input_grad[3]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    return dx, None, None, dbias, None, None, None
+    return dx, None, None, dbias, None, None, None, None
 
 
 def _linear_jvp(ctx, dx, dqdata, dscale, dbias, *_):
@@ -126,13 +131,13 @@ def _linear_jvp(ctx, dx, dqdata, dscale, dbias, *_):
     return linear(dx, qdata, scale, dbias, ctx.bits, ctx.group_size, zero)
 
 
-def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size, zero=None):
+def _linear_vmap(info, in_dims, x, qdata, scale, bias, bits, group_size, zero=None, int8_x=False):
     refuse_vmapped_planes("linear", (*in_dims[1:3], *in_dims[6:]))
     x = batch_first(info, in_dims[0], x)
     if in_dims[3] is None:
-        return linear(x, qdata, scale, bias, bits, group_size, zero), 0
+        return linear(x, qdata, scale, bias, bits, group_size, zero, int8_x), 0
     bias = bias.movedim(in_dims[3], 0)
-    y = linear(x, qdata, scale, None, bits, group_size, zero)
+    y = linear(x, qdata, scale, None, bits, group_size, zero, int8_x)
     return y + bias.view(len(bias), *[1] * (x.dim() - 2), -1), 0
 
 

@@ -76,19 +76,26 @@ def activations(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> Tens
 
 
 def assert_linear_close(
-    y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None, terms: Tensor | None = None
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    terms: Tensor | None = None,
+    int8_x: bool = False,
 ) -> None:
     """Asserts |y - ref| <= u |ref| + c (|x| @ |w|^T) + a for every element, ref = x @ w^T + bias in fp64; NaN
     never passes.
 
     `w [N, K]` is fp64: `Planes.exact()`, or for a kernel that rounds the weight first,
         `Planes.exact(x.dtype)`. `terms`: what is in the place of |w|, where a kernel sums other terms.
+    `int8_x`: whether x is to be what it is rounded to.
     """
     u, c, a = TOLERANCE[x.dtype]
+    dtype, x = x.dtype, reference.rounded_to_int8(x) if int8_x else x
     ref = x.double() @ w.mT
     if bias is not None:
         ref = ref + bias.double()
-    assert (y.shape, y.dtype) == (ref.shape, x.dtype)
+    assert (y.shape, y.dtype) == (ref.shape, dtype)
     error = (y.double() - ref).abs()
     allowed = u * ref.abs() + c * (x.double().abs() @ (w.abs() if terms is None else terms).mT) + a
     wrong = ~(error <= allowed)

@@ -23,8 +23,8 @@ SCALE_CODES = DTYPE_CODES | {SCALE8: 3}
 
 # RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling
 # a ctypes.Structure 4.
-ABI = 6
-_LINEAR = struct.Struct("=35q")
+ABI = 7
+_LINEAR = struct.Struct("=36q")
 _PLANES = struct.Struct("=23q")
 _NO_MEMORY, _REFUSED = -1, -2
 _NONE = (0, 0, 0)  # the strides and sizes of a plane that is not there
@@ -138,7 +138,8 @@ def isa() -> str | None:
 
 
 def set_isa(name: str) -> None:
-    """Forces one of "avx512bf16", "avx512", "avx2", "neonbf16", "generic", for tests and benchmarks.
+    """Forces one of "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neonbf16", "neondot" and
+    "generic", for tests and benchmarks.
 
     Raises:
         ValueError: this build or processor lacks it.
@@ -179,6 +180,7 @@ def _linear(
     bits: int,
     group_size: int,
     zero: Tensor | None,
+    int8_x: bool,
 ) -> Tensor:
     x, qdata, scale = _dense_rows(x), _dense_rows(qdata), _dense_rows(scale)
     if zero is not None:
@@ -207,6 +209,7 @@ def _linear(
         experts,
         bits,
         group_size,
+        int8_x,
         DTYPE_CODES[x.dtype],
         SCALE_CODES[scale.dtype],
         x.stride(0),
@@ -236,8 +239,9 @@ def linear(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
-    return _linear(x, qdata, scale, bias, None, bits, group_size, zero)
+    return _linear(x, qdata, scale, bias, None, bits, group_size, zero, int8_x)
 
 
 def grouped(
@@ -248,8 +252,9 @@ def grouped(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
-    return _linear(x, qdata, scale, None, offs, bits, group_size, zero)
+    return _linear(x, qdata, scale, None, offs, bits, group_size, zero, int8_x)
 
 
 def routed(*args: Any) -> Tensor:

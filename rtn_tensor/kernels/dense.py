@@ -34,6 +34,7 @@ def linear(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
     return F.linear(x, _weight(qdata, scale, bits, group_size, x.shape[-1], x.dtype, zero), bias)
 
@@ -45,7 +46,7 @@ def linear_dx(
 
 
 def why_not(problem: Problem) -> str | None:
-    return None
+    return "It multiplies activations as they are, not as int8." if problem.int8_x else None
 
 
 KERNEL = Kernel(

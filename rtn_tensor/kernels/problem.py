@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     # Bytes that the address of qdata (for "quantize", of the float weight) is a multiple of, at most 16.
     alignment: int = 16
     zero: bool = False  # whether the weight has a plane `zero`
+    int8_x: bool = False  # whether the activations are rounded to int8 first
 
 
 def bucket(m: int) -> int:
@@ -77,6 +78,7 @@ def make_problem(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Problem:
     """The `Problem` of running `op` over `m` rows with the weight in these planes. M is rounded up to a power
     of two, so that few choices are ever made."""
@@ -97,6 +99,7 @@ def make_problem(
         qdata.size(0) if dims > 2 else None,
         (address & -address & 15) or 16,
         zero is not None,
+        int8_x,
     )
 
 
@@ -132,3 +135,5 @@ class Kernel:
 
 # Each op that a kernel may have, in the order in which messages name them.
 OPS = [field.name for field in fields(Kernel) if field.default is _LACKING]
+# Those of them that may round their activations.
+TAKE_ACTIVATIONS = ("linear", "grouped", "routed")

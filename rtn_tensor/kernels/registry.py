@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 from rtn_tensor import reference
-from rtn_tensor.formats import FLOAT_DTYPES, check_format, or_default
+from rtn_tensor.formats import FLOAT_DTYPES, check_activations, check_format, or_default
 from rtn_tensor.kernels import cpu, dense, triton
-from rtn_tensor.kernels.problem import OPS, Kernel, Problem, bucket, capability, device_of, make_problem
+from rtn_tensor.kernels.problem import (
+    OPS,
+    TAKE_ACTIVATIONS,
+    Kernel,
+    Problem,
+    bucket,
+    capability,
+    device_of,
+    make_problem,
+)
 from rtn_tensor.text_table import table
 from rtn_tensor.wording import with_article
 
@@ -127,7 +136,7 @@ class Explanation:
         p = self.problem
         what = (
             f"{p.op} on {p.device}: {p.dtype} x [{p.M}, {p.K}], int{p.bits} weight [{p.N}, {p.K}] "
-            f"with group_size {p.group_size}"
+            f"with group_size {p.group_size}{', int8 activations' if p.int8_x else ''}"
         )
         rows = [
             [k.name, "runs" if k.name == self.kernel else "", self.reasons.get(k.name, "")] for k in KERNELS
@@ -144,6 +153,7 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     bits: int = 4,
     group_size: int | None = None,
+    activations: str | None = None,
     M: int = 1,
     N: int = 4096,
     K: int = 4096,
@@ -156,7 +166,8 @@ def explain(
             instead.
         op: "linear", "linear_dx" (its backward), "grouped" and "routed" (experts), "embedding", "quantize" or
             "dequantize".
-        device, dtype, bits, group_size, M, N, K: the problem in plain numbers; M is the number of input rows.
+        device, dtype, bits, group_size, activations, M, N, K: the problem in plain numbers; M is the number
+            of input rows.
 
     Raises:
         TypeError: `weight` is not quantized, or an argument is of another type.
@@ -187,6 +198,7 @@ def explain(
             weight.bits,
             weight.group_size,
             weight.zero,
+            weight.activations is not None and op in TAKE_ACTIVATIONS,
         )
     else:
         device = device_of(device)
@@ -194,6 +206,7 @@ def explain(
             device, dtype, K = x.device, x.dtype, x.shape[-1]
         group_size, scale_method = or_default(bits, group_size, None)
         check_format(bits, group_size, scale_method)
+        check_activations(activations)
         if dtype not in FLOAT_DTYPES:
             allowed = ", ".join(map(str, FLOAT_DTYPES))
             raise ValueError(
@@ -207,6 +220,7 @@ def explain(
             raise ValueError(f"M={m}, N={N}, K={K}: sizes cannot be negative")
         compute = capability(device.index) if device.type == "cuda" else None
         problem = Problem(op, device.type, compute, dtype, dtype, bits, group_size, bucket(m), N, K)
+        problem = problem._replace(int8_x=activations is not None and op in TAKE_ACTIVATIONS)
     chosen = choose(problem)
     preferred = "forced by RTN_KERNEL" if os.environ.get("RTN_KERNEL") == chosen.name else "preferred"
     reasons = {}

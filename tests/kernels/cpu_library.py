@@ -83,6 +83,7 @@ class Driver:
             experts,
             bits,
             group_size,
+            _int8_x,
             dtype,
             scale_dtype,
             x_stride,
@@ -93,7 +94,7 @@ class Driver:
             s_expert,
             z_stride,
             z_expert,
-        ) = fields[7:23]
+        ) = fields[7:24]
         extents = [
             _extent(dtype, (m, x_stride), (k, 1)),
             _extent(None, (experts, q_expert), (n, q_stride), (FORMATS[bits].row_bytes(k), 1)),

@@ -89,7 +89,22 @@ def test_problem():
     q = torch.zeros(4096 + 64, dtype=torch.uint8)
     scale = torch.ones(8, 4, dtype=torch.bfloat16)
     p = make_problem("linear", torch.float16, 5, 100, q[:512].view(8, 64), scale, 4, 32)
-    assert p == ("linear", "cpu", None, torch.float16, torch.bfloat16, 4, 32, 8, 8, 100, None, 16, False)
+    assert p == (
+        "linear",
+        "cpu",
+        None,
+        torch.float16,
+        torch.bfloat16,
+        4,
+        32,
+        8,
+        8,
+        100,
+        None,
+        16,
+        False,
+        False,
+    )
     buckets = [
         make_problem("linear", torch.float16, m, 100, q[:64], scale, 4, 32).M
         for m in (0, 1, 2, 3, 4, 5, 17, 4096)
@@ -248,7 +263,8 @@ reference        It could, but dense is preferred.""",
   "K": 320,
   "experts": null,
   "alignment": 16,
-  "zero": false
+  "zero": false,
+  "int8_x": false
  },
  "kernel": "dense",
  "reasons": {

@@ -1,31 +1,11 @@
-"""The C++ library of the CPU kernels in every instruction set: as installed, under AddressSanitizer and
-UndefinedBehaviorSanitizer, and for aarch64 in an emulator."""
+"""The C++ library of the CPU kernels, in every instruction set and build that `library` has."""
 
-import functools
-import os
-import platform
 from itertools import pairwise, product
-from pathlib import Path
 
 import pytest
 import torch
 from bounds import activations, apart, assert_linear_close, random_planes
-from cpu_library import (
-    AARCH64_LIBRARY,
-    DTYPES,
-    EMULATOR,
-    ROOT,
-    SANITIZERS,
-    WARNINGS,
-    Driver,
-    assert_same,
-    each_bits,
-    each_dtype,
-    isas,
-    need,
-    need_library,
-    setup,
-)
+from cpu_library import DTYPES, assert_same, each_bits, each_dtype, need_library
 
 from rtn_tensor import reference
 from rtn_tensor.formats import FORMATS, SCALE8, SCALE_DTYPES, groups
@@ -40,102 +20,6 @@ LONG = [(25, 300, 2100), (600, 33, 2100)]
 
 each_group_size = pytest.mark.parametrize("group_size", GROUP_SIZES)
 each_kind = pytest.mark.parametrize("method", ["absmax", "minmax"])  # without a plane `zero`, and with it
-
-
-@pytest.fixture(scope="module")
-def command_of(tmp_path_factory):
-    """The command that starts a driver, compiled when first asked for."""
-
-    @functools.cache
-    def command(how):
-        folder = tmp_path_factory.mktemp(how)
-        driver, program = {"tests/kernels/cpu_driver.cpp": []}, str(folder / "driver")
-        if how == "aarch64":
-            need("aarch64-linux-gnu-g++", EMULATOR[0])
-            compiler, flags, start = "aarch64-linux-gnu-g++", ["-O3"], EMULATOR
-            files = driver if AARCH64_LIBRARY else setup.sources("aarch64") | driver
-        else:
-            need("g++")
-            compiler, start = "g++", []
-            if how == "sanitized":
-                # -O0: GCC takes twice as long to optimize what the sanitizers add, and it reads and writes no
-                # less.
-                flags, files = ["-O0", "-g1", *SANITIZERS], setup.sources(platform.machine()) | driver
-            else:
-                flags, files = ["-O2"], driver
-        here = os.getcwd()
-        os.chdir(ROOT)
-        try:
-            objects = setup.compile_all([compiler, *flags, *WARNINGS], files, folder)
-        finally:
-            os.chdir(here)
-        library = {"guarded": str(cpu.LIBRARY), "aarch64": AARCH64_LIBRARY}.get(how)
-        link = [library, f"-Wl,-rpath,{Path(library).parent}"] if library else []
-        setup.run(
-            compiler,
-            *flags,
-            *objects,
-            *link,
-            "-o",
-            program,
-            "-pthread",
-            "-Wl,--no-as-needed",
-            "-lgomp",
-            "-ldl",
-        )
-        return [*start, program]
-
-    return command
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        *(pytest.param(("installed", isa), id=isa) for isa in isas(platform.machine())),
-        *(
-            pytest.param(("guarded", isa), id=f"guarded-{isa}", marks=pytest.mark.slow)
-            for isa in isas(platform.machine())
-        ),
-        *(
-            pytest.param(("sanitized", isa), id=f"sanitized-{isa}", marks=pytest.mark.slow)
-            for isa in isas(platform.machine())
-        ),
-        *(
-            pytest.param(("aarch64", isa), id=f"aarch64-{isa}", marks=pytest.mark.slow)
-            for isa in isas("aarch64")
-        ),
-    ],
-)
-def place(request, command_of):
-    how, isa = request.param
-    if how in ("installed", "guarded"):
-        need_library()
-    if how == "installed":
-        yield isa, None
-        return
-    driver = Driver(*command_of(how), isa)
-    if not driver.available:
-        pytest.skip(f"this processor has no {isa}")
-    yield isa, driver
-    driver.close()
-
-
-@pytest.fixture
-def library(place, monkeypatch):
-    """The rest of the test calls one instruction set of one build."""
-    isa, driver = place
-    if driver:
-        monkeypatch.setattr(cpu, "library", lambda: driver)
-        yield
-        return
-    before = cpu.isa()
-    try:
-        cpu.set_isa(isa)
-    except ValueError:
-        pytest.skip(f"this processor has no {isa}")
-    assert cpu.isa() == isa
-    yield
-    cpu.set_isa(before)
 
 
 @pytest.fixture(autouse=True)

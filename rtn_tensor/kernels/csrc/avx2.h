@@ -64,5 +64,51 @@ struct Avx2 {
   }
 };
 
+// int8 activations.
+struct Avx2Int8 : Avx2 {
+  static constexpr int V = 1, C = 6, MANY = 6;
+  using N = __m256i;
+  using W = __m256i;
+
+  // Its instruction takes unsigned bytes by signed ones, and adds two products in 16 bits. Of int4 with 8 added to them, at most 2 * 15 * 127
+  // come to that; of int8 the sign goes over to the activation, and 2 * 128 * 127 do.
+  template <int BITS>
+  static constexpr int offset() {
+    return BITS == 4 ? 8 : 0;
+  }
+  template <int BITS, int h>
+  static W operand(D dword) {
+    if constexpr (BITS == 8) return dword;
+    const D half = h ? _mm256_srli_epi32(dword, 4) : dword;
+    return _mm256_and_si256(_mm256_xor_si256(half, _mm256_set1_epi8(-120)), _mm256_set1_epi8(15));
+  }
+  template <int BITS>
+  static N dot(N sum, W w, int32_t x) {
+    const __m256i bytes = _mm256_set1_epi32(x);
+    const __m256i pairs = BITS == 4 ? _mm256_maddubs_epi16(w, bytes) : _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(bytes, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static N splat(int32_t x) { return _mm256_set1_epi32(x); }
+  static F to_float(N sum) { return _mm256_cvtepi32_ps(sum); }
+};
+
+#ifdef __AVXVNNI__
+struct AvxVnni : Avx2Int8 {
+  template <int BITS>
+  static constexpr int offset() {
+    return BITS == 4 ? 8 : 128;
+  }
+  template <int BITS, int h>
+  static W operand(D dword) {
+    if constexpr (BITS == 8) return _mm256_xor_si256(dword, _mm256_set1_epi8(-128));
+    return Avx2Int8::operand<BITS, h>(dword);
+  }
+  template <int BITS>
+  static N dot(N sum, W w, int32_t x) {
+    return _mm256_dpbusd_epi32(sum, w, _mm256_set1_epi32(x));
+  }
+};
+#endif
+
 }  // namespace
 }  // namespace rtn

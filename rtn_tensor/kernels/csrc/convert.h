@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#define RTN_UNROLL _Pragma("GCC unroll 32")
+
 namespace rtn {
 namespace {
 

@@ -50,5 +50,31 @@ struct Generic {
   static F dot(F sum, W w, const X& x, int q) { return w.odd * x.odd[q] + (w.even * x.even[q] + sum); }
 };
 
+// int8 activations, a byte after the other.
+struct GenericInt8 : Generic {
+  static constexpr int V = 1;
+  using N = D;
+  using W = D;
+
+  template <int BITS>
+  static constexpr int offset() {
+    return 0;
+  }
+  template <int BITS, int h>
+  static W operand(D dword) {
+    if constexpr (BITS == 8) return dword;
+    const D low = (h ? dword >> 4 : dword) & 0x0F0F0F0F;
+    const D sign = low & 0x08080808;
+    return low | sign << 1 | sign << 2 | sign << 3 | sign << 4;
+  }
+  template <int BITS>
+  static N dot(N sum, W w, int32_t x) {
+    for (int at = 0; at < 32; at += 8) sum += ((w << (24 - at)) >> 24) * (int32_t(uint32_t(x) << (24 - at)) >> 24);
+    return sum;
+  }
+  static N splat(int32_t x) { return D{} + x; }
+  static F to_float(N sum) { return __builtin_convertvector(sum, F); }
+};
+
 }  // namespace
 }  // namespace rtn

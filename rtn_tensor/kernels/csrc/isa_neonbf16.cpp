@@ -7,10 +7,13 @@
 
 namespace rtn {
 namespace {
-bool available() { return getauxval(AT_HWCAP2) & HWCAP2_BF16; }
+bool available() { return (getauxval(AT_HWCAP2) & HWCAP2_BF16) && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }
 
 // fp16 and fp32 activations have more digits than bf16.
-int linear(const rtn_linear_args& a) { return a.dtype == RTN_BFLOAT16 ? Linear<NeonBf16>(a)() : Linear<Generic>(a)(); }
+int linear(const rtn_linear_args& a) {
+  if (a.int8_x) return Linear<NeonDot, Int8Product>(a)();
+  return a.dtype == RTN_BFLOAT16 ? Linear<NeonBf16, FloatProduct>(a)() : Linear<Generic, FloatProduct>(a)();
+}
 }  // namespace
 
 extern const Isa neonbf16 = {"neonbf16", available, linear, quantize, dequantize};

@@ -1,21 +1,15 @@
-// The blocked product, written once over an instruction set `I`:
+// The blocked product, written once over an instruction set `I` and a `Product`, which packs activations, decodes weights and multiplies
+// (float_product.h, int8_product.h):
 //
 //   I::L             rows of the weight in one vector of 32-bit lanes
 //   I::V             vectors of rows in a block
-//   I::C             most tokens in a tile: C * V sums live in registers
-//   I::F, I::D, I::W vectors of float sums, of packed dwords, of one decoded pair of weights (k, k + 1)
-//   I::X             eight activations k .. k + 7, as four pairs
+//   I::C             most tokens in a tile, whose C * V sums live in registers; MANY where a block of rows has several tiles
+//   I::F, I::D       vectors of float sums, of packed dwords
 //   transpose(rows, offset, dwords, out)   out[d] = dword d of every row, zero from `dwords` on
-//   I::HALVES        most tokens for which low_half<i>(dword) and high_half<i>(dword), whose sum is the pair of int8, are used for it
-//   decode<BITS, i>(dword)                 the pair that lies in fields i of a dword's two 16-bit words
-//   dot(sum, pair, x, q)                   sum + pair . (pair q of x), per row
-//   all(x)                                 x in every lane
+//   all(x)           x in every lane
 //
-// Field i of a chunk's words has its weights 8i .. 8i + 7, and a dword the words t = 2q and 2q + 1: so dwords transposed over rows decode
-// to pairs of neighbours in k, as a dot-product instruction wants them, and the activations stay in their own order.
-//
-// Integers stay exact; each group's sum is scaled in fp32 (16 rows at a time, once for group_size / 2 dot products). Where there are zero
-// points, the sums begin at -(S zero) (the sum of x over the group), summed over the groups; the last is found once for all rows.
+// Where there are zero points, the sums begin at -(S zero) (the sum of x over the group), summed over the groups; the last is found once for
+// all rows.
 #pragma once
 #include <string.h>
 
@@ -23,25 +17,26 @@
 #include <type_traits>
 
 #include "convert.h"
+#include "float_product.h"
+#include "int8_product.h"
 #include "rtn.h"
 
 namespace rtn {
 namespace {
 
-#define RTN_UNROLL _Pragma("GCC unroll 32")
-
-template <class I>
+template <class I, template <class> class Of>
 struct Linear {
+  using Product = Of<I>;
   static constexpr int L = I::L, V = I::V, C = I::C, R = L * V;
   static constexpr int CHUNKS_AT_ONCE = L / 4;  // a transpose covers L dwords of each row
-  // Where there are more tokens than one tile: K_BLOCK columns of a block of rows are decoded into L2 (64 KiB, as bf16), and used by
-  // M_BLOCK tokens. At M = 512 half the M_BLOCK costs 3 %; at 256 half the K_BLOCK costs 2 %, and twice the K_BLOCK is no faster.
-  static constexpr int64_t M_BLOCK = 528, K_BLOCK = 1024;
+  // Where there are more tokens than one tile, columns of a block of rows are decoded into L2 and used by so many tokens. At M = 512 half of
+  // it costs 3 %.
+  static constexpr int64_t M_BLOCK = 528;
   static constexpr int64_t AHEAD = 48;  // chunks from what is multiplied to what is prefetched
   using F = typename I::F;
   using D = typename I::D;
-  using W = typename I::W;
-  using X = typename I::X;
+  using W = typename Product::W;
+  using X = typename Product::X;
 
   const rtn_linear_args& a;
   const int64_t chunks, chunk_k, group_chunks, groups, row_blocks, pitch;
@@ -65,58 +60,25 @@ struct Linear {
         row_blocks((args.n + R - 1) / R),
         pitch(chunks < AHEAD ? 64 : args.qdata_stride) {}
 
-  int64_t x_pieces() const { return chunks * chunk_k / 8; }
+  int64_t x_pieces() const { return (chunks * chunk_k + Product::COLUMNS - 1) / Product::COLUMNS; }
 
   // ------------------------------------------------------------------------------------------------ activations
 
-  // Tile t's tokens, interleaved by pieces of eight: packed[row * pieces + piece * tokens + token]. Zero past K.
   template <class T>
-  void pack(const Tile& tile) {
-    X* out = packed + tile.row * x_pieces();
-    const T* x = static_cast<const T*>(a.x) + tile.row * a.x_stride;
-    const int64_t whole = a.k / 8, pieces = x_pieces();
-    for (int64_t p = 0; p < whole; ++p)
-      for (int64_t c = 0; c < tile.tokens; ++c) *out++ = I::piece(x + c * a.x_stride + 8 * p);
-    for (int64_t p = whole; p < pieces; ++p) {
-      for (int64_t c = 0; c < tile.tokens; ++c) {
-        T some[8] = {};
-        for (int64_t j = 0; 8 * p + j < a.k; ++j) some[j] = x[c * a.x_stride + 8 * p + j];
-        *out++ = I::piece(some);
-      }
-    }
+  const T* row_of(int64_t row) const {
+    return static_cast<const T*>(a.x) + row * a.x_stride;
   }
 
-  template <class T>
-  void sum_groups(const Tile& tile) {
-    const int64_t size = group_chunks * chunk_k;
-    for (int64_t c = 0; c < tile.tokens; ++c) {
-      const T* x = static_cast<const T*>(a.x) + (tile.row + c) * a.x_stride;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t begin = g * size, end = begin + size < a.k ? begin + size : a.k;
-        float lanes[16] = {};
-        int64_t k = begin;
-        for (; k + 16 <= end; k += 16)
-          for (int j = 0; j < 16; ++j) lanes[j] += to_float(x[k + j]);
-        for (int j = 0; k < end; ++k, ++j) lanes[j] += to_float(x[k]);
-        for (int j = 0; j < 8; ++j) lanes[j] += lanes[j + 8];
-        for (int j = 0; j < 4; ++j) lanes[j] += lanes[j + 4];
-        minus_sums[tile.row * groups + g * tile.tokens + c] = -((lanes[0] + lanes[2]) + (lanes[1] + lanes[3]));
-      }
-    }
-  }
-
-  template <class T>
-  void pack_and_sum(const Tile& tile) {
-    pack<T>(tile);
-    if (minus_sums) sum_groups<T>(tile);
-  }
+  float& minus_sum(const Tile& tile, int64_t group, int64_t token) const { return minus_sums[tile.row * groups + group * tile.tokens + token]; }
 
   static void pack_tile(void* self, int64_t t) {
     Linear& l = *static_cast<Linear*>(self);
+    const Tile& tile = l.tile_list[t];
+    X* out = l.packed + tile.row * l.x_pieces();
     switch (l.a.dtype) {
-      case RTN_FLOAT32: return l.template pack_and_sum<float>(l.tile_list[t]);
-      case RTN_BFLOAT16: return l.template pack_and_sum<bf16>(l.tile_list[t]);
-      default: return l.template pack_and_sum<fp16>(l.tile_list[t]);
+      case RTN_FLOAT32: return Product::template pack<float>(l, tile, out);
+      case RTN_BFLOAT16: return Product::template pack<bf16>(l, tile, out);
+      default: return Product::template pack<fp16>(l, tile, out);
     }
   }
 
@@ -228,67 +190,16 @@ struct Linear {
     RTN_UNROLL for (int v = 0; v < V; ++v) I::transpose(r.q + v * L, chunk * 16, left < L ? int(left) : L, dwords[v]);
   }
 
-  // The pairs of one chunk in the order q, i, v.
-  template <int BITS, int... i>
-  static void decode_fields(const D* dwords, int v, W* out, ints<i...>) {
-    RTN_UNROLL for (int q = 0; q < 4; ++q) ((out[(q * (16 / BITS) + i) * V + v] = I::template decode<BITS, i>(dwords[q])), ...);
-  }
-
   template <int BITS>
-  void decode_block(const Rows& r, int64_t begin, int64_t end, int64_t next, W* out) const {
-    constexpr int PAIRS = 4 * (16 / BITS) * V;
+  void decode_block(const Rows& r, int64_t begin, int64_t end, W* out) const {
+    constexpr int EACH = Product::template per_chunk<BITS>() * V;
     D dwords[V][L];
     for (int64_t c = begin; c < end; ++c) {
       const int at = int((c - begin) % CHUNKS_AT_ONCE);
-      if (at == 0) {
-        RTN_UNROLL for (int j = 0; j < R; ++j) __builtin_prefetch(r.q[j] + next + (c - begin) * 16);
-        transpose(r, c, dwords);
-      }
-      for (int v = 0; v < V; ++v) decode_fields<BITS>(dwords[v] + 4 * at, v, out, make_ints<16 / BITS>());
-      out += PAIRS;
+      if (at == 0) transpose(r, c, dwords);
+      for (int v = 0; v < V; ++v) Product::template decode<BITS>(dwords[v] + 4 * at, out + v);
+      out += EACH;
     }
-  }
-
-  // ------------------------------------------------------------------------------------------------ the inner loop
-
-  // sums[c][v] += x . w over chunks [begin, end), for T tokens; weights decoded on the way, or read from `decoded`. `scales` begin with
-  // those of the first chunk's group.
-  template <int T, int BITS, bool DECODED>
-  void tile(const Rows& r, const W* decoded, const float* scales, int64_t begin, int64_t end, const X* x, float* sums) const {
-    constexpr int FIELDS = 16 / BITS, PAIRS = 4 * FIELDS;
-    // With few tokens, more sums than tokens: one dot product takes several cycles, and the next may not wait for it.
-    constexpr int S = T * V >= 8 ? 1 : T * V >= 4 ? 2 : 4;
-    // Sums of few enough tokens stay in registers, beside those of the group.
-    constexpr bool KEPT = DECODED && T <= I::MANY;
-    D dwords[V][L];
-    F kept[T][V];
-    if (KEPT) RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) kept[t][v] = I::load(sums + t * R + v * L);
-    const uint8_t* lines = nullptr;
-    x += begin * FIELDS * T;
-    for (int64_t c = begin; c < end;) {
-      const int64_t group = c / group_chunks;
-      const int64_t stop = (group + 1) * group_chunks < end ? (group + 1) * group_chunks : end;
-      F p[T][V][S];
-      RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) RTN_UNROLL for (int s = 0; s < S; ++s) p[t][v][s] = I::zero();
-      for (; c < stop; ++c, x += FIELDS * T) {
-        const int at = DECODED ? 0 : int((c - begin) % CHUNKS_AT_ONCE);
-        if (!DECODED && at == 0) transpose(r, c, dwords);
-        if (!DECODED) lines = c % 4 == 0 ? ahead(r, c) : lines + R / 4 * pitch;
-        chunk<T, BITS, DECODED, S>(dwords, 4 * at, decoded, x, lines, pitch, p, make_ints<PAIRS>());
-        if (DECODED) decoded += PAIRS * V;
-      }
-      RTN_UNROLL for (int v = 0; v < V; ++v) {
-        const F scale = I::load(scales + (group - begin / group_chunks) * R + v * L);
-        RTN_UNROLL for (int t = 0; t < T; ++t) {
-          F sum = p[t][v][0];
-          RTN_UNROLL for (int s = 1; s < S; ++s) sum = I::add(sum, p[t][v][s]);
-          float* to = sums + t * R + v * L;
-          if (KEPT) kept[t][v] = I::fma(sum, scale, kept[t][v]);
-          else I::store(to, I::fma(sum, scale, I::load(to)));
-        }
-      }
-    }
-    if (KEPT) RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) I::store(sums + t * R + v * L, kept[t][v]);
   }
 
   // The first of the R lines, `pitch` bytes apart, that are to be prefetched during the four chunks from `c` on. Of long rows one line each,
@@ -298,39 +209,31 @@ struct Linear {
     return r.q[0] + (c + AHEAD < chunks ? (c + AHEAD) * 16 : R * a.qdata_stride + (c + AHEAD - chunks) * 16);
   }
 
-  template <int T, int BITS, bool DECODED, int S, int... pair>
-  static inline void chunk(const D (&dwords)[V][L], int first, const W* decoded, const X* x, const uint8_t* lines, int64_t pitch, F (&p)[T][V][S], ints<pair...>) {
-    (one_pair<T, BITS, DECODED, S, pair>(dwords, first, decoded, x, lines, pitch, p), ...);
+  // Rows one beside the other are too many streams for the hardware to follow, and share too few sets of L1: so lines to come are brought to
+  // L2 meanwhile, a few with every dword, as the arithmetic would otherwise wait for them in one go. At M = 1 it doubles the speed. To take
+  // them from the same rows is 1.1 to 1.3 times as fast as from one run of memory two blocks on; 32 or 128 chunks ahead cost up to 5 %.
+  static void prefetch(const uint8_t* lines, int q, int64_t pitch) {
+    RTN_UNROLL for (int j = 0; j < 4 * R; j += 64) __builtin_prefetch(lines + (4 * R * q + j) / 64 * pitch, 0, 2);
   }
 
-  template <int T, int BITS, bool DECODED, int S, int PAIR>
-  static inline void one_pair(const D (&dwords)[V][L], int first, const W* decoded, const X* x, const uint8_t* lines, int64_t pitch, F (&p)[T][V][S]) {
-    constexpr int FIELDS = 16 / BITS, Q = PAIR / FIELDS, FIELD = PAIR % FIELDS;
-    // Rows one beside the other are too many streams for the hardware to follow, and share too few sets of L1: so lines to come are brought to
-    // L2 meanwhile, a few with every dword, as the arithmetic would otherwise wait for them in one go. At M = 1 it doubles the speed. To take
-    // them from the same rows is 1.1 to 1.3 times as fast as from one run of memory two blocks on; 32 or 128 chunks ahead cost up to 5 %.
-    if constexpr (!DECODED && FIELD == 0) RTN_UNROLL for (int j = 0; j < 4 * R; j += 64) __builtin_prefetch(lines + (4 * R * Q + j) / 64 * pitch, 0, 2);
-    if constexpr (BITS == 8 && !DECODED && T <= I::HALVES) {
-      RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) {
-        F &a = p[t][v][2 * PAIR % S], &b = p[t][v][(2 * PAIR + 1) % S];
-        a = I::dot(a, I::template low_half<FIELD>(dwords[v][first + Q]), x[FIELD * T + t], Q);
-        b = I::dot(b, I::template high_half<FIELD>(dwords[v][first + Q]), x[FIELD * T + t], Q);
-      }
-      return;
-    }
-    W w[V];
-    RTN_UNROLL for (int v = 0; v < V; ++v) {
-      if constexpr (DECODED) w[v] = decoded[PAIR * V + v];
-      else w[v] = I::template decode<BITS, FIELD>(dwords[v][first + Q]);
-    }
-    RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) p[t][v][PAIR % S] = I::dot(p[t][v][PAIR % S], w[v], x[FIELD * T + t], Q);
-  }
+  // What a tile whose weights are decoded brings to L2 of those that will be decoded next: of rows [first, last) what lies `offset` bytes on.
+  // Brought while they were decoded, they were waited for: with 16 tokens a quarter of the time.
+  struct Next {
+    int64_t offset;
+    int first, last;
 
-  using TileFn = void (Linear::*)(const Rows&, const W*, const float*, int64_t, int64_t, const X*, float*) const;
+    // A part, of the chunk `c` of a step that begins with `begin`: a line of every fourth row, which covers four chunks.
+    void prefetch(const Rows& r, int64_t begin, int64_t c) const {
+      const int64_t line = offset + (c - begin) / 4 * 64;
+      for (int j = first + int((c - begin) % 4); j < last; j += 4) __builtin_prefetch(r.q[j] + line, 0, 2);
+    }
+  };
+
+  using TileFn = void (*)(const Linear&, const Rows&, const W*, const float*, int64_t, int64_t, const X*, float*, const Next&);
 
   template <int BITS, bool DECODED, int... t>
   static TileFn pick(int64_t tokens, ints<t...>) {
-    static constexpr TileFn table[] = {&Linear::template tile<t + 1, BITS, DECODED>...};
+    static constexpr TileFn table[] = {Product::template tile<t + 1, BITS, DECODED, Linear>...};
     return table[tokens - 1];
   }
 
@@ -369,7 +272,7 @@ struct Linear {
       widen_zeros(r, 0, groups, scales, zeros);
       shift(t, 0, groups, zeros, sums);
     }
-    (this->*pick<BITS, false>(t.tokens, make_ints<C>()))(r, nullptr, scales, 0, chunks, packed + t.row * x_pieces(), sums);
+    pick<BITS, false>(t.tokens, make_ints<C>())(*this, r, nullptr, scales, 0, chunks, packed + t.row * x_pieces(), sums, Next{});
     store(r, t.row, t.tokens, sums);
     return true;
   }
@@ -377,11 +280,11 @@ struct Linear {
   // Tiles [first, last) of one expert, over blocks of rows [begin, end): a step along K of all of them, as the tokens' part of it stays in L2.
   template <int BITS>
   bool many(int64_t first, int64_t last, int64_t begin, int64_t end) {
-    constexpr int64_t STEP = K_BLOCK * BITS / 128;
+    constexpr int64_t STEP = Product::K_BLOCK * BITS / 128;
     const int64_t row = tile_list[first].row, tokens = tile_list[last - 1].row + tile_list[last - 1].tokens - row;
     float* scales = scales_for(STEP / group_chunks + 2);
     float* sums = static_cast<float*>(scratch(SUMS, (end - begin) * tokens * R * sizeof(float)));
-    W* decoded = static_cast<W*>(scratch(WEIGHTS, STEP * 4 * (16 / BITS) * V * sizeof(W)));
+    W* decoded = static_cast<W*>(scratch(WEIGHTS, STEP * Product::template per_chunk<BITS>() * V * sizeof(W)));
     if (!scales || !sums || !decoded) return false;
     memset(sums, 0, (end - begin) * tokens * R * sizeof(float));
     for (int64_t c = 0; c < chunks; c += STEP) {
@@ -390,7 +293,8 @@ struct Linear {
         const Rows r = rows_of(tile_list[first].expert, b);
         // What is decoded next: the rows below, or the first rows further on; at the last, the rows below again.
         const int64_t below = R * a.qdata_stride;
-        decode_block<BITS>(r, c, stop, b + 1 < end ? below + c * 16 : stop < chunks ? stop * 16 - (b - begin) * below : below, decoded);
+        const int64_t next = b + 1 < end ? below + c * 16 : stop < chunks ? stop * 16 - (b - begin) * below : below;
+        decode_block<BITS>(r, c, stop, decoded);
         const int64_t count = (stop - 1) / group_chunks + 1 - group;
         widen_scales(r, group, count, scales);
         float* to = sums + (b - begin) * tokens * R;
@@ -402,8 +306,8 @@ struct Linear {
         }
         for (int64_t t = first; t < last; ++t) {
           const Tile& tile = tile_list[t];
-          const TileFn run = pick<BITS, true>(tile.tokens, make_ints<C>());
-          (this->*run)(r, decoded, scales, c, stop, packed + tile.row * x_pieces(), to + (tile.row - row) * R);
+          const Next part = {next, int(R * (t - first) / (last - first)), int(R * (t - first + 1) / (last - first))};
+          pick<BITS, true>(tile.tokens, make_ints<C>())(*this, r, decoded, scales, c, stop, packed + tile.row * x_pieces(), to + (tile.row - row) * R, part);
         }
       }
     }
@@ -463,7 +367,7 @@ struct Linear {
         row += size;
       }
     }
-    parallel_for(a.m * x_pieces() < 4096 ? 1 : a.threads, tiles, pack_tile, this);
+    parallel_for(a.m * a.k < 32768 ? 1 : a.threads, tiles, pack_tile, this);
     // Turns of 4 blocks or fewer, such that every thread gets as many.
     const int64_t turns = a.threads * ((row_blocks + 4 * a.threads - 1) / (4 * a.threads));
     at_once = (row_blocks + turns - 1) / turns;

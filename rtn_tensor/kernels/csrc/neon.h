@@ -1,4 +1,4 @@
-// NEON with bf16 dot products: bf16 activations in pairs.
+// NEON: bf16 activations in pairs, and int8 ones by four.
 #pragma once
 #include <arm_neon.h>
 
@@ -8,6 +8,7 @@
 namespace rtn {
 namespace {
 
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 struct NeonBf16 : Generic {
   static constexpr int V = 2, C = 8, MANY = 6;
   using W = bfloat16x8_t;
@@ -37,6 +38,27 @@ struct NeonBf16 : Generic {
     }
   }
   static F dot(F sum, W w, const X& x, int q) { return vbfdotq_f32(sum, w, vreinterpretq_bf16_u32(vdupq_n_u32(x.pair[q]))); }
+};
+
+#endif
+
+struct NeonDot : GenericInt8 {
+  static constexpr int V = 2, C = 6, MANY = 6;
+  using N = int32x4_t;
+  using W = int8x16_t;
+
+  template <int BITS, int h>
+  static W operand(D dword) {
+    const int8x16_t bytes = vreinterpretq_s8_s32(dword);
+    if constexpr (BITS == 8) return bytes;
+    return vshrq_n_s8(h ? bytes : vshlq_n_s8(bytes, 4), 4);
+  }
+  template <int BITS>
+  static N dot(N sum, W w, int32_t x) {
+    return vdotq_s32(sum, w, vreinterpretq_s8_s32(vdupq_n_s32(x)));
+  }
+  static N splat(int32_t x) { return vdupq_n_s32(x); }
+  static F to_float(N sum) { return vcvtq_f32_s32(sum); }
 };
 
 }  // namespace

@@ -7,15 +7,15 @@
 
 namespace rtn {
 
-extern const Isa avx512bf16, avx512, avx2, neonbf16, generic;
+extern const Isa avx512bf16, avx512vnni, avx512, avxvnni, avx2, neonbf16, neondot, generic;
 
 namespace {
 // Fastest first; the last runs anywhere.
 const Isa* const ISAS[] = {
 #ifdef __x86_64__
-    &avx512bf16, &avx512, &avx2,
+    &avx512bf16, &avx512vnni, &avx512, &avxvnni, &avx2,
 #elif defined(__aarch64__) && defined(__linux__)
-    &neonbf16,
+    &neonbf16, &neondot,
 #endif
     &generic};
 
@@ -44,7 +44,7 @@ bool row_fits(int64_t k, int64_t bits, int64_t group_size, int64_t bytes, int64_
 
 bool fits(const rtn_linear_args& a) {
   const int64_t experts = a.offs ? a.experts : 1;
-  if (!in(a.m, 0, LIMIT) || !in(a.n, 0, LIMIT) || !in(experts, 0, LIMIT) || a.threads < 1) return false;
+  if (!in(a.m, 0, LIMIT) || !in(a.n, 0, LIMIT) || !in(experts, 0, LIMIT) || a.threads < 1 || !in(a.int8_x, 0, 1)) return false;
   if (!is_dtype(a.dtype) || !is_scale_dtype(a.scale_dtype)) return false;
   if (!row_fits(a.k, a.bits, a.group_size, a.qdata_bytes, a.scale_groups)) return false;
   if (a.qdata_rows != a.n || a.scale_rows != a.n || a.bias_size != (a.bias ? a.n : 0)) return false;

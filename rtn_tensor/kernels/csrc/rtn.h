@@ -12,7 +12,7 @@ enum { RTN_OK = 0, RTN_NO_MEMORY = -1, RTN_REFUSED = -2 };  // the last: the arg
 
 // Of the two structs below and of what the functions do. A caller compares it, as a library may be older or newer than what calls it: raise it
 // with every change, here and in kernels/cpu.py.
-enum { RTN_ABI = 6 };
+enum { RTN_ABI = 7 };
 
 // y[rows of expert e] = x[rows of expert e] @ w'[e]^T + bias, w' = (q - zero) * S. Strides count elements; the last dim of every array is dense.
 // Every field is 8 bytes, so that the caller can pack them without padding.
@@ -26,6 +26,7 @@ typedef struct {
   const int8_t* zero;    // as scale; null means 0 everywhere
   int64_t m, n, k, experts;
   int64_t bits, group_size;
+  int64_t int8_x;  // 1: x is rounded to int8 first, as reference.rounded_to_int8 does; 0: it is not
   int64_t dtype, scale_dtype;
   int64_t x_stride, y_stride;
   int64_t qdata_stride, qdata_expert_stride;

@@ -143,6 +143,7 @@ Tensor product(const Value* stack) {
   a.experts = 1;
   a.bits = bits;
   a.group_size = group_size;
+  a.int8_x = (stack[7] & 0xFF) != 0;
   a.dtype = x.dtype;
   a.scale_dtype = scale.dtype;
   a.x_stride = x.dim == 2 ? x.strides[0] : k;
@@ -211,7 +212,7 @@ extern "C" int rtn_register(void) {
 extern "C" int rtn_define(void) {
   void* library;
   if (!torch.load() || torch.library_init_fragment("rtn", __FILE__, __LINE__, &library)) return -1;
-  if (torch.library_def(library, "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size, Tensor? zero=None) -> Tensor")) return -1;
+  if (torch.library_def(library, "linear(Tensor x, Tensor qdata, Tensor scale, Tensor? bias, int bits, int group_size, Tensor? zero=None, bool int8_x=False) -> Tensor")) return -1;
   direct = true;
   return rtn_register();
 }
