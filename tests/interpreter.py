@@ -125,6 +125,10 @@ def run_ptx(code, outputs, operand):
             registers[target] = arguments[0]
         elif name == "shr.u32":
             registers[target] = arguments[0] >> arguments[1]
+        elif name == "shl.b32":
+            registers[target] = arguments[0] << arguments[1]
+        elif name == "and.b32":
+            registers[target] = arguments[0] & arguments[1]
         elif name == "lop3.b32":
             registers[target] = _lop3(*arguments)
         elif name in ("fma.rn.bf16x2", "fma.rn.f16x2"):
@@ -137,17 +141,14 @@ def run_ptx(code, outputs, operand):
 
 
 def create_inline_asm(self, asm, constraints, values, types, pure, pack):
-    assert (len(values), pack) == (1, 2), "two 16-bit elements of one operand in a register"
-    pairs = values[0].data.view(np.uint16).reshape(-1, 2).astype(np.uint32)
-    results = run_ptx(asm, len(types), pairs[:, 0] | pairs[:, 1] << 16)
-    halves = [
-        np.stack([r & 0xFFFF, r >> 16], -1).astype(np.uint16).reshape(values[0].data.shape) for r in results
-    ]
+    (operand,), stored = values, {tl.bfloat16: np.uint16, tl.float16: np.float16, tl.int8: np.int8}
+    assert pack * operand.data.itemsize == 4, "the elements of one operand in a register"
+    results = run_ptx(asm, len(types), np.ascontiguousarray(operand.data).view(np.uint32).ravel())
     scalars = [t.scalar for t in types]
     return _Results(
         [
-            TensorHandle(h if s == tl.bfloat16 else h.view(np.float16), s)
-            for h, s in zip(halves, scalars, strict=True)
+            TensorHandle(r.view(stored[s]).reshape(operand.data.shape), s)
+            for r, s in zip(results, scalars, strict=True)
         ]
     )
 

@@ -25,6 +25,7 @@ LAYERS = [
     "kernels.triton.counters",
     "kernels.triton.config",
     "kernels.triton.words",
+    "kernels.triton.int8_kernel",
     "kernels.triton.*",
     "kernels.triton.launch",
     "kernels.triton",
@@ -56,6 +57,7 @@ LAYERS = [
     "quantize.by_layer",
     "quantize.report",
     "quantize.targets",
+    "quantize.activations",
     "quantize.api",
     "checkpoint.files",
     "checkpoint.rows",
@@ -128,7 +130,7 @@ LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "tqdm
 # Modules of Triton kernels, which import triton.
 DEVICE_CODE = {
     f"kernels.triton.{name}"
-    for name in ("words", "linear_kernel", "grouped_kernel", "planes_kernel", "launch")
+    for name in ("words", "int8_kernel", "linear_kernel", "grouped_kernel", "planes_kernel", "launch")
 }
 
 

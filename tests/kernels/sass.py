@@ -24,7 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels.problem import bucket
-from rtn_tensor.kernels.triton import grouped_kernel, launch, linear_kernel, planes_kernel
+from rtn_tensor.kernels.triton import grouped_kernel, int8_kernel, launch, linear_kernel, planes_kernel
 from rtn_tensor.kernels.triton.config import SHIPPED, Config, Gpu, Shape, configure, tuned_table
 from rtn_tensor.reference import ACTIVATIONS
 
@@ -36,6 +36,7 @@ KERNELS = {
         linear_kernel.linear_dx_kernel,
         grouped_kernel.grouped_kernel,
         grouped_kernel.grouped_dx_kernel,
+        int8_kernel.int8_rows_kernel,
         planes_kernel.quantize_kernel,
         planes_kernel.dequantize_kernel,
     )
@@ -43,7 +44,7 @@ KERNELS = {
 
 # --------------------------------------------------------------------------- what is called
 
-# zero: with zero points.
+# zero: with zero points. int8: with int8 activations.
 LINEAR = ("linear", "linear_bias", "linear_autocast", "linear_zero")
 # An MoE layer's products: gate and up with each activation, and down; few: of so few rows that they are not
 # sorted.
@@ -55,9 +56,17 @@ GROUPED = (
     "few_gate_up",
     "few_down",
 )
+INT8 = (
+    "linear_int8",
+    "linear_int8_zero",
+    "grouped_int8",
+    "grouped_int8_zero",
+    "gate_up_silu_int8",
+    "few_down_int8",
+)
 BACKWARD = ("linear_dx", "grouped_dx", "linear_dx_zero", "grouped_dx_zero")
 PLANES = ("quantize", "quantize_signed", "quantize_search", "quantize_minmax")
-PLANES += ("dequantize", "embedding", "dequantize_zero", "embedding_zero")
+PLANES += ("int8_rows", "int8_rows_zero", "dequantize", "embedding", "dequantize_zero", "embedding_zero")
 EXPERTS, TOP_K = 8, 4
 
 
@@ -74,8 +83,10 @@ class Case(NamedTuple):
 
     @property
     def shape(self) -> Shape:
-        op, rows = "linear" if self.how in LINEAR else "grouped", 1 if self.how.startswith("few") else self.M
-        return Shape(op, self.bits, self.group_size, self.dtype.itemsize, bucket(rows), self.N, self.K)
+        op = "linear" if self.how.startswith("linear") else "grouped"
+        rows = 1 if self.how.startswith("few") else self.M
+        itemsize = 1 if self.how in INT8 else self.dtype.itemsize
+        return Shape(op, self.bits, self.group_size, itemsize, bucket(rows), self.N, self.K)
 
     @property
     def tile(self) -> Config | None:
@@ -106,31 +117,36 @@ def call(case: Case) -> None:
     planes = q.expand(EXPERTS, -1, -1), scale.expand(EXPERTS, -1, -1)
     zero = torch.empty(scale.shape, dtype=torch.int8) if how.endswith("_zero") else None
     zeros = None if zero is None else zero.expand(EXPERTS, -1, -1)
-    how = how.removesuffix("_zero")
+    int8_x = how in INT8
+    how = how.removesuffix("_zero").removesuffix("_int8")
     rows = m * EXPERTS
     row_x, token_x = torch.empty(rows, k, dtype=dtype), torch.empty(rows // TOP_K, k, dtype=dtype)
     offs, pairs = torch.empty(EXPERTS, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
     experts, router = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     if how in ("linear", "linear_autocast"):
-        launch.linear(x, q, scale, None, bits, group_size, zero)
+        launch.linear(x, q, scale, None, bits, group_size, zero, int8_x)
     elif how == "linear_bias":
         launch.linear(x, q, scale, torch.empty(n, dtype=dtype), bits, group_size)
     elif how == "linear_dx":
         launch.linear_dx(dy, q, scale, bits, group_size, k, zero)
     elif how == "grouped":
-        launch.grouped(row_x, *planes, offs, bits, group_size, zeros)
+        launch.grouped(row_x, *planes, offs, bits, group_size, zeros, int8_x)
     elif how.startswith("gate_up"):
         activation = how.removeprefix("gate_up_")
         bias = None if activation == "silu" else torch.empty(EXPERTS, n, dtype=dtype)
-        launch.routed(token_x, *planes, bias, experts, pairs, offs, None, TOP_K, activation, bits, group_size)
+        routing = experts, pairs, offs, None, TOP_K, activation
+        launch.routed(token_x, *planes, bias, *routing, bits, group_size, int8_x=int8_x)
     elif how == "down":
         launch.routed(row_x, *planes, None, experts, pairs, offs, router, 1, "", bits, group_size)
     elif how == "few_gate_up":
         launch.routed(token_x, *planes, None, experts, None, None, None, TOP_K, "silu", bits, group_size)
     elif how == "few_down":
-        launch.routed(row_x, *planes, None, experts, None, None, router, 1, "", bits, group_size)
+        routing = experts, None, None, router, 1, ""
+        launch.routed(row_x, *planes, None, *routing, bits, group_size, int8_x=int8_x)
     elif how == "grouped_dx":
         launch.grouped_dx(torch.empty(rows, n, dtype=dtype), *planes, offs, bits, group_size, k, zeros)
+    elif how == "int8_rows":
+        launch.activations(x, bits, zero, Config(16, 64, 128, 1, True, 4, 3), True)
     elif how.startswith("quantize"):
         launch.quantize(w, bits, group_size, how.partition("_")[2] or "absmax", dtype)
     elif how == "dequantize":
@@ -290,8 +306,9 @@ def recorded(gpu: Gpu, kernels: dict[str, Any] = KERNELS, asm: bool = True):
 def launched(case: Case, **changes: Any) -> Launch:
     with recorded(case.gpu, **changes) as launches:
         call(case)
-    assert len(launches) == 1
-    return launches[0]
+    # Activations are rounded first.
+    assert len(launches) == 1 + (case.how in INT8)
+    return launches[-1]
 
 
 # ------------------------------------------------------------------------ what is compiled

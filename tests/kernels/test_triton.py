@@ -184,7 +184,7 @@ def experts_of(e, n, k, bits, dtype, method="absmax"):
 
 def scales_after(w, group_size):
     return launch.config_of(
-        "grouped", 1, 1, w.qdata.shape[1], w.k, w.bits, group_size, w.scale.dtype, w.qdata.device
+        "grouped", 1, 1, w.qdata.shape[1], w.k, w.bits, group_size, w.scale.itemsize, w.qdata.device
     ).scale_after
 
 

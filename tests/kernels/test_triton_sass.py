@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 import sass
 from triton.backends.compiler import GPUTarget
 
-from rtn_tensor.kernels.triton import linear_kernel, words
+from rtn_tensor.kernels.triton import int8_kernel, linear_kernel, words
 
 HALF, FLOAT = (torch.bfloat16, torch.float16), (torch.float32,)
 ALL = 99  # the strength of a cover that leaves nothing out
@@ -49,7 +49,7 @@ def results(request, tmp_path_factory):
     wanted = {}
     for item in request.session.items:
         if "results" in getattr(item, "fixturenames", ()):
-            wanted[item.callspec.params["case"]] = item.originalname == "test_product"
+            wanted[item.callspec.params["case"]] = "product" in item.originalname
     cache = str(tmp_path_factory.mktemp("triton"))
     with ProcessPoolExecutor(
         len(os.sched_getaffinity(0)), get_context("spawn"), sass.use_cache, (cache,)
@@ -107,6 +107,23 @@ def faults(arch, constants, options, code):
         expect("shuffles", "SHFL", [0])
         expect("spills in the loop", "LDL|STL", [0])
     return {what: number for what, number in found.items() if number not in allowed[what]}
+
+
+def int8_faults(arch, constants, options, code):
+    """What the code of a product with int8 activations breaks of what is promised: by how many there are too
+    many, or too few."""
+    loop = code.loops[0] if code.loops else []
+    found = basic_faults(arch, code) | {"loops": len(code.loops) - 1}
+    forbidden = {"other products": "HMMA|HGMMA", "shuffles": "SHFL", "spills in the loop": "LDL|STL"}
+    if arch >= 90:
+        # One of each of the four pieces, for the 16 rows of each warp and all tokens.
+        found["matrix products"] = sass.count(loop, r"IGMMA\S* R\d+, R\d+, gdesc") - 4
+        forbidden |= {"stores to shared memory": "STS", "permutations": "PRMT", "mma.sync": "IMMA"}
+    else:
+        tiles = constants["BN"] // (16 * options["num_warps"]) * constants["BM"] // 8
+        found["matrix products"] = sass.count(loop, "IMMA") - 4 * tiles
+    found |= {what: sass.count(loop, pattern) for what, pattern in forbidden.items()}
+    return {what: number for what, number in found.items() if number}
 
 
 def basic_faults(arch, code):
@@ -169,6 +186,15 @@ def test_product(case, results):
 
 
 @covers(
+    (sass.cases(90, sass.INT8, HALF), 1, 2),
+    (sass.cases(80, sass.INT8, HALF), 1, 2),
+    (sass.cases(90, sass.INT8, FLOAT), 0, 1),
+)
+def test_int8_product(case, results):
+    assert int8_faults(case.arch, *results[case].result()) == {}
+
+
+@covers(
     (sass.cases(90, sass.LINEAR + sass.GROUPED, FLOAT), 1, 2),
     (sass.cases(90, sass.BACKWARD, HALF + FLOAT), 1, 2),
     (sass.cases(90, sass.PLANES, HALF + FLOAT), 1, 2),
@@ -185,7 +211,7 @@ def test_it_compiles_without_spills(case, results):
 @pytest.mark.parametrize(
     "how",
     [
-        *("linear", "linear_bias", "linear_zero", "linear_dx", "grouped", "gate_up_silu"),
+        *("linear", "linear_bias", "linear_zero", "linear_int8", "linear_dx", "grouped", "gate_up_silu"),
         *("quantize", "quantize_minmax", "dequantize", "embedding"),
     ],
 )
@@ -204,10 +230,9 @@ def test_it_compiles_for_amd(how, monkeypatch, tmp_path):
 
 
 def mutated(folder, pattern, replacement):
-    """The kernels of linear_kernel.py with a change in its source, or in that of words.py."""
-    source = inspect.getsource(words) + re.sub(
-        r"from rtn_tensor\S+ import .*", "", inspect.getsource(linear_kernel)
-    )
+    """The kernels of linear_kernel.py with a change in its source, or in that of what it imports."""
+    source = "".join(map(inspect.getsource, (words, int8_kernel, linear_kernel)))
+    source = re.sub(r"from rtn_tensor\S+ import .*", "", source)
     changed, count = re.subn(pattern, replacement, source)
     assert count, f"{pattern} is nowhere in the kernels"
     file = folder / "mutated.py"
@@ -252,7 +277,9 @@ STORED = "stores to shared memory"
             id="weights on the right",
         ),
         pytest.param(
-            of(ROUNDED, r"\(sx\S* \* 8\)", "sx"), [STORED, "asynchronous loads of 16 bytes"], id="any stride"
+            of(ROUNDED, r"\(sx\S* \* CHUNK\)", "sx"),
+            [STORED, "asynchronous loads of 16 bytes"],
+            id="any stride",
         ),
         pytest.param(
             of(ROUNDED, attributes={}), ["asynchronous loads", "loads", "ldmatrix"], id="any address"

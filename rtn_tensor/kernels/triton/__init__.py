@@ -47,8 +47,9 @@ def linear(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
-    return _launch().linear(x, qdata, scale, bias, bits, group_size, zero)
+    return _launch().linear(x, qdata, scale, bias, bits, group_size, zero, int8_x)
 
 
 def linear_dx(
@@ -65,8 +66,9 @@ def grouped(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
-    return _launch().grouped(x, qdata, scale, offs, bits, group_size, zero)
+    return _launch().grouped(x, qdata, scale, offs, bits, group_size, zero, int8_x)
 
 
 def grouped_dx(
@@ -151,6 +153,8 @@ def why_not(problem: Problem) -> str | None:
 def rounds_weight(problem: Problem) -> bool:
     if problem.op.endswith("_dx"):
         return True
+    if problem.int8_x:
+        return False
     if problem.op == "routed":
         problem = problem._replace(op="grouped")
     config = configure(shape_of(problem), _launch().gpu_of(_device(problem)))

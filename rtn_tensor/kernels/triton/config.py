@@ -37,7 +37,7 @@ class Shape(NamedTuple):
     op: str  # "linear" or "grouped"
     bits: int
     group_size: int
-    itemsize: int  # of the activations, in bytes
+    itemsize: int  # of the activations as they are multiplied, in bytes
     M: int
     N: int
     K: int
@@ -45,9 +45,8 @@ class Shape(NamedTuple):
 
 def shape_of(problem: Problem) -> Shape:
     rows = bucket(-(-problem.M // (problem.experts or 1)))
-    return Shape(
-        problem.op, problem.bits, problem.group_size, problem.dtype.itemsize, rows, problem.N, problem.K
-    )
+    itemsize = 1 if problem.int8_x else problem.dtype.itemsize
+    return Shape(problem.op, problem.bits, problem.group_size, itemsize, rows, problem.N, problem.K)
 
 
 class Gpu(NamedTuple):
@@ -128,7 +127,11 @@ def by_rule(shape: Shape, gpu: Gpu) -> Config | None:
     """A configuration that the compiler makes well of on Hopper (see tests/kernels/test_triton_sass.py),
     sized to the GPU. Not measured yet."""
     m, n, k = (max(size, 1) for size in (shape.M, shape.N, shape.K))
-    if shape.itemsize == 4:  # no tensor cores for exact fp32
+    if shape.itemsize == 1:
+        # A step is four pieces. Their integer sums need as many registers as the others, and so do the
+        # addresses of gathered rows.
+        config = Config(min(max(m, 16), 64 if shape.op == "linear" else 32), 64, 128, 1, True, 4, 3)
+    elif shape.itemsize == 4:  # no tensor cores for exact fp32
         config = Config(16 if m <= 16 else 32, 64, 32, 1, takes(32, shape.group_size, True), 4, 2)
     elif m <= 64:
         # While the weights are what takes the time: steps of at least 64 bytes of a row, sums scaled where

@@ -8,6 +8,7 @@ launched before.
 import triton
 import triton.language as tl
 
+from rtn_tensor.kernels.triton.int8_kernel import int8_product
 from rtn_tensor.kernels.triton.words import product, product_dx, scale_at
 
 
@@ -43,6 +44,8 @@ def grouped_kernel(
     pair_ptr,
     router_ptr,
     y_ptr,
+    xs_ptr,
+    xsum_ptr,
     M,
     N,
     K,
@@ -54,6 +57,7 @@ def grouped_kernel(
     ss,
     sze,
     sz,
+    sxs,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BITS: tl.constexpr,
@@ -73,8 +77,8 @@ def grouped_kernel(
     row, and a program per row. pair [M] or None: the routed pair of each row, which is row pair // TOP_K of x
     and row pair of y; None: row i is pair i, and x has a row for each unless TOP_K says otherwise. router [M]
     or None: by which row pair of y is multiplied. bias [E, rows of w] or None. ACTIVATION: one of
-    `reference.ACTIVATIONS`; with one, w has 2 N rows, gate's and up's. Strides as for `linear_kernel`, swe,
-    sse and sze between experts. Rows past the last end come out zero.
+    `reference.ACTIVATIONS`; with one, w has 2 N rows, gate's and up's. Strides, xs and xsum as for
+    `linear_kernel`, swe, sse and sze between experts. Rows past the last end come out zero.
     """
     TILE: tl.constexpr = BN if ACTIVATION == "" else BN // 2  # columns of y
     tiles_n = tl.cdiv(N, TILE)
@@ -102,9 +106,31 @@ def grouped_kernel(
     e = expert.to(tl.int64)
     s_rows = s_ptr + e * sse + w_row * ss
     z_rows = None if z_ptr is None else z_ptr + e * sze + w_row * sz
-    x_rows = x_ptr + (pair // TOP_K).to(tl.int64) * (sx.to(tl.int64) * 8)
-    w_rows = w_ptr + e * (swe.to(tl.int64) * 8) + w_row * (sw.to(tl.int64) * 8)
-    acc = product(x_rows, valid, w_rows, s_rows, z_rows, 0, K, K, BITS, G, BK, SCALE_AFTER, EVEN_K, ASM)
+    CHUNK: tl.constexpr = 8 if xs_ptr is None else 16
+    x_rows = x_ptr + (pair // TOP_K).to(tl.int64) * (sx.to(tl.int64) * CHUNK)
+    w_rows = w_ptr + e * (swe.to(tl.int64) * CHUNK) + w_row * (sw.to(tl.int64) * CHUNK)
+    if xs_ptr is None:
+        acc = product(x_rows, valid, w_rows, s_rows, z_rows, 0, K, K, BITS, G, BK, SCALE_AFTER, EVEN_K, ASM)
+    else:
+        acc = int8_product(
+            x_rows,
+            valid,
+            xs_ptr,
+            xsum_ptr,
+            sxs,
+            tl.where(valid, pair // TOP_K, 0),
+            w_rows,
+            s_rows,
+            z_rows,
+            0,
+            K,
+            K,
+            BITS,
+            G,
+            BK,
+            EVEN_K,
+            ASM,
+        )
     if G == 0:
         acc *= scale_at(s_rows)[:, None].to(tl.float32)
     if bias_ptr is not None:

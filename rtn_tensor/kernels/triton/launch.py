@@ -16,6 +16,7 @@ from rtn_tensor.kernels.problem import bucket
 from rtn_tensor.kernels.triton.config import Config, Gpu, Shape, configure
 from rtn_tensor.kernels.triton.counters import ARRIVALS
 from rtn_tensor.kernels.triton.grouped_kernel import grouped_dx_kernel, grouped_kernel
+from rtn_tensor.kernels.triton.int8_kernel import int8_rows_kernel
 from rtn_tensor.kernels.triton.linear_kernel import linear_dx_kernel, linear_kernel
 from rtn_tensor.kernels.triton.operands import (
     aligned_rows,
@@ -52,13 +53,44 @@ def config_of(
     k: int,
     bits: int,
     group_size: int,
-    dtype: torch.dtype,
+    itemsize: int,
     device: torch.device,
 ) -> Config | None:
     """For `m` rows dealt to `e` experts; as `shape_of` says it of a Problem."""
-    return configure(
-        Shape(op, bits, group_size, dtype.itemsize, bucket(-(-bucket(m) // e)), n, k), gpu_of(device)
-    )
+    return configure(Shape(op, bits, group_size, itemsize, bucket(-(-bucket(m) // e)), n, k), gpu_of(device))
+
+
+def activations(
+    x: Tensor, bits: int, zero: Tensor | None, config: Config, int8_x: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`x [M, K]` as the kernels of products take it, its scales and, where there are zero points, its sums:
+    rounded to int8 for a weight of `bits`, or as it is, and then there are neither. All of them are made for
+    whole steps and, but for x, for whole tiles."""
+    if not int8_x:
+        return aligned_rows(x), None, None
+    (m, k), x = x.shape, dense_rows(x)
+    pieces = triton.cdiv(k, config.block_k) * config.block_k // 32
+    rows = triton.cdiv(m, config.block_m) * config.block_m
+    q = torch.empty(m, 32 * pieces, dtype=torch.int8, device=x.device)
+    scale = torch.empty(pieces, rows, dtype=torch.float32, device=x.device)
+    sums = None if zero is None else torch.empty_like(scale)
+    block_r = 64
+    with on(x.device):
+        int8_rows_kernel[(triton.cdiv(m * pieces, block_r),)](
+            x,
+            q,
+            scale,
+            sums,
+            m,
+            k,
+            pieces,
+            x.stride(0),
+            rows,
+            BITS=bits,
+            BR=block_r,
+            **options(4) | {"enable_fp_fusion": False},
+        )
+    return q, scale, sums
 
 
 def linear(
@@ -69,6 +101,7 @@ def linear(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
     (m, k), n = x.shape, qdata.shape[0]
     y = x.new_empty(m, n)
@@ -76,10 +109,10 @@ def linear(
         return y
     if not k:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    config = config_of("linear", m, 1, n, k, bits, group_size, x.dtype, x.device)
+    config = config_of("linear", m, 1, n, k, bits, group_size, 1 if int8_x else x.itemsize, x.device)
     if config is None:  # forced by RTN_KERNEL, where the dense kernel would be chosen
         return F.linear(x, dequantize(qdata, scale, bits, group_size, k, x.dtype, zero), bias)
-    return launch_linear(x, qdata, scale, bias, bits, group_size, config, y, zero)
+    return launch_linear(x, qdata, scale, bias, bits, group_size, config, y, zero, int8_x)
 
 
 def launch_linear(
@@ -92,9 +125,13 @@ def launch_linear(
     config: Config,
     y: Tensor,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
-    m, n = y.shape
-    x, w, scale, zero = aligned_rows(x), words(qdata), dense_rows(scale), zero_rows(zero)
+    (m, n), k = y.shape, x.shape[1]
+    x, x_scale, x_sums = activations(x, bits, zero, config, int8_x)
+    k = k if int8_x else x.shape[1]
+    w, scale, zero = words(qdata, int8_x), dense_rows(scale), zero_rows(zero)
+    chunk = 16 // w.itemsize
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     partial = arrived = None
     with on(x.device):
@@ -110,21 +147,24 @@ def launch_linear(
             y,
             partial,
             arrived,
+            x_scale,
+            x_sums,
             config.split_k,
             m,
             n,
-            x.shape[1],
-            x.stride(0) // 8,
-            w.stride(0) // 8,
+            k,
+            x.stride(0) // chunk,
+            w.stride(0) // chunk,
             scale.stride(0),
             *strides(zero, 0),
+            *strides(x_scale, 0),
             BITS=bits,
             G=per_row(group_size),
             BM=config.block_m,
             BN=config.block_n,
             BK=config.block_k,
             SCALE_AFTER=config.scale_after,
-            EVEN_K=x.shape[1] % config.block_k == 0,
+            EVEN_K=k % config.block_k == 0,
             ASM=asm(x.device),
             **options(config.num_warps, config.num_stages),
         )
@@ -182,8 +222,9 @@ def grouped(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
-    return routed(x, qdata, scale, None, None, None, offs, None, 1, "", bits, group_size, zero)
+    return routed(x, qdata, scale, None, None, None, offs, None, 1, "", bits, group_size, zero, int8_x)
 
 
 def routed(
@@ -200,6 +241,7 @@ def routed(
     bits: int,
     group_size: int,
     zero: Tensor | None = None,
+    int8_x: bool = False,
 ) -> Tensor:
     e, rows_of_w = qdata.shape[:2]
     n = rows_of_w // 2 if activation else rows_of_w
@@ -208,14 +250,16 @@ def routed(
     if not y.numel():
         return y
     if not x.shape[1]:
-        return reference.routed(
-            x, qdata, scale, bias, experts, pairs, offs, router, top_k, activation, bits, group_size, zero
-        )
+        routing = experts, pairs, offs, router, top_k, activation
+        return reference.routed(x, qdata, scale, bias, *routing, bits, group_size, zero, int8_x)
     rows, dealt = (1, 1) if offs is None else (pairs_in_all, e)  # unsorted, each pair is a program's only row
-    config = config_of("grouped", rows, dealt, rows_of_w, x.shape[1], bits, group_size, x.dtype, x.device)
+    k, device, itemsize = x.shape[1], x.device, 1 if int8_x else x.itemsize
+    config = config_of("grouped", rows, dealt, rows_of_w, k, bits, group_size, itemsize, device)
     assert config is not None
-    x, w, scale, zero = aligned_rows(x), words(qdata), dense_rows(scale), zero_rows(zero)
-    k, device = x.shape[1], x.device
+    x, x_scale, x_sums = activations(x, bits, zero, config, int8_x)
+    k = k if int8_x else x.shape[1]
+    w, scale, zero = words(qdata, int8_x), dense_rows(scale), zero_rows(zero)
+    chunk = 16 // w.itemsize
     blocks = (
         pairs_in_all if offs is None else min(pairs_in_all, triton.cdiv(pairs_in_all, config.block_m) + e)
     )
@@ -231,16 +275,19 @@ def routed(
             None if pairs is None else pairs.contiguous(),
             None if router is None else router.contiguous(),
             y,
+            x_scale,
+            x_sums,
             pairs_in_all,
             n,
             k,
             e,
-            x.stride(0) // 8,
-            w.stride(0) // 8,
-            w.stride(1) // 8,
+            x.stride(0) // chunk,
+            w.stride(0) // chunk,
+            w.stride(1) // chunk,
             scale.stride(0),
             scale.stride(1),
             *strides(zero, 0, 1),
+            *strides(x_scale, 0),
             TOP_K=top_k,
             ACTIVATION=activation,
             BITS=bits,

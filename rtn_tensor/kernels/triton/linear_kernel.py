@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from rtn_tensor.kernels.triton.int8_kernel import int8_product
 from rtn_tensor.kernels.triton.words import product, product_dx, scale_at
 
 
@@ -26,6 +27,8 @@ def linear_kernel(
     y_ptr,
     partial_ptr,
     arrived_ptr,
+    xs_ptr,
+    xsum_ptr,
     split_k,
     M,
     N,
@@ -34,6 +37,7 @@ def linear_kernel(
     sw,
     ss,
     sz,
+    sxs,
     BITS: tl.constexpr,
     G: tl.constexpr,
     BM: tl.constexpr,
@@ -50,6 +54,9 @@ def linear_kernel(
     are aligned; ss and sz are in elements. Where there is a `partial [split_k, M, N]`, that many programs
     share a tile: each writes its fp32 sums there, and the last to arrive adds them up in order, so the result
     does not depend on who came last. It leaves its tile's `arrived` at 0, as it was found.
+
+    Where there is an `xs`, x is int8, as `int8_rows_kernel` writes it with xs and xsum, whose rows are sxs
+    apart, and w is int8, too; sx and sw are in 16 bytes.
     """
     tile, part, first, end = tl.program_id(0), 0, 0, K
     if partial_ptr is not None:
@@ -61,22 +68,49 @@ def linear_kernel(
     om = tile_m * BM + tl.arange(0, BM)
     on = tile_n * BN + tl.arange(0, BN)
     rows = tl.minimum(on, N - 1).to(tl.int64)  # clamped, not masked: loads stay 16 bytes
-    acc = product(
-        x_ptr + om.to(tl.int64) * (sx.to(tl.int64) * 8),
-        om < M,
-        w_ptr + rows * (sw.to(tl.int64) * 8),
-        s_ptr + rows * ss,
-        None if z_ptr is None else z_ptr + rows * sz,
-        first,
-        end,
-        K,
-        BITS,
-        G,
-        BK,
-        SCALE_AFTER,
-        EVEN_K,
-        ASM,
-    )
+    CHUNK: tl.constexpr = 8 if xs_ptr is None else 16  # elements
+    x_rows = x_ptr + om.to(tl.int64) * (sx.to(tl.int64) * CHUNK)
+    valid = om < M
+    w_rows = w_ptr + rows * (sw.to(tl.int64) * CHUNK)
+    s_rows = s_ptr + rows * ss
+    z_rows = None if z_ptr is None else z_ptr + rows * sz
+    if xs_ptr is None:
+        acc = product(
+            x_rows,
+            valid,
+            w_rows,
+            s_rows,
+            z_rows,
+            first,
+            end,
+            K,
+            BITS,
+            G,
+            BK,
+            SCALE_AFTER,
+            EVEN_K,
+            ASM,
+        )
+    else:
+        acc = int8_product(
+            x_rows,
+            valid,
+            xs_ptr,
+            xsum_ptr,
+            sxs,
+            om,
+            w_rows,
+            s_rows,
+            z_rows,
+            first,
+            end,
+            K,
+            BITS,
+            G,
+            BK,
+            EVEN_K,
+            ASM,
+        )
     mask = (om[None, :] < M) & (on[:, None] < N)
     offsets = om.to(tl.int64)[None, :] * N + on[:, None]
     if partial_ptr is not None:

@@ -41,8 +41,10 @@ def aligned_rows(x: Tensor) -> Tensor:
     return x
 
 
-def words(qdata: Tensor) -> Tensor:
-    return (qdata if qdata.stride(-1) == 1 else qdata.contiguous()).view(torch.int16)
+def words(qdata: Tensor, as_bytes: bool = False) -> Tensor:
+    return (qdata if qdata.stride(-1) == 1 else qdata.contiguous()).view(
+        torch.int8 if as_bytes else torch.int16
+    )
 
 
 def dense_rows(t: Tensor) -> Tensor:
