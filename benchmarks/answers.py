@@ -26,3 +26,10 @@ class Peer:
         """What it answers."""
         print(question, file=self.process.stdin, flush=True)
         return float(self._line())
+
+    def close(self) -> None:
+        """Ends it, as it has no more questions."""
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait()
+        self.process.stdout.close()  # type: ignore[union-attr]
+        self._said.close()

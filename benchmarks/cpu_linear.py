@@ -1,14 +1,18 @@
 """Linear layers on the CPU: every kernel of ours, torch's own int4 and int8, torchao's, and the dense layer,
-in one run.
+in one run; and those of OpenVINO and ONNX Runtime, which round activations to int8 unless told not to.
 
-    python -m benchmarks.cpu_linear [--json FILE] [--shapes 4096x4096,...] [--tokens 1,4,...] [--dtypes
-    bfloat16,...] [--only NAME ...] [--threads 2]
+    python -m benchmarks.cpu_linear [--engines PYTHON] [--json FILE] [--shapes 4096x4096,...] [--tokens
+    1,2,...] [--dtypes bfloat16,...] [--only NAME ...] [--threads 2]
+
+PYTHON is an interpreter that has `openvino`, `onnxruntime` and `onnx`. Each engine answers from a process of
+its own (`benchmarks/linear_engines.py`), which waits while the others run.
 
 Each call takes the next of several weights, which together do not fit the last-level cache, as the layers of
 a model would. The peers take turns, each with a few calls in a row, of which the first half, which find what
 the peer before left behind, are not counted (after the dense layer, rtn int4 takes 0.62 ms at its first call
 and 0.44 from the eighth on). A ratio is the median over turns of dense time / own time, so that a slow moment
-of the machine hits all alike.
+of the machine hits all alike. Each time is that of a call from Python, with what the engine does around the
+product.
 
 Then the way in: a layer so small that what Python does around the kernel is what is measured, layer by layer
     of the library.
@@ -20,25 +24,32 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rtn_tensor
+from benchmarks.answers import Peer
+from benchmarks.bursts import CALLS, burst, weights_past_cache
 from benchmarks.machine import add_threads, machine
 from rtn_tensor import ops
 from rtn_tensor.kernels import cpu
 from rtn_tensor.text_table import table
 
-CALLS = 12  # of a peer in one turn, unless they take longer than TURN
-TURN = 0.5  # seconds
-CACHE_BYTES = 128 << 20  # more than the last-level cache of the machines this runs on
 SHAPES = "4096x4096,14336x4096,4096x14336,576x1536"
-TOKENS = "1,4,8,16,32,64,256,512"
+TOKENS = "1,2,4,8,16,32,64,128,256,512"
 DTYPES = "bfloat16"
+DENSE = "dense"
+INT8_ACTIVATIONS = ", int8 activations"  # ends the name of ours that have them
+ENGINE = "OpenVINO"  # as it runs by default, what int8 activations of ours are compared with
+ENGINES = (ENGINE, "OpenVINO, int8 in groups of 128", "OpenVINO, bf16 activations", "ONNX Runtime")
+REST = 0.1  # seconds before each peer, as the threads of another process spin on for up to half of that
 
 
 def streaming_read(threads: int) -> float:
@@ -82,12 +93,18 @@ def ours(bits: int, group_size: int, w: Tensor, scale_method: str = "absmax") ->
     return lambda x: F.linear(x, q)
 
 
+def ours_int8(bits: int, group_size: int, w: Tensor) -> Callable[[Tensor], Tensor]:
+    q = rtn_tensor.RTNQuantizedTensor.from_float(w, bits, group_size)
+    planes = (q.qdata, q.scale, None, bits, group_size)
+    return lambda x: ops.linear(x, *planes, int8_x=True)
+
+
 def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]]:
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
     return {
-        "dense": lambda w: lambda x: F.linear(x, w),
+        DENSE: lambda w: lambda x: F.linear(x, w),
         "rtn int4 g128": partial(ours, 4, 128),
         "rtn int4 g64": partial(ours, 4, 64),
         "rtn int4 g32": partial(ours, 4, 32),
@@ -98,55 +115,84 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Callable[[Ten
         "aten int8": aten_int8,
         "torchao int4 g128": partial(torchao_linear, PrototypeInt4WeightOnlyConfig(group_size=128)),
         "torchao int8": partial(torchao_linear, Int8WeightOnlyConfig()),
+        # The last, so that little time passes between them and the engines.
+        f"rtn int8 g128{INT8_ACTIVATIONS}": partial(ours_int8, 8, 128),
+        f"rtn int4 g128{INT8_ACTIVATIONS}": partial(ours_int8, 4, 128),
     }
 
 
-def burst(layers: list, first: int, x: Tensor) -> list[float]:
-    """Seconds of each of a few calls on the layers from `first` on, after as many that are not counted."""
-    seconds: list[float] = []
-    for i in range(CALLS):
-        started = time.perf_counter()
-        layers[(first + i) % len(layers)](x)
-        seconds.append(time.perf_counter() - started)
-        if i and sum(seconds) > TURN:
-            break
-    return seconds[len(seconds) // 2 :]
+def engine(name: str, python: str, n: int, k: int) -> Peer:
+    """To be asked for the median seconds of a burst, by rows of x and the first layer."""
+    script = str(Path(__file__).with_name("linear_engines.py"))
+    return Peer(name, [python, script, name, *map(str, (n, k, torch.get_num_threads()))])
+
+
+def of_engine(peer: Peer, x: Tensor, first: int) -> float:
+    return peer.number(f"{len(x)} {first}")
+
+
+def of_layers(layers: list, x: Tensor, first: int) -> float:
+    return statistics.median(burst(layers, first, x))
 
 
 @torch.inference_mode()
 def measure(
-    dtype: torch.dtype, n: int, k: int, tokens: list[int], turns: int, only: Sequence[str] = ()
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    tokens: list[int],
+    turns: int,
+    only: Sequence[str] = (),
+    engines: str | None = None,
 ) -> list[dict]:
-    layers: dict[str, list] = {}
+    """`engines` is an interpreter that has them."""
+    runs: dict[str, Callable[[Tensor, int], float]] = {}
     rows: list[dict] = []
-    for name, make in contenders(dtype).items():
-        if only and name not in ("dense", *only):
-            continue
-        bits = 4 if "int4" in name else 8 if "int8" in name else 8 * dtype.itemsize
-        count = max(2, -(-8 * CACHE_BYTES // (n * k * bits)))
-        layers[name] = [make(torch.randn(n, k, dtype=dtype)) for _ in range(count)]
-    for m in tokens:
-        x = torch.randn(m, k, dtype=dtype)
-        seconds: dict[str, list[float]] = {name: [] for name in layers}  # one number a turn
-        for turn in range(turns + 1):
-            for name, some in layers.items():
-                median = statistics.median(burst(some, turn * CALLS, x))
-                if turn:
-                    seconds[name].append(median)
-        for name, own in seconds.items():
-            ratio = statistics.median(d / s for d, s in zip(seconds["dense"], own, strict=True))
-            rows.append(
-                {
+    with ExitStack() as processes:
+        for name, make in contenders(dtype).items():
+            if only and name not in (DENSE, *only):
+                continue
+            bits = 4 if "int4" in name else 8 if "int8" in name else 8 * dtype.itemsize
+            weights = (torch.randn(n, k, dtype=dtype) for _ in range(weights_past_cache(n, k, bits)))
+            runs[name] = partial(of_layers, [make(w) for w in weights])
+        versions = {}
+        for name in ENGINES if engines else ():
+            if only and name not in only:
+                continue
+            peer = processes.enter_context(closing(engine(name, engines, n, k)))
+            runs[name], versions[name] = partial(of_engine, peer), peer.version
+        for m in tokens:
+            x = torch.randn(m, k, dtype=dtype)
+            seconds: dict[str, list[float]] = {name: [] for name in runs}  # one number a turn
+            for turn in range(turns + 1):
+                for name, run in runs.items():
+                    if versions:
+                        time.sleep(REST)
+                    own = run(x, turn * CALLS)
+                    if turn:
+                        seconds[name].append(own)
+            for name, own in seconds.items():
+                row = {
                     "dtype": str(dtype)[6:],
                     "N": n,
                     "K": k,
                     "M": m,
                     "kernel": name,
                     "seconds": statistics.median(own),
-                    "over_dense": ratio,
+                    "least_seconds": min(own),  # of its best turn
+                    "over_dense": over(seconds[DENSE], own),
                 }
-            )
+                if name.endswith(INT8_ACTIVATIONS) and ENGINE in seconds:
+                    row["over_openvino"] = over(seconds[ENGINE], own)
+                if name in versions:
+                    row["version"] = versions[name]
+                rows.append(row)
     return rows
+
+
+def over(others: list[float], own: list[float]) -> float:
+    """How many times as fast as the other, in the median turn."""
+    return statistics.median(other / s for other, s in zip(others, own, strict=True))
 
 
 @torch.inference_mode()
@@ -156,20 +202,15 @@ def way_in(turns: int) -> dict[str, float]:
     w, x = torch.randn(576, 576, dtype=torch.bfloat16), torch.randn(1, 576, dtype=torch.bfloat16)
     q = rtn_tensor.RTNQuantizedTensor.from_float(w, 4, 128)
     planes = (q.qdata, q.scale, None, 4, 128)
-    y = torch.empty(1, 576, dtype=torch.bfloat16)
-    numbers = [1, 576, 576, 1, 4, 128, 1, 1, 576, 576, q.qdata.stride(0), 0, q.scale.stride(0), 0, 1]
-    packed = cpu._LINEAR.pack(
-        x.data_ptr(), q.qdata.data_ptr(), q.scale.data_ptr(), 0, y.data_ptr(), 0, *numbers
-    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     parts = {
         "dense F.linear": lambda: F.linear(x, w),
         "F.linear": lambda: F.linear(x, q),
         "ops.linear": lambda: ops.linear(x, *planes),
         "the kernel in Python": lambda: cpu.linear(x, *planes),
-        "the C function": lambda: cpu.library().rtn_linear(packed),
+        "the C function": c_function(x, planes),
     }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         seconds: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(turns):
@@ -183,30 +224,46 @@ def way_in(turns: int) -> dict[str, float]:
     return {name: 1e6 * statistics.median(own) for name, own in seconds.items()}
 
 
+def c_function(x: Tensor, planes: tuple) -> Callable[[], Tensor]:
+    """What `cpu.linear` calls, with the arguments that it packs."""
+    packed = []
+    pack = cpu._LINEAR.pack
+    recorder = SimpleNamespace(pack=lambda *numbers: packed.append(pack(*numbers)) or packed[-1])
+    with mock.patch.object(cpu, "_LINEAR", recorder):
+        y = cpu.linear(x, *planes)
+
+    def call() -> Tensor:
+        cpu.library().rtn_linear(packed[0])
+        return y  # which the arguments point to
+
+    return call
+
+
 def show(rows: list[dict], read: float) -> None:
-    tokens = sorted({r["M"] for r in rows})
     for key in dict.fromkeys((r["dtype"], r["N"], r["K"]) for r in rows):
         mine = [r for r in rows if (r["dtype"], r["N"], r["K"]) == key]
-        by = {(r["kernel"], r["M"]): r for r in mine}
-        lines = [
-            [
-                name,
-                *(f"{by[name, m]['over_dense']:.2f}" for m in tokens),
-                f"{by[name, tokens[0]]['seconds'] * 1e3:.3f}",
-            ]
-            for name in dict.fromkeys(r["kernel"] for r in mine)
-        ]
-        print(
-            f"\n{key[0]}, weight [{key[1]}, {key[2]}]: times as fast as dense, by rows of x; and ms at M = "
-            f"{tokens[0]}"
-        )
-        print(table(["kernel", *(f"M={m}" for m in tokens), "ms"], lines), flush=True)
-        if (fastest := by.get(("rtn int4 g128", 1))) is not None:
+        print(f"\n{key[0]}, weight [{key[1]}, {key[2]}], by rows of x")
+        show_column(mine, "times as fast as dense", lambda r: f"{r['over_dense']:.2f}")
+        compared = [r for r in mine if "over_openvino" in r]
+        if compared:
+            show_column(compared, f"times as fast as {ENGINE}", lambda r: f"{r['over_openvino']:.2f}")
+        show_column(mine, "us", lambda r: f"{1e6 * r['seconds']:.0f}")
+        show_column(mine, "us at best", lambda r: f"{1e6 * r['least_seconds']:.0f}")
+        fastest = next((r for r in mine if (r["kernel"], r["M"]) == ("rtn int4 g128", 1)), None)
+        if fastest is not None:
             rate = key[1] * key[2] * (4 / 8 + getattr(torch, key[0]).itemsize / 128) / fastest["seconds"]
             print(
                 f"rtn int4 g128 at M = 1 reads {rate / 1e9:.1f} GB/s of weights, {rate / read:.0%} of the "
                 "streaming read"
             )
+
+
+def show_column(rows: list[dict], what: str, cell: Callable[[dict], str]) -> None:
+    """What each kernel reached, by rows of x."""
+    tokens = sorted({r["M"] for r in rows})
+    by = {(r["kernel"], r["M"]): cell(r) for r in rows}
+    lines = [[name, *(by[name, m] for m in tokens)] for name in dict.fromkeys(r["kernel"] for r in rows)]
+    print("\n" + table([what, *(f"M={m}" for m in tokens)], lines), flush=True)
 
 
 def main() -> None:
@@ -222,7 +279,16 @@ def main() -> None:
         help=f"of x and of the dense weight (default: {DTYPES})",
     )
     parser.add_argument(
-        "--only", metavar="NAME", action="append", default=[], help="dense and this kernel; may repeat"
+        "--only",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="dense and this kernel or engine; may repeat",
+    )
+    parser.add_argument(
+        "--engines",
+        metavar="PYTHON",
+        help="an interpreter with openvino, onnxruntime and onnx; bfloat16 only",
     )
     add_threads(parser)
     parser.add_argument("--turns", type=int, default=5, metavar="R", help="turns counted (default: 5)")
@@ -230,6 +296,8 @@ def main() -> None:
         "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
     )
     args = parser.parse_args()
+    if args.engines and args.dtypes != "bfloat16":
+        parser.error(f"--engines measures --dtypes bfloat16, not {args.dtypes}")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -244,7 +312,7 @@ def main() -> None:
     for dtype in args.dtypes.split(","):
         for shape in args.shapes.split(","):
             n, k = map(int, shape.split("x"))
-            some = measure(getattr(torch, dtype), n, k, tokens, args.turns, args.only)
+            some = measure(getattr(torch, dtype), n, k, tokens, args.turns, args.only, args.engines)
             show(some, read)
             rows += some
     parts = way_in(args.turns)

@@ -34,7 +34,9 @@ Run = Callable[[], float]  # tokens per second
 CONFIGS = {
     "bf16": (None, "BF16"),
     "int8 g128": (rtn_int8(group_size=128), "Q8_0"),
+    "int8 g128, int8 activations": (rtn_int8(group_size=128, activations="int8"), "Q8_0"),
     "int4 g32": (rtn_int4(32, "absmax"), "Q4_0"),
+    "int4 g32, int8 activations": (rtn_int4(32, "absmax", "int8"), "Q4_0"),
 }
 PROMPT = 512
 

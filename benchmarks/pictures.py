@@ -209,9 +209,16 @@ def linear(data: dict) -> Figure:
     rows = data["rows"]
     shapes = list(dict.fromkeys((row["dtype"], row["N"], row["K"]) for row in rows))
     made, axes = figure(2.5 * -(-len(shapes) // 2) + 0.9, -(-len(shapes) // 2), min(2, len(shapes)))
-    colors = {"dense": DENSE, "rtn int4 g128": INT4, "rtn int4 g32": SIGNED, "rtn int8 g128": INT8}
-    others = [name for name in dict.fromkeys(row["kernel"] for row in rows) if name not in colors]
-    colors |= {name: ("#8b5fbf", "#c05f8a", "#7a9b2e", "#b0812f")[i % 4] for i, name in enumerate(others)}
+    colors = {
+        "dense": DENSE,
+        "rtn int4 g128": INT4,
+        "rtn int4 g128, int8 activations": SIGNED,
+        "rtn int8 g128": INT8,
+        "aten int4 g128": "#8b5fbf",
+        "OpenVINO": "#c05f8a",
+        "ONNX Runtime": "#b0812f",
+    }
+    rows = [row for row in rows if row["kernel"] in colors]
     for axis, shape in zip(axes.flat, shapes, strict=False):
         mine = [row for row in rows if (row["dtype"], row["N"], row["K"]) == shape]
         for name in dict.fromkeys(row["kernel"] for row in mine):
