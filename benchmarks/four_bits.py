@@ -260,16 +260,30 @@ def sentences(text: str, count: int) -> list[str]:
     return found[:: len(found) // count][:count]
 
 
-def a_language_model(folder: Callable[[], Path]) -> Case:
+def quantized_by(config: RTNConfig | None, load: Callable[[], Any]) -> Callable[[], Any]:
+    """`load`, or where there is a config, a function that quantizes what it gives."""
+    if config is None:
+        return load
+
+    def load_and_quantize() -> Any:
+        model = load()
+        quantize_(model, config, but_the_output(model))
+        return model
+
+    return load_and_quantize
+
+
+def a_language_model(folder: Callable[[], Path], config: RTNConfig | None = None) -> Case:
     tokenizer = AutoTokenizer.from_pretrained(folder())
     text = wikipedia()[: 20 * TOKENS]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:TOKENS]
     begins = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     load = partial(AutoModelForCausalLM.from_pretrained, folder(), dtype=torch.bfloat16)
-    return causal(load, torch.tensor(ids), first=tokenizer.bos_token_id if begins else None)
+    first = tokenizer.bos_token_id if begins else None
+    return causal(quantized_by(config, load), torch.tensor(ids), first=first)
 
 
-def a_whisper() -> Case:
+def a_whisper(config: RTNConfig | None = None) -> Case:
     processor = AutoProcessor.from_pretrained(whisper())
     tokenizer = processor.tokenizer
 
@@ -290,10 +304,11 @@ def a_whisper() -> Case:
         ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
     )
     load = partial(WhisperForConditionalGeneration.from_pretrained, whisper(), dtype=torch.float16)
-    return transcriber(load, features(clips), said, (features([clip]) for clip in others), prompt, words)
+    calibration = (features([clip]) for clip in others)
+    return transcriber(quantized_by(config, load), features(clips), said, calibration, prompt, words)
 
 
-def a_minilm() -> Case:
+def a_minilm(config: RTNConfig | None = None) -> Case:
     tokenizer = AutoTokenizer.from_pretrained(minilm())
 
     def batches(texts: list[str]) -> list[Inputs]:
@@ -305,13 +320,13 @@ def a_minilm() -> Case:
 
     load = partial(AutoModel.from_pretrained, minilm(), dtype=torch.float16)
     return encoder(
-        load,
+        quantized_by(config, load),
         batches(sentences(wikipedia(), SENTENCES)),
         batches(sentences(state_of_the_union(), CALIBRATION_SENTENCES)),
     )
 
 
-CASES: dict[str, Callable[[], Case]] = {
+CASES: dict[str, Callable[..., Case]] = {
     "whisper": a_whisper,
     "minilm": a_minilm,
     "smollm2": partial(a_language_model, smollm2),

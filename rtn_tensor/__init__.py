@@ -9,6 +9,7 @@ from rtn_tensor.config import RTNConfig, rtn, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.comparison import compare
 from rtn_tensor.integrations.transformers.on_the_fly import fqn_config
 from rtn_tensor.kernels.registry import explain
+from rtn_tensor.quantize.activations import set_activations_
 from rtn_tensor.quantize.allocation import plan
 from rtn_tensor.quantize.api import dequantize_, quantize_
 from rtn_tensor.quantize.by_layer import select_layers, select_modules
@@ -40,4 +41,5 @@ __all__ = [
     "save",
     "select_layers",
     "select_modules",
+    "set_activations_",
 ]

@@ -181,3 +181,9 @@ if torch.distributed.is_available():
             )
 
         DTensor._stable_hash_for_caching = hash_of_spec_and_part  # type: ignore[method-assign]
+
+
+def local_part(w: Any) -> Any:
+    """The very tensor that a DTensor holds, which FSDP2 gathers, where `to_local` gives a view that has
+    attributes of its own; a plain tensor itself."""
+    return w._local_tensor if torch.distributed.is_available() and isinstance(w, DTensor) else w

@@ -35,9 +35,11 @@ from rtn_tensor.commands import (
     run_tune,
     say,
 )
-from rtn_tensor.formats import FORMATS, SCALE_METHODS
+from rtn_tensor.formats import ACTIVATIONS, FORMATS, SCALE_METHODS
 from rtn_tensor.kernels.problem import device_of
 from rtn_tensor.tuning import TOKENS
+
+OTHERWISE = "what a quantized model rounds its activations to (default: as it was saved)"
 
 # -------------------------------------------------------------------------------- arguments
 
@@ -116,6 +118,9 @@ def parser() -> argparse.ArgumentParser:
             "bits, 128 at 8)",
         )
 
+    def add_activations(sub: argparse.ArgumentParser, what: str) -> None:
+        sub.add_argument("--activations", choices=[name for name in ACTIVATIONS if name], help=what)
+
     def add_destination(sub: argparse.ArgumentParser, formats: list[str]) -> None:
         sub.add_argument(
             "--format",
@@ -145,6 +150,7 @@ def parser() -> argparse.ArgumentParser:
         choices=SCALE_METHODS,
         help="how a group's scale is found (default: search at 4 bits, absmax at 8)",
     )
+    add_activations(sub, "what products round their activations to (default: they stay as they are)")
     sub.add_argument(
         "--skip",
         metavar="PATTERN",
@@ -198,6 +204,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--window", type=int, default=1024, help="tokens the model sees at once")
     sub.add_argument("--stride", type=int, default=512, help="tokens from one window to the next")
     sub.add_argument("--max-tokens", type=_positive, help="use only the first tokens of the text")
+    add_activations(sub, OTHERWISE)
 
     sub = command(
         "evaluate",
@@ -235,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--max-tokens", metavar="T", type=_positive, help="use only the first tokens of the text"
     )
+    add_activations(sub, f"{OTHERWISE}; of path, not of --against")
 
     sub = command("generate", run_generate, "Continue a prompt, greedily.")
     sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
@@ -243,9 +251,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--compile", action="store_true", help="compile the decoding step first, which takes about a minute"
     )
+    add_activations(sub, OTHERWISE)
 
     sub = command("explain", run_explain, "Say which kernel runs a layer, and why each other does not.")
     add_format(sub)
+    add_activations(sub, "what the weight rounds its activations to")
     sub.add_argument("--op", default="linear", help="linear, linear_dx, grouped, embedding, quantize, ...")
     sub.add_argument("--device", type=_device_argument, default="cpu", help="device of the weight")
     sub.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="dtype of the activations")

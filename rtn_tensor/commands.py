@@ -35,6 +35,7 @@ from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.integrations.transformers.folders import check_model_folder, empty_model, read_config
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.kernels.registry import explain
+from rtn_tensor.quantize.activations import set_activations_
 from rtn_tensor.quantize.refine import Refinement, refine_
 from rtn_tensor.quantize.report import report
 from rtn_tensor.quantize.selection import parse_rule, rules_from_json
@@ -68,11 +69,14 @@ def progress(unit: str) -> Any:
     return lambda items: tqdm(items, unit=unit, disable=None)  # None: no bar where stderr is not a terminal
 
 
-def _load_model(path: str) -> Any:
+def _load_model(path: str, activations: str | None = None) -> Any:
     if not path.endswith(".gguf"):
         check_model_folder(Path(path))  # before it is said to be loaded
     say(f"Loading {path}")
-    return load(path)
+    model = load(path)
+    if activations is not None:
+        set_activations_(model, activations)
+    return model
 
 
 def _tokenizer(path: str) -> Any:
@@ -114,13 +118,13 @@ def _selects(model: Any, embedding: bool) -> Any:
 
 
 # Options of quantize that ask for a format.
-_FORMATS = ("bits", "group_size", "scale_method", "skip", "rule", "rules", "embedding")
+_FORMATS = ("bits", "group_size", "scale_method", "activations", "skip", "rule", "rules", "embedding")
 
 
 def _rules(args: argparse.Namespace) -> Any:
     """What the options say, as rules: layers that are skipped, single rules, the file's, and the format of
     the rest."""
-    rest = rtn(args.bits or 4, args.group_size, args.scale_method)
+    rest = rtn(args.bits or 4, args.group_size, args.scale_method, args.activations)
     rules: list[Any] = [(pattern, None) for pattern in args.skip] + [
         parse_rule(text, rest) for text in args.rule
     ]
@@ -245,7 +249,7 @@ def run_inspect(args: argparse.Namespace) -> tuple[Any, str]:
 
 def run_perplexity(args: argparse.Namespace) -> tuple[Any, str]:
     text, tokenizer = _read_text(args.text), _tokenizer(args.path)
-    model = _load_model(args.path)
+    model = _load_model(args.path, args.activations)
     ids = _ids(tokenizer, text, args.max_tokens)
     value = perplexity(model, ids, args.window, args.stride, progress=progress("window"))
     return {
@@ -281,7 +285,7 @@ def run_evaluate(args: argparse.Namespace) -> tuple[Any, str]:
         )
 
     def scores(i: int) -> list[Score]:
-        model, done = _load_model(paths[i]), []
+        model, done = _load_model(paths[i], None if i else args.activations), []
         if args.text:
             done.append(text_score("perplexity", token_losses(model, ids[i], progress=progress("window"))))
         return done + (
@@ -298,7 +302,8 @@ def run_evaluate(args: argparse.Namespace) -> tuple[Any, str]:
 
 def run_generate(args: argparse.Namespace) -> tuple[Any, str]:
     tokenizer = _tokenizer(args.path)  # before the model, which takes longer
-    result = generate(_load_model(args.path), tokenizer, args.prompt, args.max_new_tokens, args.compile)
+    model = _load_model(args.path, args.activations)
+    result = generate(model, tokenizer, args.prompt, args.max_new_tokens, args.compile)
     return {"text": result.text, "tokens": result.tokens, "seconds": result.seconds}, result.text
 
 
@@ -309,6 +314,7 @@ def run_explain(args: argparse.Namespace) -> tuple[Any, str]:
         dtype=DTYPE_NAMES[args.dtype],
         bits=args.bits,
         group_size=args.group_size,
+        activations=args.activations,
         M=args.m,
         N=args.n,
         K=args.k,

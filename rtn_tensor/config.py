@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torchao.core.config import AOBaseConfig
 
 from rtn_tensor import _torchao
-from rtn_tensor.formats import FORMATS, check_format, or_default
+from rtn_tensor.formats import FORMATS, check_activations, check_format, or_default
 
 _torchao.allow_configs_of(__name__)
 
@@ -40,6 +40,9 @@ class RTNConfig(AOBaseConfig):
             and, the second, its zero points. What is copied into one later gets them by the default above, or
             by "minmax".
         version: version of this config's meaning; leave it alone.
+        activations: "int8", to have products round their activations to 8 bits first (W4A8, W8A8), 32 columns
+            at a time with a scale of their own, and multiply integers: faster where there are several rows of
+            them, and a little less exact. By default they stay as they are.
 
     Raises:
         ValueError: an argument outside the values above, or other bits than the class is for.
@@ -51,12 +54,14 @@ class RTNConfig(AOBaseConfig):
     group_size: int = FORMATS[4].group_size
     scale_method: str = FORMATS[4].scale_method
     version: int = 1
+    activations: str | None = None
 
     def __new__(cls, bits: int = 4, *args: Any, **kwargs: Any) -> "RTNConfig":
         return object.__new__(CLASSES.get(bits, cls) if cls is RTNConfig and type(bits) is int else cls)
 
     def __post_init__(self) -> None:
         check_format(self.bits, self.group_size, self.scale_method)
+        check_activations(self.activations)
         if self.only_bits not in (None, self.bits):
             raise ValueError(
                 f"bits={self.bits}, and {type(self).__name__} is for {self.only_bits}; use "
@@ -84,23 +89,32 @@ class RTNInt8WeightConfig(RTNConfig):
 CLASSES = {4: RTNInt4WeightConfig, 8: RTNInt8WeightConfig}
 
 
-def rtn(bits: int = 4, group_size: int | None = None, scale_method: str | None = None) -> RTNConfig:
+def rtn(
+    bits: int = 4,
+    group_size: int | None = None,
+    scale_method: str | None = None,
+    activations: str | None = None,
+) -> RTNConfig:
     """Round-to-nearest with `bits` bits; see `RTNConfig` for the arguments. What is left out is as `rtn_int4`
     or `rtn_int8` has it."""
-    return RTNConfig(bits, *or_default(bits, group_size, scale_method))
+    return RTNConfig(bits, *or_default(bits, group_size, scale_method), activations=activations)
 
 
 def rtn_int4(
-    group_size: int = FORMATS[4].group_size, scale_method: str = FORMATS[4].scale_method
+    group_size: int = FORMATS[4].group_size,
+    scale_method: str = FORMATS[4].scale_method,
+    activations: str | None = None,
 ) -> RTNConfig:
     """4-bit round-to-nearest: 4 + 16 / group_size bits per weight with a 16-bit scale. By default groups of
     64 with searched scales."""
-    return rtn(4, group_size, scale_method)
+    return rtn(4, group_size, scale_method, activations)
 
 
 def rtn_int8(
-    group_size: int = FORMATS[8].group_size, scale_method: str = FORMATS[8].scale_method
+    group_size: int = FORMATS[8].group_size,
+    scale_method: str = FORMATS[8].scale_method,
+    activations: str | None = None,
 ) -> RTNConfig:
     """8-bit round-to-nearest: 8 + 16 / group_size bits per weight with a 16-bit scale. By default groups of
     128 with the scale method "absmax"."""
-    return rtn(8, group_size, scale_method)
+    return rtn(8, group_size, scale_method, activations)

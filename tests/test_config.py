@@ -34,7 +34,8 @@ def test_is_a_value():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.bits = 8
     assert_expected_inline(
-        repr(config), """RTNInt4WeightConfig(bits=4, group_size=64, scale_method='search', version=1)"""
+        repr(config),
+        """RTNInt4WeightConfig(bits=4, group_size=64, scale_method='search', version=1, activations=None)""",
     )
     assert eval(repr(config)) == config
 
@@ -99,7 +100,7 @@ def test_dict_is_pinned():
     """Checkpoints hold this dict: a changed key is a file that no longer loads."""
     assert_expected_inline(
         json.dumps(config_to_dict(rtn_int8(32, "signed"))),
-        """{"_type": "RTNInt8WeightConfig", "_version": 1, "_data": {"bits": 8, "group_size": 32, "scale_method": "signed"}}""",
+        """{"_type": "RTNInt8WeightConfig", "_version": 1, "_data": {"bits": 8, "group_size": 32, "scale_method": "signed", "activations": null}}""",
     )
 
 

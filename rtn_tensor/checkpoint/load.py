@@ -33,6 +33,7 @@ from rtn_tensor.checkpoint.kept import kept_targets
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import check_idle, held, place, ranks_of, together
+from rtn_tensor.formats import format_of
 from rtn_tensor.integrations import on_quantized
 from rtn_tensor.integrations.transformers.description import all_ties
 from rtn_tensor.integrations.transformers.folders import empty_model, parameters_on_meta, read_config
@@ -54,9 +55,12 @@ def _empty(
 ) -> Tensor:
     if config is None:
         return torch.empty(t.shape, dtype=t.dtype, device=device)
-    arguments = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
     w = RTNQuantizedTensor.empty(
-        *(t.mT if transposed else t).shape, **arguments, dtype=t.dtype, device=device, scale_dtype=scale_dtype
+        *(t.mT if transposed else t).shape,
+        **format_of(config),
+        dtype=t.dtype,
+        device=device,
+        scale_dtype=scale_dtype,
     )
     return w.mT if transposed else w
 

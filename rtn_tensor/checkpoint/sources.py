@@ -119,6 +119,8 @@ def flattened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
             about = {attribute: getattr(t, attribute) for attribute in FORMAT}
             if t.float_dtype is not None:
                 about["float_dtype"] = {"_type": "torch.dtype", "_data": str(t.float_dtype)[len("torch.") :]}
+            if t.activations is not None:
+                about["activations"] = t.activations
             planes = [IN_FILES[plane] for plane in t.planes]
             metadata[name] = json.dumps(
                 {"_type": type(t).__name__, "_data": about, "_tensor_data_names": planes}

@@ -39,7 +39,7 @@ def run(
     handful = x.is_cuda and len(experts) <= max(8, up.shape[0] // 4)
     pairs, offs = (None, None) if handful else reference.sorted_pairs(experts, up.shape[0])
     (up_planes, up_format), (down_planes, down_format) = (
-        ((w.qdata, w.scale), (w.bits, w.group_size, w.zero)) for w in (up, down)
+        ((w.qdata, w.scale), (w.bits, w.group_size, w.zero, w.activations is not None)) for w in (up, down)
     )
     named = activation if isinstance(activation, str) else ""
     h = ops.routed(x, *up_planes, up_bias, experts, pairs, offs, None, top_k, named, *up_format)

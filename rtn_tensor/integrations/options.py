@@ -17,11 +17,10 @@ import torch
 from rtn_tensor import reference
 from rtn_tensor.checkpoint.sources import saved_attributes, tensor_names
 from rtn_tensor.config import RTNConfig, rtn
-from rtn_tensor.formats import ASYMMETRIC, FORMATS, SCALES_OF_8_BITS
+from rtn_tensor.formats import ASYMMETRIC, FORMAT_KEYS, FORMATS, SCALES_OF_8_BITS, format_of
 from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.integrations.transformers.names import renaming
 from rtn_tensor.quantize.selection import (
-    FORMAT_KEYS,
     Rules,
     bits_of,
     config_from_json,
@@ -277,15 +276,17 @@ class Options:
 
 
 def kept_config(config: RTNConfig, scale_dtype: torch.dtype) -> KeptConfig:
-    return KeptConfig(config.bits, config.group_size, config.scale_method, scale_dtype=scale_dtype)
+    return KeptConfig(**format_of(config), scale_dtype=scale_dtype)
 
 
 def format_text(config: RTNConfig | None) -> str:
     """As in "int4 g128"."""
     if config is None:
         return "float"
-    return f"int{config.bits} g{config.group_size}" + (
-        f" {config.scale_method}" if config.scale_method != "absmax" else ""
+    return (
+        f"int{config.bits} g{config.group_size}"
+        + (f" {config.scale_method}" if config.scale_method != "absmax" else "")
+        + (f", {config.activations} activations" if config.activations else "")
     )
 
 
@@ -393,7 +394,7 @@ def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
                 f"{name} is saved as [in_features, out_features]; serve the float folder "
                 "instead, with quantization='rtn'"
             )
-        config = RTNConfig(about["bits"], about["group_size"], about["scale_method"])
+        config = RTNConfig(**{name: about[name] for name in FORMAT_KEYS if name in about})
         # A scale of 8 bits has no other dtype; the weight is of the engine's.
         if about.get("float_dtype") is not None and config.scale_method not in SCALES_OF_8_BITS:
             config = kept_config(config, about["scale_dtype"])

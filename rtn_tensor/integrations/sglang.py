@@ -29,6 +29,7 @@ from sglang.srt.utils import set_weight_attrs
 from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.formats import format_of
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.integrations.options import Options, activation_of, check_cut, check_router
 from rtn_tensor.quantize.targets import is_finite
@@ -102,9 +103,7 @@ def _add(
     fqn: str,
     attributes: dict,
 ) -> None:
-    w = RTNQuantizedTensor.empty(
-        *shape, bits=config.bits, group_size=config.group_size, scale_method=config.scale_method, dtype=dtype
-    )
+    w = RTNQuantizedTensor.empty(*shape, **format_of(config), dtype=dtype)
     w.scale.fill_(torch.nan)  # a row that is never loaded is not silently garbage
     parameter: Any = nn.Parameter(w, requires_grad=False)
     parameter.fqn = fqn  # for errors

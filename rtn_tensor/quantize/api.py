@@ -12,6 +12,7 @@ from torchao.quantization import FqnToConfig, register_quantize_module_handler
 from rtn_tensor import _torchao
 from rtn_tensor.config import CLASSES, RTNConfig
 from rtn_tensor.distributed import as_part, check_idle, fully_sharded, held
+from rtn_tensor.formats import format_of
 from rtn_tensor.integrations import on_quantized
 from rtn_tensor.quantize import printing  # noqa: F401  (print(model) names what is quantized)
 from rtn_tensor.quantize.report import Report, report
@@ -28,7 +29,7 @@ from rtn_tensor.tensor.attributes import user_attributes
 
 
 def _rounded(w: Tensor, config: RTNConfig) -> RTNQuantizedTensor:
-    return RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
+    return RTNQuantizedTensor.from_float(w, **format_of(config))
 
 
 def _parameter(target: Target, q: RTNQuantizedTensor) -> nn.Parameter:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rtn_tensor import ops
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.formats import format_of
 from rtn_tensor.integrations import on_quantized
 from rtn_tensor.integrations.transformers.experts import one_by_one
 from rtn_tensor.quantize.api import Exchange, float_weight
@@ -164,10 +165,8 @@ class Refining:
             return RTNQuantizedTensor(
                 qdata,
                 scale,
-                config.bits,
-                config.group_size,
-                config.scale_method,
-                w.shape[-1],
+                **format_of(config),
+                in_features=w.shape[-1],
                 float_dtype=w.dtype,
                 zero=zero[0] if zero else None,
             )

@@ -179,7 +179,7 @@ def _targets(
             "float model"
         )
     found = [
-        Target(module, name, fqn, rtn(w.bits, w.group_size, computing(w.bits, w.scale_method)))
+        Target(module, name, fqn, rtn(w.bits, w.group_size, computing(w.bits, w.scale_method), w.activations))
         for fqn, module, name, w in tensors_of(model)
         if isinstance(w, RTNQuantizedTensor)
     ]

@@ -151,6 +151,8 @@ def report(model: nn.Module) -> Report:
             note = f"weight of {with_article(type(module).__name__)}"
         if w is not whole and w.dim() > 1:
             note = f"part of {' x '.join(map(str, whole.shape))}{', ' if note else ''}{note}"
+        if (activations := getattr(w, "activations", None)) is not None:
+            note = f"{note}{', ' if note else ''}{activations} activations"
         first.setdefault(id(whole), fqn)
         bits, group_size = getattr(w, "bits", None), getattr(w, "group_size", None)
         rows.append(Row(fqn, tuple(w.shape), bits, group_size, before, after, note))

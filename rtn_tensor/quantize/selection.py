@@ -5,14 +5,14 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import ASYMMETRIC, FORMATS, SCALES_OF_8_BITS, groups
+from rtn_tensor.formats import ASYMMETRIC, FORMAT_KEYS, FORMATS, SCALES_OF_8_BITS, format_of, groups
 from rtn_tensor.quantize.experts import routers, transposed_experts
 from rtn_tensor.wording import with_article
 
@@ -21,7 +21,6 @@ Rules = Sequence[tuple[str, RTNConfig | None]]
 
 REMOVE_IT = "remove that first, or leave the module out"
 COMPUTED = f"is computed by its module, not stored (a parametrization?); {REMOVE_IT}"
-FORMAT_KEYS = ("bits", "group_size", "scale_method")
 
 
 # --------------------------------------------------------------------------- without rules
@@ -297,7 +296,7 @@ def rules_to_json(rules: Rules) -> list[list[Any]]:
     """Plain lists and dicts for `json.dump`, which `rules_from_json` reads; a list, as the order counts."""
     check_rules(rules)
     return [
-        [pattern, None if config is None else {key: asdict(config)[key] for key in FORMAT_KEYS}]
+        [pattern, None if config is None else {k: v for k, v in format_of(config).items() if v is not None}]
         for pattern, config in rules
     ]
 

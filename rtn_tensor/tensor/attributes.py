@@ -6,12 +6,16 @@ from typing import Any
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
+from rtn_tensor.formats import FORMAT_KEYS
+
 PLANES = ["qdata", "scale"]
 OPTIONAL_PLANES = ["zero"]  # which lie beside the scales, as many numbers as there are of these
 FORMAT = ["bits", "group_size", "scale_method", "in_features", "transposed", "version"]
-ATTRIBUTES = [*FORMAT, "float_dtype"]  # the last is in a file only where it is given
+# Those that are in a file only where they are given.
+OPTIONAL = ["float_dtype", "activations"]
+ATTRIBUTES = [*FORMAT, *OPTIONAL]
 # What those are of which a file says nothing.
-DEFAULTS = {"transposed": False, "version": 1, "float_dtype": None}
+DEFAULTS = {"transposed": False, "version": 1, "float_dtype": None, "activations": None}
 # What a copy or view has of its own.
 _MADE_ANEW = {
     *PLANES,
@@ -62,9 +66,7 @@ def _as_parameter(cls: Any, tensor: Tensor, attributes: dict[str, Any]) -> Tenso
                 "group_size), or copy_ the tensor into "
                 "the quantized weight, which keeps its format"
             )
-        arguments = {
-            name: attributes[name] for name in ("bits", "group_size", "scale_method") if name in attributes
-        }
+        arguments = {name: attributes[name] for name in FORMAT_KEYS if name in attributes}
         turned = attributes.get("transposed", False)
         tensor = cls.from_float(tensor.mT if turned else tensor, **arguments)
         tensor = tensor.mT if turned else tensor

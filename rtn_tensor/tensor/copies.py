@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtn_tensor import _torch, ops, registration
 from rtn_tensor._torch import return_and_correct_aliasing
-from rtn_tensor.formats import FLOAT_DTYPES, SCALE8, new_planes, wide_method
+from rtn_tensor.formats import FLOAT_DTYPES, SCALE8, format_of, new_planes, wide_method
 from rtn_tensor.reference import round_scale, widened
 from rtn_tensor.tensor.attributes import ATTRIBUTES, OPTIONAL_PLANES, PLANES
 from rtn_tensor.tensor.callers import called_by
@@ -19,10 +19,10 @@ from rtn_tensor.tensor.quantized import (
     aten,
     by_plane,
     check_dtype,
-    format_of,
     on_function,
     on_op,
     rebuilt,
+    same_format,
 )
 from rtn_tensor.wording import with_article
 
@@ -243,7 +243,7 @@ def equal_op(func, types, args, kwargs):
         return False  # transformers asks it of a tied pair of which one is quantized
     return (
         a.shape == b.shape
-        and format_of(a) == format_of(b)
+        and same_format(a, b)
         and all(plane.equal(b.planes[name]) for name, plane in a.planes.items())
     )
 
@@ -289,10 +289,11 @@ def set_data(func, types, args, kwargs):
         check_dtype(new.dtype, w)
         # In planes of its own: who kept the old `.data` keeps what it held, as with a plain tensor.
         given = (new.mT if w.transposed else new).detach()
-        form = {"bits": w.bits, "group_size": w.group_size, "scale_method": w.scale_method}
         # Scales of another dtype than the weight's keep it; those of 8 bits have no other.
         of_scale = None if w.float_dtype is None or w.scale.dtype == SCALE8 else w.scale.dtype
-        fresh = type(w).empty(*given.shape, **form, dtype=new.dtype, device=new.device, scale_dtype=of_scale)
+        fresh = type(w).empty(
+            *given.shape, **format_of(w), dtype=new.dtype, device=new.device, scale_dtype=of_scale
+        )
         fresh.copy_(given)
         # As transformers' resize_token_embeddings does: the rows that stay keep their bits.
         if new.shape != w.shape:

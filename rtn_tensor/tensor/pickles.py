@@ -3,10 +3,10 @@
 from typing import Any
 
 from rtn_tensor.formats import check_version
-from rtn_tensor.tensor.attributes import ATTRIBUTES, DEFAULTS, OPTIONAL_PLANES, PLANES
+from rtn_tensor.tensor.attributes import ATTRIBUTES, DEFAULTS, OPTIONAL, OPTIONAL_PLANES, PLANES
 from rtn_tensor.wording import with_article
 
-NOT_OF_OLD = {name: DEFAULTS[name] for name in ("version", "float_dtype")}
+NOT_OF_OLD = {name: DEFAULTS[name] for name in ("version", *OPTIONAL)}
 
 
 def set_state(w: Any, state: Any) -> None:
@@ -34,7 +34,7 @@ def set_state(w: Any, state: Any) -> None:
         )
     state = {**NOT_OF_OLD, **state}
     check_version(state["version"])  # what is new is made without one
-    made = type(w)(*(state[name] for name in names), **{name: state.get(name) for name in OPTIONAL_PLANES})
+    made = type(w)(**{name: state.get(name) for name in (*names, *OPTIONAL_PLANES)})
     for plane in made.planes.values():
         # Rows of one memory would make a tensor of any size from a file of a few bytes.
         if not plane.is_meta and plane.nbytes > plane.untyped_storage().nbytes():
@@ -47,5 +47,5 @@ def set_state(w: Any, state: Any) -> None:
         raise ValueError(
             f"the file says that the weight has {mine}, and its planes that it has {due}; the file is damaged"
         )
-    unsaid = {"_flat", *(name for name in ("float_dtype",) if state[name] is None)}
+    unsaid = {"_flat", *(name for name in OPTIONAL if state[name] is None)}
     vars(w).update({name: value for name, value in state.items() if name not in unsaid})

@@ -142,7 +142,7 @@ def _project(x: Tensor, w: RTNQuantizedTensor, bias: Tensor | None, over_in_feat
     if over_in_features:
         # Only a bias [N] is fused: addmm may bring one of another shape.
         fused = bias if bias is not None and bias.shape == (qdata.shape[0],) else None
-        y = ops.linear(x, qdata, scale, fused, w.bits, w.group_size, zero)
+        y = ops.linear(x, qdata, scale, fused, w.bits, w.group_size, zero, w.activations is not None)
         return y if bias is None or fused is bias else _plus(y, bias, w)
     y = ops.linear_dx(x, qdata, scale, w.bits, w.group_size, w.in_features, zero)
     return y if bias is None else _plus(y, bias, w)
@@ -244,7 +244,8 @@ def _grouped_mm(
     a = _check_operand(a, b, b.shape[-2])
     _check_indices("offs", offs, b)
     if b.transposed:
-        y = ops.grouped(a, b.qdata, b.scale, offs, b.bits, b.group_size, b.zero)
+        int8_x = b.activations is not None
+        y = ops.grouped(a, b.qdata, b.scale, offs, b.bits, b.group_size, b.zero, int8_x)
     else:
         y = ops.grouped_dx(a, b.qdata, b.scale, offs, b.bits, b.group_size, b.in_features, b.zero)
     if bias is not None:

@@ -16,8 +16,10 @@ from rtn_tensor._torch import is_batchedtensor, tree_leaves, tree_map_only
 from rtn_tensor.formats import (
     ASYMMETRIC,
     FLOAT_DTYPES,
+    check_activations,
     check_format,
     check_planes,
+    format_of,
     new_planes,
     or_default,
     scale_dtype_of,
@@ -25,7 +27,7 @@ from rtn_tensor.formats import (
     version_of,
 )
 from rtn_tensor.tensor import sharding
-from rtn_tensor.tensor.attributes import ATTRIBUTES, FORMAT, PLANES, ParameterLike, carried
+from rtn_tensor.tensor.attributes import ATTRIBUTES, FORMAT, OPTIONAL, PLANES, ParameterLike, carried
 from rtn_tensor.tensor.callers import is_computed_anew
 from rtn_tensor.tensor.errors import is_traced, named_error, or_float
 from rtn_tensor.tensor.layout import layout_of
@@ -56,6 +58,7 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
             refused.
         float_dtype: the dtype that the tensor shows where its scale has another, as float16 scales of GPTQ's
             in a bfloat16 model; else None. `.to(dtype)` then changes this, and keeps the scale.
+        activations: as in `RTNConfig`, of products over in_features; `set_activations_` changes it.
 
     The tensor has the shape and dtype of the weight it stands for, never requires a gradient (asking for one
     is ignored), passes gradients to its inputs, and gives views that alias it. Rows (and leading dims) slice
@@ -84,6 +87,7 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
     transposed: bool
     version: int = 1
     float_dtype: torch.dtype | None = None
+    activations: str | None = None
     # What is known of the weight beside its numbers, where it is: what its model calls it; the names that it
     # was shared with, whose weight stayed float; the rows of its shard, with FSDP2's padding. Like what users
     # set, it goes along with each copy and view.
@@ -110,14 +114,14 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
         version=None,
         float_dtype=None,
         zero=None,
+        activations=None,
     ):
         # A compiler may hold these two as symbols.
         bits, group_size = (int(n) if isinstance(n, torch.SymInt) else n for n in (bits, group_size))
         apart = shown_apart(scale, float_dtype) if isinstance(scale, Tensor) else None
-        version = version_of(zero, apart) if version is None else version
-        check_planes(
-            qdata, scale, bits, group_size, in_features, scale_method, transposed, version, zero, apart
-        )
+        version = version_of(zero, apart, activations) if version is None else version
+        about = (bits, group_size, in_features, scale_method, transposed, version)
+        check_planes(qdata, scale, *about, zero, apart, activations)
         layout = layout_of(qdata, bits, in_features, transposed)
         return _torch.wrapper(cls, *layout, dtype=apart or scale.dtype, device=qdata.device)
 
@@ -133,6 +137,7 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
         version=None,
         float_dtype=None,
         zero=None,
+        activations=None,
     ):
         self.qdata = qdata
         self.scale = scale
@@ -146,7 +151,9 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
         apart = shown_apart(scale, float_dtype)
         if apart is not None:
             self.float_dtype = apart
-        self.version = version_of(zero, apart) if version is None else version
+        if activations is not None:
+            self.activations = activations
+        self.version = version_of(zero, apart, activations) if version is None else version
 
     @property
     def planes(self) -> dict[str, Tensor]:
@@ -172,6 +179,7 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
         group_size: int | None = None,
         scale_method: str | None = None,
         dtype: torch.dtype | None = None,
+        activations: str | None = None,
     ) -> "RTNQuantizedTensor":
         """Quantizes `w [..., N, K]` (float32, bfloat16 or float16). `dtype`, by default `w`'s, is that of the
         scale and so the tensor's; `group_size` and `scale_method` by default those of `rtn`.
@@ -184,6 +192,7 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
         """
         group_size, scale_method = or_default(bits, group_size, scale_method)
         check_format(bits, group_size, scale_method)
+        check_activations(activations)
         if not isinstance(w, Tensor):
             raise TypeError(
                 f"cannot quantize {with_article(type(w).__name__)}; give a torch.Tensor, a weight [..., N, K]"
@@ -206,7 +215,7 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
             check_dtype(got)
         dtype = dtype or w.dtype
         qdata, scale, *zero = ops.quantize(w, bits, group_size, scale_method, dtype)
-        more: Any = {"float_dtype": dtype, "zero": zero[0] if zero else None}
+        more: Any = {"float_dtype": dtype, "zero": zero[0] if zero else None, "activations": activations}
         return cls(qdata, scale, bits, group_size, scale_method, w.shape[-1], **more)
 
     @classmethod
@@ -219,6 +228,7 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         scale_dtype: torch.dtype | None = None,
+        activations: str | None = None,
     ) -> "RTNQuantizedTensor":
         """An uninitialized `[..., N, K]` tensor, for `copy_` to fill; on any device, meta included. The scale
         is in `scale_dtype`, by default the tensor's."""
@@ -232,7 +242,7 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
         of_scale = scale_dtype_of(scale_method, scale_dtype or dtype)
         planes = new_planes(torch.empty, shape, bits, group_size, of_scale, zero, device=device)
         made: Any = dict(zip(FORMAT, (bits, group_size, scale_method, shape[-1]), strict=False))
-        return cls(**planes, **made, float_dtype=dtype)
+        return cls(**planes, **made, float_dtype=dtype, activations=activations)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The plain tensor (q - zero) * S, computed in fp32 and rounded once to `dtype` (by default the
@@ -265,8 +275,8 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
         if flat is None:
             attributes = {name: getattr(self, name) for name in FORMAT}
             attributes["scale_method"] = _MethodOf(self)
-            if self.float_dtype is not None:
-                attributes["float_dtype"] = self.float_dtype
+            if self.float_dtype is not None or self.activations is not None:
+                attributes |= {"float_dtype": self.float_dtype, "activations": self.activations}
             flat = self._flat = [*self.planes], tuple(attributes.values())
         return flat
 
@@ -280,7 +290,7 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
     def _clear_non_serializable_cached_data(self) -> None:
         super()._clear_non_serializable_cached_data()
         vars(self).pop("_flat", None)
-        for name in ("zero", "float_dtype"):
+        for name in ("zero", *OPTIONAL):
             if getattr(self, name) is None:  # as of a weight that never had any
                 vars(self).pop(name, None)
 
@@ -308,6 +318,8 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
         parts = [f"shape={tuple(self.shape)}", f"bits={self.bits}", f"group_size={self.group_size}"]
         if self.scale_method != "absmax":
             parts.append(f"scale_method={self.scale_method!r}")
+        if self.activations is not None:
+            parts.append(f"activations={self.activations!r}")
         if self.transposed:
             parts.append("transposed=True")
         return f"{type(self).__name__}({', '.join(parts)}, dtype={self.dtype}, device={self.device.type!r})"
@@ -341,7 +353,8 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
     def _quantization_type(self) -> str:
         """What torchao, and `print(model)`, show of a layer."""
         method = "" if self.scale_method == "absmax" else f", scale_method={self.scale_method!r}"
-        return f"bits={self.bits}, group_size={self.group_size}{method}"
+        activations = "" if self.activations is None else f", activations={self.activations!r}"
+        return f"bits={self.bits}, group_size={self.group_size}{method}{activations}"
 
     # An operator of torch's own takes a TypeError from below for "not mine", and Python then says no more
     # than "unsupported operand".
@@ -450,5 +463,7 @@ def is_packed(w: RTNQuantizedTensor, dim: int) -> bool:
     return dim_of_planes(w, dim) == w.dim() - 1
 
 
-def format_of(w: RTNQuantizedTensor) -> tuple:
-    return w.bits, w.group_size, w.scale_method, w.transposed, w.scale.dtype, w.float_dtype, [*w.planes]
+def same_format(a: RTNQuantizedTensor, b: RTNQuantizedTensor) -> bool:
+    """Whether planes of the one could be planes of the other."""
+    first, second = ((format_of(w), w.transposed, w.scale.dtype, w.float_dtype, [*w.planes]) for w in (a, b))
+    return first == second

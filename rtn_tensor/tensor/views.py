@@ -18,11 +18,11 @@ from rtn_tensor.tensor.quantized import (
     aten,
     by_plane,
     dim_of_planes,
-    format_of,
     is_packed,
     on_function,
     on_op,
     rebuilt,
+    same_format,
 )
 
 
@@ -331,7 +331,7 @@ def join_op(func, types, args, kwargs):
     first = next(t for t in tensors if isinstance(t, RTNQuantizedTensor))
     name = "stack" if func is aten.stack.default else "cat"
     for t in tensors:
-        if not isinstance(t, RTNQuantizedTensor) or format_of(t) != format_of(first):
+        if not isinstance(t, RTNQuantizedTensor) or not same_format(t, first):
             other = (
                 repr(t)
                 if isinstance(t, RTNQuantizedTensor)

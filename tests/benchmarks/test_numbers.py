@@ -110,6 +110,28 @@ def test_four_bits():
             assert is_rounded(cells["bits per weight"], rows["whisper", name]["bits_per_weight"]), name
 
 
+def test_int8_activations():
+    rows = {(row["model"], row["weights"]): row for row in results("int8_activations.json")["rows"]}
+    models = {
+        "SmolLM2-135M-Instruct": "smollm2",
+        "gemma-3-270m": "gemma",
+        "Whisper base": "whisper",
+        "MiniLM": "minilm",
+    }
+    metrics = {
+        "nats per token": "kl",
+        "1 - cosine of embeddings": "distance",
+        "perplexity before": "perplexity_before",
+        "perplexity after": "perplexity",
+    }
+    found = table("docs/choose-a-format.md", "int8 activations move")
+    for name, (_, *cells) in ((name, row.values()) for name, row in found.items()):
+        model, metric = name.split(", ")
+        for weights, cell in zip(("int4 g64", "int8 g128"), cells, strict=True):
+            assert is_rounded(cell, rows[models[model], weights][metrics[metric]]), (name, weights)
+    assert len(found) == 8
+
+
 def test_selective():
     rows = results("selective.json")["rows"]
     found = table("docs/selective-precision.md", "weights", "bits per weight", "divergence")
@@ -121,12 +143,21 @@ def test_selective():
         assert is_rounded(cells["bits per weight"], rows[name].get("bits_per_weight", 16)), name
 
 
+KERNELS = {
+    "&nbsp; int8 activations": "rtn int4 g128, int8 activations",
+    "&nbsp; OpenVINO (int8 activations)": "OpenVINO",
+    "&nbsp; ONNX Runtime (int8 activations)": "ONNX Runtime",
+    "&nbsp; OpenVINO, bf16 activations": "OpenVINO, bf16 activations",
+    "&nbsp; torch's int4": "aten int4 g128",
+}
+
+
 def test_a_layer_on_a_cpu():
     rows = results("cpu_linear.json")["rows"]
     found = next(rows for rows in tables("docs/speed.md") if rows[0][:2] == ["weight", "1"])
     names, shape = found[0][1:], ""
     for name, *cells in found[1:]:
-        kernel = "rtn int4 g128" if name.startswith("[") else "aten int4 g128"
+        kernel = KERNELS.get(name, "rtn int4 g128")
         shape = name if name.startswith("[") else shape
         over = {
             str(r["M"]): r["over_dense"]
@@ -164,6 +195,15 @@ def test_a_model_on_a_cpu(page):
                     )
                     checked += 1
     assert checked >= 3
+
+
+def test_a_model_with_int8_activations_on_a_cpu():
+    rows = {(row["weights"], row["what"]): row["ours"] for row in results("cpu_model_int8.json")["rows"]}
+    found = [rows for rows in tables("docs/speed.md") if rows[0][0] == "tokens per second, compiled"]
+    for name, *cells in found[0][1:]:
+        kinds = [(weights, what) for what in ("prefill", "decode") for weights in ("", ", int8 activations")]
+        for (more, what), cell in zip(kinds, cells, strict=True):
+            assert is_rounded(cell, rows[name + more, f"{what} compiled"]), (name, what)
 
 
 def test_loading():

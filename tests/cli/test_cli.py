@@ -10,7 +10,7 @@ from safetensors import safe_open
 from tiny_llama import TEXT, tiny_tokenizer
 from tiny_model import formats
 
-from rtn_tensor import load, quantize_, report, rtn_int4
+from rtn_tensor import load, quantize_, report, rtn_int4, set_activations_
 from rtn_tensor.evaluation.generation import generate
 from rtn_tensor.evaluation.perplexity import perplexity
 from rtn_tensor.kernels import cpu
@@ -97,6 +97,24 @@ def test_quantize_skips(run, source, tmp_path):
         "mlp.down_proj",
     ]
     assert list(formats(load(tmp_path / "out"))) == [f"model.layers.1.{name}.weight" for name in kept]
+
+
+def test_int8_activations(run, source, quantized, tmp_path):
+    """As a folder is quantized with them, and where one is used that says nothing of them."""
+    status, out, _ = run("quantize", source, tmp_path / "q", "--bits", 8, "--activations", "int8")
+    assert status == 0
+    assert out.count("int8 activations") == 14
+    weights = [w for w in load(tmp_path / "q").parameters() if hasattr(w, "bits")]
+    assert {w.activations for w in weights} == {"int8"}
+    text = quantized.parent / "text.txt"
+    ids = torch.tensor(tiny_tokenizer()(TEXT)["input_ids"])
+    model = load(quantized)
+    before = perplexity(model, ids)
+    set_activations_(model, "int8")
+    status, out, _ = run("perplexity", quantized, "--text", text, "--activations", "int8", "--json")
+    assert json.loads(out)["perplexity"] == perplexity(model, ids) != before
+    status, out, _ = run("explain", "--activations", "int8")
+    assert "int8 activations" in out
 
 
 def test_quantize_by_rules(run, source, tmp_path):

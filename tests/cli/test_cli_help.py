@@ -50,10 +50,10 @@ def test_help_quantize(capsys):
         help_of(capsys, "quantize"),
         """\
 usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
-                           [--scale-method {absmax,signed,search,minmax,search8}] [--skip PATTERN]
-                           [--rule PATTERN=FORMAT] [--rules FILE] [--embedding] [--refine]
-                           [--refine-on FILE] [--format {rtn,compressed-tensors,gptq,gguf}]
-                           [--like FILE] [--force]
+                           [--scale-method {absmax,signed,search,minmax,search8}]
+                           [--activations {int8}] [--skip PATTERN] [--rule PATTERN=FORMAT]
+                           [--rules FILE] [--embedding] [--refine] [--refine-on FILE]
+                           [--format {rtn,compressed-tensors,gptq,gguf}] [--like FILE] [--force]
                            src dst
 
 Quantize a transformers folder into another.
@@ -72,6 +72,7 @@ options:
                         (default: 64 at 4 bits, 128 at 8)
   --scale-method {absmax,signed,search,minmax,search8}
                         how a group's scale is found (default: search at 4 bits, absmax at 8)
+  --activations {int8}  what products round their activations to (default: they stay as they are)
   --skip PATTERN        layers to keep float, as in 'model.layers.0.*'; may repeat
   --rule PATTERN=FORMAT
                         a format of their own for some layers, as in '*.down_proj=8',
@@ -116,7 +117,7 @@ def test_help_perplexity(capsys):
         help_of(capsys, "perplexity"),
         """\
 usage: rtn-tensor perplexity [-h] [--json] --text FILE [--window WINDOW] [--stride STRIDE]
-                             [--max-tokens MAX_TOKENS]
+                             [--max-tokens MAX_TOKENS] [--activations {int8}]
                              path
 
 Measure a model's perplexity on a text, by sliding window.
@@ -132,6 +133,8 @@ options:
   --stride STRIDE       tokens from one window to the next (default: 512)
   --max-tokens MAX_TOKENS
                         use only the first tokens of the text
+  --activations {int8}  what a quantized model rounds its activations to (default: as it was
+                        saved)
 """,
     )
 
@@ -142,24 +145,28 @@ def test_help_evaluate(capsys):
         """\
 usage: rtn-tensor evaluate [-h] [--json] [--tasks LIST] [--against FOLDER] [--limit N]
                            [--data FOLDER] [--batch-size B] [--text FILE] [--max-tokens T]
+                           [--activations {int8}]
                            path
 
 Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.
 
 positional arguments:
-  path              folder of the model, quantized or not
+  path                  folder of the model, quantized or not
 
 options:
-  -h, --help        show this help message and exit
-  --json            print JSON
-  --tasks LIST      comma-separated names of the harness, or perplexity (default:
-                    lambada,hellaswag,arc_easy,arc_challenge,piqa,winogrande)
-  --against FOLDER  a model of which to give the recovery rate, scored on the same items
-  --limit N         use only the first items of each task
-  --data FOLDER     folder of TASK.jsonl, the rows of each dataset; else they come from the hub
-  --batch-size B    options scored at once (default: 8)
-  --text FILE       UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart
-  --max-tokens T    use only the first tokens of the text
+  -h, --help            show this help message and exit
+  --json                print JSON
+  --tasks LIST          comma-separated names of the harness, or perplexity (default:
+                        lambada,hellaswag,arc_easy,arc_challenge,piqa,winogrande)
+  --against FOLDER      a model of which to give the recovery rate, scored on the same items
+  --limit N             use only the first items of each task
+  --data FOLDER         folder of TASK.jsonl, the rows of each dataset; else they come from the
+                        hub
+  --batch-size B        options scored at once (default: 8)
+  --text FILE           UTF-8 text, for perplexity: windows of 1024 tokens, 512 apart
+  --max-tokens T        use only the first tokens of the text
+  --activations {int8}  what a quantized model rounds its activations to (default: as it was
+                        saved); of path, not of --against
 """,
     )
 
@@ -168,7 +175,9 @@ def test_help_generate(capsys):
     assert_expected_inline(
         help_of(capsys, "generate"),
         """\
-usage: rtn-tensor generate [-h] [--json] [--max-new-tokens MAX_NEW_TOKENS] [--compile] path prompt
+usage: rtn-tensor generate [-h] [--json] [--max-new-tokens MAX_NEW_TOKENS] [--compile]
+                           [--activations {int8}]
+                           path prompt
 
 Continue a prompt, greedily.
 
@@ -182,6 +191,8 @@ options:
   --max-new-tokens MAX_NEW_TOKENS
                         stop after this many (default: 64)
   --compile             compile the decoding step first, which takes about a minute
+  --activations {int8}  what a quantized model rounds its activations to (default: as it was
+                        saved)
 """,
     )
 
@@ -190,9 +201,9 @@ def test_help_explain(capsys):
     assert_expected_inline(
         help_of(capsys, "explain"),
         """\
-usage: rtn-tensor explain [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE] [--op OP]
-                          [--device DEVICE] [--dtype {float32,bfloat16,float16}] [--m M] [--n N]
-                          [--k K]
+usage: rtn-tensor explain [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE]
+                          [--activations {int8}] [--op OP] [--device DEVICE]
+                          [--dtype {float32,bfloat16,float16}] [--m M] [--n N] [--k K]
 
 Say which kernel runs a layer, and why each other does not.
 
@@ -203,6 +214,7 @@ options:
   --group-size GROUP_SIZE
                         weights that share a scale: a multiple of 32, or -1 for a whole row
                         (default: 64 at 4 bits, 128 at 8)
+  --activations {int8}  what the weight rounds its activations to
   --op OP               linear, linear_dx, grouped, embedding, quantize, ... (default: linear)
   --device DEVICE       device of the weight (default: cpu)
   --dtype {float32,bfloat16,float16}

@@ -20,7 +20,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rtn_tensor import RTNQuantizedTensor, dequantize_, quantize_, report, rtn_int4, rtn_int8
+from rtn_tensor import (
+    RTNQuantizedTensor,
+    dequantize_,
+    quantize_,
+    report,
+    rtn_int4,
+    rtn_int8,
+    set_activations_,
+)
 
 case = Cases(2, 3)
 
@@ -82,6 +90,26 @@ def scales_of_another_dtype(ranks, folder):
         y = model(x_of(64))
         assert y.dtype == torch.bfloat16
         same(y.float(), apart(torch.bfloat16)(x_of(64).bfloat16()).float(), 1e-2)
+
+
+@case
+def int8_activations(ranks, folder):
+    config = rtn_int4(group_size=32, activations="int8")
+    x, expected = x_of(64), quantized(layers(64, 97, 48), config)(x_of(64))
+    model = sharded(quantized(layers(64, 97, 48), config))
+    same(model(x), expected)
+    assert (expected - quantized(layers(64, 97, 48))(x)).abs().max() > 1e-4
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder)
+    other = sharded(quantized(layers(64, 97, 48), config))
+    state = get_model_state_dict(other)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(other, state)
+    same(other(x), expected)
+    with pytest.raises(ValueError, match="do this before the first forward pass"):
+        set_activations_(model, None)
+    switched = sharded(quantized(layers(64, 97, 48)))
+    set_activations_(switched, "int8")
+    same(switched(x), expected)
 
 
 @case

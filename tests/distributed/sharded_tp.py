@@ -37,6 +37,14 @@ def plans(ranks, folder):
 
 
 @case
+def int8_activations(ranks, folder):
+    config = rtn_int4(group_size=32, activations="int8")
+    x, expected = x_of(64), quantized(mlp(), config)(x_of(64))
+    same(parallel(quantized(mlp(), config), init_device_mesh("cpu", (ranks,)))(x), expected)
+    assert (expected - quantized(mlp())(x)).abs().max() > 1e-4
+
+
+@case
 def plans_compiled(ranks, folder):
     torch._dynamo.reset()
     model = torch.compile(parallel(quantized(mlp()), init_device_mesh("cpu", (ranks,))), fullgraph=True)

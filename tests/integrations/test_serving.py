@@ -62,6 +62,19 @@ def test_a_variable_that_is_wrong_is_named(monkeypatch, name, value, message):
         Options.read({})
 
 
+def test_int8_activations(tmp_path):
+    given = {"activations": "int8", "rules": [["*.q_proj", {"activations": None}]]}
+    options = Options.read(given)
+    assert options.default == rtn(8, 128, "absmax", "int8")
+    assert options.of("model.layers.0.self_attn.q_proj") == rtn(8, 128, "absmax")
+    with pytest.raises(ValueError, match="quantization_config: activations='fp8' is not supported"):
+        Options.read({"activations": "fp8"})
+    model = tiny_llama()
+    quantize_(model, rtn_int4(32, activations="int8"), but_the_ends)
+    save(model, tmp_path / "saved")
+    assert {*saved_formats(tmp_path / "saved").values()} == {rtn_int4(32, activations="int8")}
+
+
 @pytest.mark.parametrize("method", ["minmax", "search8"])
 def test_planes_that_an_engine_may_not_hold(tmp_path, method):
     """SGLang's plugin does not, and vLLM's does."""

@@ -17,6 +17,7 @@ from torchao.quantization import FqnToConfig
 from rtn_tensor.checkpoint.sources import flattened
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import held
+from rtn_tensor.formats import format_of
 from rtn_tensor.integrations.transformers.experts import register_experts
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
 from rtn_tensor.integrations.transformers.names import conversions_of, renaming
@@ -231,7 +232,7 @@ def _quantization_config(model: nn.Module) -> Any:
         # torchao names a module for its "weight", and any other parameter by its own name.
         key = fqn.removesuffix(".weight")
         if isinstance(w, RTNQuantizedTensor):
-            configs[key] = RTNConfig(w.bits, w.group_size, w.scale_method)
+            configs[key] = RTNConfig(**format_of(w))
         elif (
             isinstance(model.get_submodule(fqn.rpartition(".")[0]), nn.Linear | nn.Embedding) and w.dim() > 1
         ):

@@ -11,6 +11,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 
 from rtn_tensor.config import RTNConfig
+from rtn_tensor.formats import format_of
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.integrations.options import activation_of, check_cut, check_router
 from rtn_tensor.integrations.vllm.parameters import (
@@ -66,15 +67,10 @@ class RTNExpertsMethod(FusedMoEMethodBase):
             )
             device = "meta" if self.uses_meta_device else None
             if self.at_once:
-                asked = {
-                    "bits": config.bits,
-                    "group_size": config.group_size,
-                    "scale_method": config.scale_method,
-                }
                 put(
                     layer,
                     f"{w}_weight",
-                    RTNQuantizedTensor.empty(*shape, **asked, dtype=params_dtype),
+                    RTNQuantizedTensor.empty(*shape, **format_of(config), dtype=params_dtype),
                     self._fqn(w),
                 )
                 parameters = [getattr(layer, f"{w}_weight")]

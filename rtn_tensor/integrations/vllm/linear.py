@@ -102,6 +102,8 @@ class RTNLinearMethod(LinearMethodBase):
                 raise ValueError("they get no zero points")
             if self.config.scale_method in SCALES_OF_8_BITS:
                 raise ValueError("they take scales of 16 bits")
+            if self.config.activations is not None:
+                raise ValueError("they leave activations as they are")
             if dtype == torch.float32:
                 raise ValueError("they take dtype='bfloat16' and 'float16'")
             if of_rank[0] % (unit := 32 // self.config.bits if size == -1 else size):

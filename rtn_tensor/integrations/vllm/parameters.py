@@ -16,7 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from rtn_tensor.checkpoint.sources import IN_FILES
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import pack_gptq, unpack
+from rtn_tensor.formats import format_of, pack_gptq, unpack
 from rtn_tensor.integrations.options import KeptConfig
 from rtn_tensor.quantize.targets import is_finite, too_large
 from rtn_tensor.reference import widened
@@ -32,9 +32,8 @@ def add_planes(
 ) -> dict[str, Any]:
     """Empty parameters for the planes of a weight, for a quantized folder's to be loaded into, each by its
     name and under `name` and what it is called in files, as in `name`_qdata."""
-    about = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
     scale_dtype = config.scale_dtype if isinstance(config, KeptConfig) else dtype
-    w = RTNQuantizedTensor.empty(*shape, **about, dtype=dtype, scale_dtype=scale_dtype)
+    w = RTNQuantizedTensor.empty(*shape, **format_of(config), dtype=dtype, scale_dtype=scale_dtype)
     planes: dict[str, Any] = {}
     for plane, data in w.planes.items():
         planes[plane] = nn.Parameter(data, requires_grad=False)
@@ -54,8 +53,7 @@ def take_planes(
             "repair the checkpoint" if isinstance(config, KeptConfig) else "serve it with dtype='bfloat16'"
         )
         raise ValueError(f"{fqn}: a scale {why}; {way_out}")
-    about = {"bits": config.bits, "group_size": config.group_size, "scale_method": config.scale_method}
-    return RTNQuantizedTensor(**planes, **about, in_features=k, float_dtype=dtype)
+    return RTNQuantizedTensor(**planes, **format_of(config), in_features=k, float_dtype=dtype)
 
 
 def quantized_loaded(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -> RTNQuantizedTensor:
@@ -71,7 +69,7 @@ def quantized_loaded(layer: nn.Module, w: Tensor, config: RTNConfig, fqn: str) -
         raise ValueError(f"{fqn} holds NaN or inf; repair the checkpoint, or name the layer in ignore")
     if why := too_large(w, config.scale_method):
         raise ValueError(f"{fqn} {why}")
-    return RTNQuantizedTensor.from_float(w, config.bits, config.group_size, config.scale_method)
+    return RTNQuantizedTensor.from_float(w, **format_of(config))
 
 
 def put(layer: Any, name: str, w: RTNQuantizedTensor, fqn: str, **attributes: Any) -> None:
