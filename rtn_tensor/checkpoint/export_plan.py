@@ -219,6 +219,7 @@ def plan_gguf(model: Any, file: Path) -> tuple[gguf.Like, dict[str, gguf.Written
     if rounded:
         changes.append(f"The scales of {rounded} weights are rounded to float16, which blocks have.")
     changes.append(f"The tokenizer, the metadata and what stays float are those of {file.name}.")
+    changes += _left_out(model)
     note = "it rounds the activations to 8 bits" + (
         "" if like.architecture == "llama" else f"; not tried with models of the kind {like.architecture!r}"
     )
@@ -262,6 +263,13 @@ def _dequantized(w: RTNQuantizedTensor) -> Lazy:
     return Lazy(w.dtype, tuple(w.shape), w.dequantize)
 
 
+def _left_out(model: nn.Module) -> list[str]:
+    """What is known of the weights that no format of others has a place for."""
+    if all(getattr(w, "activations", None) is None for w in model.parameters()):
+        return []
+    return ["int8 activations are not written: an engine takes activations in its own way."]
+
+
 def _report(
     model: nn.Module,
     format_name: str,
@@ -291,4 +299,5 @@ def _report(
     for name, why in why_float.items():
         by_reason[why].append(name)
     changes += [f"Written float, as {why}: {some(names)}." for why, names in by_reason.items()]
+    changes += _left_out(model)
     return ExportReport(rows, format_name, changes, [f"{engine}." for engine in engines])

@@ -18,6 +18,7 @@ from rtn_tensor import (
     bits_per_weight,
     dequantize_,
     explain,
+    export,
     load,
     plan,
     quantize_,
@@ -196,6 +197,14 @@ def test_exported(tmp_path):
     assert torch.equal(again(x[:3]), model(x[:3]))
     products = [node for node in program.graph.nodes if node.target is torch.ops.rtn.linear.default]
     assert [node.args[-1] for node in products] == [True, True]
+
+
+def test_another_format_has_no_place_for_it(tmp_path):
+    model = tiny_llama(dtype=BF16)
+    quantize_(model, [("*_proj", rtn_int4(32, activations="int8"))])
+    told = export(model, tmp_path / "out", "compressed-tensors")
+    assert "int8 activations are not written: an engine takes activations in its own way." in told.changes
+    assert export(set_activations_(model, None) and model, tmp_path / "other", "gptq").changes == []
 
 
 def test_the_reference_is_what_runs_where_no_kernel_does(monkeypatch):
