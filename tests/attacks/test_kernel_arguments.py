@@ -19,13 +19,17 @@ from rtn_tensor.kernels.registry import forget
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="the C++ library was not built")
 HUGE = 1 << 62
 REFUSED = -2
-LAST_DTYPES = {"dtype": len(cpu.DTYPE_CODES) - 1, "scale_dtype": len(cpu.SCALE_CODES) - 1}  # of the codes
+LAST_THAT_FITS = {
+    "dtype": len(cpu.DTYPE_CODES) - 1,
+    "scale_dtype": len(cpu.SCALE_CODES) - 1,
+    "int8_x": 1,
+}  # of the codes
 
 
 # ----------------------------------------------------------------- the C library by itself
 
 LINEAR = (
-    "x qdata scale bias y offs zero m n k experts bits group_size dtype scale_dtype x_stride y_stride "
+    "x qdata scale bias y offs zero m n k experts bits group_size int8_x dtype scale_dtype x_stride y_stride "
     "qdata_stride qdata_expert_stride "
     "scale_stride scale_expert_stride zero_stride zero_expert_stride threads "
     "qdata_experts qdata_rows qdata_bytes scale_experts scale_rows scale_groups "
@@ -50,7 +54,7 @@ def linear_arguments(**lie):
         "offs": torch.tensor([2, 5], dtype=torch.int32),
         "zero": torch.zeros(e, n, 3, dtype=torch.int8),
     }
-    numbers = [m, n, k, e, 4, 32, 0, 0, k, n, 48, n * 48, 3, n * 3, 3, n * 3]
+    numbers = [m, n, k, e, 4, 32, 0, 0, 0, k, n, 48, n * 48, 3, n * 3, 3, n * 3]
     numbers += [1, e, n, 48, e, n, 3, e, n, 3, n, e]
     fields = dict(zip(LINEAR, [t.data_ptr() for t in arrays.values()] + numbers, strict=True))
     return arrays, cpu._LINEAR.pack(*(fields | lie).values())
@@ -94,7 +98,7 @@ def test_a_number_that_does_not_fit_is_refused_by_rtn_linear(field):
     true = cpu._LINEAR.unpack(honest)[LINEAR.index(field)]
     assert survives(status, "rtn_linear", linear_arguments, {}).value == 0
     for lie in LIES:
-        if lie != true and not 0 <= lie <= LAST_DTYPES.get(field, -1):
+        if lie != true and not 0 <= lie <= LAST_THAT_FITS.get(field, -1):
             assert survives(status, "rtn_linear", linear_arguments, {field: lie}).value == REFUSED, (
                 field,
                 lie,
@@ -111,7 +115,7 @@ def test_a_number_that_does_not_fit_is_refused_by_the_others(function, field):
     true = cpu._PLANES.unpack(honest)[PLANES.index(field)]
     assert survives(status, function, planes_arguments, {}).value == 0
     for lie in LIES:
-        fits = 0 <= lie <= LAST_DTYPES.get(field, -1)
+        fits = 0 <= lie <= LAST_THAT_FITS.get(field, -1)
         # By the scale method it is seen whether there is to be a plane `zero`.
         fits |= field == "scale_method" and function == "rtn_dequantize" and 0 <= lie <= 3
         if lie != true and not fits:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from rtn_tensor import quantize_, rtn_int4, save
 from rtn_tensor.checkpoint.sources import saved_attributes
 from rtn_tensor.cli import main
+from rtn_tensor.formats import VERSION
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
@@ -50,7 +51,7 @@ ATTRIBUTES = {
     "scale_method of a list": {"scale_method": ["absmax"]},
     "transposed as text": {"transposed": "no"},
     "transposed of a number": {"transposed": 1},
-    "a later version": {"version": 3},
+    "a later version": {"version": VERSION + 1},
     "a version of 0": {"version": 0},
     "a negative version": {"version": -1},
     "a version as text": {"version": "1"},

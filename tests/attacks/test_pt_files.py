@@ -13,6 +13,7 @@ from forked import survives
 from torch import nn
 
 from rtn_tensor import RTNQuantizedTensor, load
+from rtn_tensor.formats import VERSION
 
 N, K = 64, 96
 HUGE = 1 << 62
@@ -96,7 +97,9 @@ LIES = [
     *[{"group_size": n} for n in numbers(32)],
     *[{"in_features": n} for n in numbers(95)],  # so near that its planes are as large
     *[{"scale_method": "minmax"}, {"zero": 8}, {"zero": torch.zeros(64, 3, dtype=torch.int8)}],
-    *[{"version": n} for n in (0, -1, 3, 1 << 40, "1", None, True, 1.0)],
+    *[{"version": n} for n in (0, -1, VERSION + 1, 1 << 40, "1", None, True, 1.0)],
+    *[{"activations": given, "version": 3} for given in ("int4", 8, b"int8", ["int8"], True)],
+    {"activations": "int8"},  # and version 1, which has none
     *[{"scale_method": m} for m in ("", "median", 4, None, ["absmax"])],
     *[{"transposed": t} for t in (1, "no", None, [True])],
     *[{"qdata": bytes_(*shape)} for shape in ((N, 47), (N, 0), (0, 48), (N - 1, 48), (48,), (), (1, N, 48))],
@@ -138,8 +141,11 @@ def test_a_file_without_a_version_is_of_the_first():
 
 
 def test_a_file_of_the_future_says_so():
-    outcome = survives(load_and_use, saved({"w": weight(version=3)}))
-    assert "version 3 of the format, and this rtn-tensor reads up to 2; upgrade rtn-tensor" in outcome.message
+    outcome = survives(load_and_use, saved({"w": weight(version=VERSION + 1)}))
+    due = (
+        f"version {VERSION + 1} of the format, and this rtn-tensor reads up to {VERSION}; upgrade rtn-tensor"
+    )
+    assert due in outcome.message
 
 
 def test_what_was_saved_is_read():

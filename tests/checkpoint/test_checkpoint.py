@@ -244,6 +244,7 @@ def test_config_on_disk(tmp_path):
  "quant_type": {
   "default": {
    "_data": {
+    "activations": null,
     "bits": 4,
     "group_size": 64,
     "scale_method": "search"
@@ -270,9 +271,9 @@ def test_mixed_config_on_disk(tmp_path):
     assert_expected_inline(
         "\n".join(f"{name}: {json.dumps(value['_data'])}" for name, value in table.items()),
         """\
-lm_head: {"bits": 8, "group_size": 128, "scale_method": "absmax"}
-model.embed_tokens: {"bits": 8, "group_size": 128, "scale_method": "absmax"}
-model.layers.1.mlp.up_proj: {"bits": 4, "group_size": 64, "scale_method": "search"}""",
+lm_head: {"activations": null, "bits": 8, "group_size": 128, "scale_method": "absmax"}
+model.embed_tokens: {"activations": null, "bits": 8, "group_size": 128, "scale_method": "absmax"}
+model.layers.1.mlp.up_proj: {"activations": null, "bits": 4, "group_size": 64, "scale_method": "search"}""",
     )
 
 

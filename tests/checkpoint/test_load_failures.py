@@ -13,6 +13,7 @@ from tiny_llama import tiny_llama
 from torch import nn
 
 from rtn_tensor import load, quantize_, rtn_int4, rtn_int8, save
+from rtn_tensor.formats import VERSION
 
 
 def broken(tensors, **changes):
@@ -102,9 +103,9 @@ def test_a_later_version_is_refused(tmp_path):
     content = file.read_bytes()
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     assert json.loads(metadata["1.weight"])["_data"]["version"] == 1
-    metadata["1.weight"] = metadata["1.weight"].replace('"version": 1', '"version": 3')
+    metadata["1.weight"] = metadata["1.weight"].replace('"version": 1', f'"version": {VERSION + 1}')
     save_file(tensors, file, metadata)
-    why = "the weight is of version 3 of the format, and this rtn-tensor reads up to 2; upgrade rtn-tensor"
+    why = f"the weight is of version {VERSION + 1} of the format, and this rtn-tensor reads up to {VERSION}; upgrade"
     with pytest.raises(ValueError, match=f"model.safetensors: 1.weight: {why}"):
         load(tmp_path / "model", model=on_meta())
 
