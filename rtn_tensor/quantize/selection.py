@@ -302,8 +302,8 @@ def rules_to_json(rules: Rules) -> list[list[Any]]:
 
 
 def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNConfig | None]:
-    """A rule from "PATTERN=BITS[,GROUP_SIZE[,SCALE_METHOD]]" or "PATTERN=float"; what is left out is as in
-    `default`, or as `rtn` has it.
+    """A rule from "PATTERN=BITS[,GROUP_SIZE[,SCALE_METHOD[,ACTIVATIONS]]]" or "PATTERN=float"; what is left
+    out is as in `default`, or as `rtn` has it.
 
     Raises:
         ValueError: another form, or an unfit value.
@@ -318,7 +318,8 @@ def parse_rule(text: str, default: RTNConfig | None = None) -> tuple[str, RTNCon
         pattern = ""
     if not pattern or len(values) > len(FORMAT_KEYS):
         raise ValueError(
-            f"{text!r} is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or PATTERN=float"
+            f"{text!r} is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD,"
+            "ACTIVATIONS or PATTERN=float"
         )
     return pattern, config_from_json(dict(zip(FORMAT_KEYS, values, strict=False)), default, text)
 

@@ -39,7 +39,7 @@ def _own_choice_of_kernel(monkeypatch):
         ),
         (
             ["quantize", "{source}", "{new}", "--rule", "*.up_proj=six"],
-            "'*.up_proj=six' is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD or "
+            "'*.up_proj=six' is no rule; write PATTERN=BITS, PATTERN=BITS,GROUP_SIZE,SCALE_METHOD,ACTIVATIONS or "
             "PATTERN=float",
         ),
         (

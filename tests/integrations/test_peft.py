@@ -321,7 +321,7 @@ def test_prepare_for_kbit_training(dtype, tied, everything):
         w = model.get_parameter(name)
         assert torch.equal(w.qdata, qdata)
         assert torch.equal(w.scale, scale)
-    assert (logits(model) - before).norm() < (0.05 if dtype is torch.bfloat16 else 0.01) * before.norm()
+    assert (logits(model) - before).norm() < (0.06 if dtype is torch.bfloat16 else 0.01) * before.norm()
     first, last = train(adapted(model))
     assert last < 0.9 * first
 

@@ -268,7 +268,7 @@ def test_a_rule_as_text():
     assert parse_rule("*.a=8,-1,signed", rtn(4, 32)) == ("*.a", rtn(8, -1, "signed"))
     assert parse_rule("*.a=8", rtn(4, 32, "signed")) == ("*.a", rtn(8, 32, "signed"))
     assert parse_rule("a=float") == ("a", None)
-    for text in ("*", "=8", "float", "=float", "*=", "*=four", "*=4,32,signed,1"):
+    for text in ("*", "=8", "float", "=float", "*=", "*=four", "*=4,32,signed,int8,1"):
         with pytest.raises(ValueError, match="is no rule; write PATTERN=BITS"):
             parse_rule(text)
     with pytest.raises(ValueError, match=r"^\*=5: bits=5 is not supported"):
