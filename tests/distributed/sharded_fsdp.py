@@ -39,7 +39,7 @@ SIZES = [(64, 96, 48), (64, 97, 33, 5), (64, 32, 1)]
 @case
 def forward(ranks, folder):
     for sizes in SIZES:
-        for config in (rtn_int4(group_size=32), rtn_int8(group_size=-1)):
+        for config in (rtn_int4(32), rtn_int8(-1), rtn_int4(32, "minmax"), rtn_int4(32, "search8")):
             x, expected = x_of(64), quantized(layers(*sizes), config)(x_of(64))
             for options in (
                 {},

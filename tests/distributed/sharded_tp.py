@@ -37,6 +37,22 @@ def plans(ranks, folder):
 
 
 @case
+def zero_points_and_8_bit_scales(ranks, folder):
+    mesh = init_device_mesh("cpu", (ranks,))
+    for method in ("minmax", "search8"):
+        config = rtn_int4(32, method)
+        x, expected = x_of(64), quantized(mlp(), config)(x_of(64))
+        model = parallel(quantized(mlp(), config), mesh)
+        same(model(x), expected)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        for m, given in zip((model, quantized(mlp(), config)), inputs, strict=True):
+            m(given).square().sum().backward()
+        same(inputs[0].grad, inputs[1].grad)
+        whole = model.up.weight.full_tensor()
+        assert (whole.zero is not None) == (method == "minmax")
+
+
+@case
 def int8_activations(ranks, folder):
     config = rtn_int4(group_size=32, activations="int8")
     x, expected = x_of(64), quantized(mlp(), config)(x_of(64))
