@@ -88,15 +88,12 @@ def torchao_linear(config, w: Tensor) -> Callable[[Tensor], Tensor]:
     return layer
 
 
-def ours(bits: int, group_size: int, w: Tensor, scale_method: str = "absmax") -> Callable[[Tensor], Tensor]:
-    q = rtn_tensor.RTNQuantizedTensor.from_float(w, bits, group_size, scale_method)
+def ours(
+    bits: int, group_size: int, w: Tensor, scale_method: str = "absmax", activations: str | None = None
+) -> Callable[[Tensor], Tensor]:
+    about = (bits, group_size, scale_method)
+    q = rtn_tensor.RTNQuantizedTensor.from_float(w, *about, activations=activations)
     return lambda x: F.linear(x, q)
-
-
-def ours_int8(bits: int, group_size: int, w: Tensor) -> Callable[[Tensor], Tensor]:
-    q = rtn_tensor.RTNQuantizedTensor.from_float(w, bits, group_size)
-    planes = (q.qdata, q.scale, None, bits, group_size)
-    return lambda x: ops.linear(x, *planes, int8_x=True)
 
 
 def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]]:
@@ -116,8 +113,8 @@ def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Callable[[Ten
         "torchao int4 g128": partial(torchao_linear, PrototypeInt4WeightOnlyConfig(group_size=128)),
         "torchao int8": partial(torchao_linear, Int8WeightOnlyConfig()),
         # The last, so that little time passes between them and the engines.
-        f"rtn int8 g128{INT8_ACTIVATIONS}": partial(ours_int8, 8, 128),
-        f"rtn int4 g128{INT8_ACTIVATIONS}": partial(ours_int8, 4, 128),
+        f"rtn int8 g128{INT8_ACTIVATIONS}": partial(ours, 8, 128, activations="int8"),
+        f"rtn int4 g128{INT8_ACTIVATIONS}": partial(ours, 4, 128, activations="int8"),
     }
 
 
