@@ -267,7 +267,7 @@ def quantized_by(config: RTNConfig | None, load: Callable[[], Any]) -> Callable[
 
     def load_and_quantize() -> Any:
         model = load()
-        quantize_(model, config, but_the_output(model))
+        plain(config)(model, dict)
         return model
 
     return load_and_quantize
@@ -396,13 +396,13 @@ def main() -> None:
             numbers = [f"{key} {value:.4g}" for key, value in made.items() if isinstance(value, float)]
             print(f"  {label:20} {', '.join(numbers)}", flush=True)
             if args.json:
-                keep(args.json, made)
+                keep(args.json, made, "method")
 
 
-def keep(file: Path, made: dict[str, Any]) -> None:
-    """Puts a row among those of the file, in place of the one of its model and method."""
+def keep(file: Path, made: dict[str, Any], kind: str) -> None:
+    """Puts a row among those of the file, in place of the one of its model and `kind`."""
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    found = {(row["model"], row["method"]): row for row in rows} | {(made["model"], made["method"]): made}
+    found = {(row["model"], row[kind]): row for row in rows} | {(made["model"], made[kind]): made}
     about = {"machine": machine(), "tokens": TOKENS, "window": WINDOW, "sentences": SENTENCES}
     about["recordings"] = list(MEASURED_RECORDINGS)
     file.write_text(json.dumps(about | {"rows": list(found.values())}, indent=1) + "\n")

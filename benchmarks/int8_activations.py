@@ -8,15 +8,14 @@ rounding is in it.
 """
 
 import argparse
-import json
 import warnings
 from typing import Any
 
 import torch
 import transformers
 
-from benchmarks.four_bits import CASES, exact
-from benchmarks.machine import add_kept_json, add_threads, machine
+from benchmarks.four_bits import CASES, exact, keep
+from benchmarks.machine import add_kept_json, add_threads
 from rtn_tensor import RTNConfig, rtn_int4, rtn_int8, set_activations_
 
 WEIGHTS = {"int4 g64": rtn_int4(), "int8 g128": rtn_int8()}
@@ -51,11 +50,7 @@ def main() -> None:
                 ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in made.items()), flush=True
             )
             if args.json:
-                rows = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
-                kept = [r for r in rows if (r["model"], r["weights"]) != (model, weights)]
-                args.json.write_text(
-                    json.dumps({"machine": machine(), "rows": [*kept, made]}, indent=1) + "\n"
-                )
+                keep(args.json, made, "weights")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ struct Avx2 {
 
 // int8 activations.
 struct Avx2Int8 : Avx2 {
-  static constexpr int V = 1, C = 6, MANY = 6;
   using N = __m256i;
   using W = __m256i;
 
