@@ -53,6 +53,7 @@ LAYERS = [
     "integrations",
     "quantize.printing",
     "quantize.experts",
+    "quantize.kinds",
     "quantize.selection",
     "quantize.by_layer",
     "quantize.report",

@@ -19,7 +19,8 @@ from rtn_tensor.integrations.transformers.folders import made, of_transformers
 from rtn_tensor.integrations.transformers.models import default_filter
 from rtn_tensor.integrations.transformers.names import placed
 from rtn_tensor.quantize.api import quantize_
-from rtn_tensor.quantize.selection import FilterFn, Rules
+from rtn_tensor.quantize.kinds import FilterFn
+from rtn_tensor.quantize.selection import Rules
 
 # Whose files hold what transformers' do, but for what is named here.
 READ = ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "phi3", "starcoder2", "gemma2", "gemma3")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rtn_tensor.checkpoint.fill import Piece
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import GIVEN, GIVEN_ASYMMETRIC
-from rtn_tensor.quantize.selection import owns, used_otherwise
+from rtn_tensor.quantize.kinds import owns, used_otherwise
 from rtn_tensor.quantize.targets import Target, why_unfit
 
 

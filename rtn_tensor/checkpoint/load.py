@@ -39,7 +39,8 @@ from rtn_tensor.integrations.transformers.description import all_ties
 from rtn_tensor.integrations.transformers.folders import empty_model, parameters_on_meta, read_config
 from rtn_tensor.integrations.transformers.models import default_filter, ignored, is_pretrained
 from rtn_tensor.integrations.transformers.names import placed, renaming
-from rtn_tensor.quantize.selection import FilterFn, Rules, tensors_of
+from rtn_tensor.quantize.kinds import FilterFn
+from rtn_tensor.quantize.selection import Rules, tensors_of
 from rtn_tensor.quantize.targets import Target, targets_of
 from rtn_tensor.reference import widened
 from rtn_tensor.tensor.attributes import user_attributes
@@ -96,8 +97,8 @@ def load(
             `parallelize_module`), each rank reads its own part of the files.
         device: where the weights go; by default where the model's are, or the CPU.
         dtype: of a model built from config.json; by default as that says. A given model has its own.
-        filter_fn: as for `quantize_`. By default every nn.Linear but a transformers model's output layer, as
-            in transformers, and experts.
+        filter_fn: as for `quantize_`. By default what that selects by default, but a transformers model's
+            output layer, as in transformers.
         rename: regular expressions and what to put in their place in the checkpoint's names, in this order
             (`re.sub`).
         fuse: modules that stand for several of the checkpoint's, by the last part of their names: their rows

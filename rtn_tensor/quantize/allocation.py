@@ -23,8 +23,9 @@ from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.integrations.transformers.models import but_the_output
 from rtn_tensor.quantize.api import quantize_
 from rtn_tensor.quantize.cost import SEQUENCES, Cost, float_weights, warn_if_much
+from rtn_tensor.quantize.kinds import FilterFn
 from rtn_tensor.quantize.plan import Measured, Plan, last_part
-from rtn_tensor.quantize.selection import FilterFn, bits_of, check_module, unmatched
+from rtn_tensor.quantize.selection import bits_of, check_module, unmatched
 from rtn_tensor.quantize.targets import Target, targets_of
 from rtn_tensor.quantize.written import check_tokens, finite_logits, written
 from rtn_tensor.tensor import RTNQuantizedTensor

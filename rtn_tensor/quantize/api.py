@@ -15,15 +15,14 @@ from rtn_tensor.distributed import as_part, check_idle, fully_sharded, held
 from rtn_tensor.formats import format_of
 from rtn_tensor.integrations import on_quantized
 from rtn_tensor.quantize import printing  # noqa: F401  (print(model) names what is quantized)
+from rtn_tensor.quantize.kinds import FilterFn, computed_from, is_linear
 from rtn_tensor.quantize.report import Report, report
 from rtn_tensor.quantize.selection import (
-    FilterFn,
     Rules,
     check_module,
-    is_linear,
     tensors_of,
 )
-from rtn_tensor.quantize.targets import Target, check_targets, computed_from, keys_for, targets_of
+from rtn_tensor.quantize.targets import Target, check_targets, keys_for, targets_of
 from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.tensor.attributes import user_attributes
 
@@ -99,9 +98,10 @@ def quantize_(
             for float), of which the first that matches a parameter's name or its module's counts; or
             torchao's `FqnToConfig`. A pattern has shell wildcards, as in
             "model.layers.0.*", or is a regular expression after "re:". What no rule matches stays float.
-        filter_fn: given a module and its name, whether to quantize its weight. By default every nn.Linear, as
-            in torchao, and the experts of every mixture-of-experts layer, but not its router, nor what is
-            known to be used otherwise than in a product; nn.Embedding can be selected too. A rule with
+        filter_fn: given a module and its name, whether to quantize its weights. By default every nn.Linear,
+            as in torchao, GPT-2's Conv1D, nn.MultiheadAttention, and the experts of every
+            mixture-of-experts layer, but not its router, the steps of a recurrent state, nor what is known to
+            be used otherwise than in a product; nn.Embedding can be selected too. A rule with
             wildcards reaches only what this selects, one that has a weight's full name any weight. Not with
             `FqnToConfig`.
         device: where to move each module just before it is quantized, and the rest of the model at the end.

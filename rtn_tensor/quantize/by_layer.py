@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from rtn_tensor.config import RTNConfig, rtn, rtn_int8
+from rtn_tensor.quantize.kinds import products
 from rtn_tensor.quantize.selection import (
     Rules,
     bits_of,
@@ -12,7 +13,6 @@ from rtn_tensor.quantize.selection import (
     find,
     matches,
     parameter_of,
-    products,
     scale_bits_of,
     shape_of,
     unmatched,

@@ -28,23 +28,66 @@ def transposed_experts(module: nn.Module) -> dict[str, bool]:
 
     transformers' modules say it themselves. Of others, two weights whose shapes fit one another as up (or
     gate and up) and down of one layer, in one way only: `[E, 2 I, H]` and `[E, H, I]`, or `[E, H, 2 I]` and
-    `[E, I, H]`.
+    `[E, I, H]`; one weight whose module says what goes in and comes out; or matrices that the module's
+    numbers of experts and features say are experts' rows below one another.
     """
+    if "A_log" in module._parameters:  # it has heads of a recurrent state (Zamba), not experts
+        return {}
     stacks = stacks_of(module)
     if not stacks:
-        return {}
+        return dict.fromkeys(_rows_of_experts(module), False)
     if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
         return dict.fromkeys(stacks, bool(module.is_transposed))
+    if len(stacks) == 1:
+        return _one_stack(module, *stacks.items())
     if len(stacks) != 2:
         return {}
+    # LongCat has room in the one for experts that compute nothing.
+    any_count = "experts" in _words(type(module).__name__)
     ways = set()
     for up, down in permutations(stacks.values()):
         (e, a, b), (e_, c, d) = up.shape, down.shape
-        if e == e_ and b == c and a in (d, 2 * d):
+        if e != e_ and not (any_count and min(e, e_) > 1):
+            continue
+        if b == c and a in (d, 2 * d):
             ways.add(False)
-        if e == e_ and a == d and b in (c, 2 * c):
+        if a == d and b in (c, 2 * c):
             ways.add(True)
     return dict.fromkeys(stacks, True in ways) if len(ways) == 1 else {}
+
+
+def _one_stack(module: nn.Module, item: tuple[str, Tensor]) -> dict[str, bool]:
+    """`transposed_experts`, of a module with one weight, as JetMoE's for gate and up: it holds its sizes."""
+    name, w = item
+    count, *sides = w.shape
+    sizes = [
+        (getattr(module, f"output_{kind}", None), getattr(module, f"input_{kind}", None))
+        for kind in ("size", "dim")
+    ] + [(getattr(module, "out_features", None), getattr(module, "in_features", None))]
+    if getattr(module, "num_experts", None) == count:
+        for out_in in sizes:
+            # Where both are equal, they lie as those of any linear do.
+            if tuple(sides) in (out_in, out_in[::-1]):
+                return {name: tuple(sides) != out_in}
+    return {}
+
+
+def _rows_of_experts(module: nn.Module) -> list[str]:
+    """The names of two matrices or more `[E * I, H]`, as DBRX has them: a module that holds E, I and H, and
+    is called an expert, views them as `[E, I, H]`."""
+    if "expert" not in "".join(_words(type(module).__name__)):
+        return []
+    found = [
+        getattr(module, name, None)
+        for name in ("moe_num_experts", "num_experts", "ffn_hidden_size", "intermediate_size", "hidden_size")
+    ]
+    experts, width, hidden = found[0] or found[1], found[2] or found[3], found[4]
+    if not (isinstance(experts, int) and isinstance(width, int) and experts > 1 and width > 1):
+        return []
+    names = [
+        n for n, p in module._parameters.items() if p is not None and p.shape == (experts * width, hidden)
+    ]
+    return names if len(names) > 1 else []
 
 
 def unknown_experts(module: nn.Module) -> list[str]:
@@ -82,8 +125,13 @@ def _words(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]+", name)}
 
 
+def is_router(module: nn.Module) -> bool:
+    """Whether `module` is of a class that is called a router."""
+    return bool(ROUTING & _words(type(module).__name__))
+
+
 def _chooses(name: str, module: nn.Module) -> bool:
-    return bool((ROUTING | {"switch", "wg"}) & _words(name) or ROUTING & _words(type(module).__name__))
+    return bool((ROUTING | {"switch", "wg"}) & _words(name)) or is_router(module)
 
 
 def _count(module: nn.Module) -> int:

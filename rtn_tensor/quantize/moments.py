@@ -69,11 +69,12 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.moments: dict[tuple[str, int], Moments] = {}
         self._places: dict[int, tuple[str, int]] = {}  # by the address of its first element
-        self._columns: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}  # columns and rows
         for name, (w, transposed) in weights.items():
             for e, part in enumerate(w if w.dim() == 3 else [w]):
                 self._places[part.data_ptr()] = name, e
-            self._columns[name] = w.shape[-2 if transposed else -1]
+            rows, columns = w.shape[-2:]
+            self._shapes[name] = (rows, columns) if transposed else (columns, rows)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _PRODUCTS:
@@ -83,7 +84,8 @@ class Watch(TorchDispatchMode):
 
     def _product(self, x: Tensor, w: Tensor, offs: Any = None) -> None:
         name, e = self._places.get(w.data_ptr(), ("", 0))
-        if not name or x.shape[-1] != self._columns[name]:
+        # Of some of its rows (queries that look at other keys) the inputs are not all of the weight's.
+        if not name or (x.shape[-1], w.shape[-1]) != self._shapes[name]:
             return
         if w.dim() == 2:
             parts = [x]

@@ -3,8 +3,8 @@ writes itself."""
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,9 @@ from rtn_tensor.integrations.transformers.models import ends, is_pretrained
 from rtn_tensor.quantize.by_module import InFiles, InModel, Refining
 from rtn_tensor.quantize.cost import SEQUENCES, Cost, unless_it_fails, warn_if_much
 from rtn_tensor.quantize.in_step import Call, run_in_step
+from rtn_tensor.quantize.kinds import FilterFn
 from rtn_tensor.quantize.report import Report, report
-from rtn_tensor.quantize.selection import FilterFn, Rules, check_module, tensors_of
+from rtn_tensor.quantize.selection import Rules, check_module, tensors_of
 from rtn_tensor.quantize.targets import Target, targets_of
 from rtn_tensor.quantize.written import check_tokens, written
 from rtn_tensor.tensor import RTNQuantizedTensor
@@ -144,6 +145,7 @@ def refine_(
         torch.inference_mode(False),
         torch.no_grad(),
         unless_it_fails(model, targets) if source is None else nullcontext(),
+        _products_seen(),
     ):
         inputs = _inputs(model, tokens, batches, sequences, length, seed)
         # With `source`, of the float model nothing runs.
@@ -230,6 +232,18 @@ def _inputs(
     return _Inputs(
         [((part,), {}) for part in ids.split(max(1, TOKENS // ids.shape[1]))], told, held_out, measured
     )
+
+
+@contextmanager
+def _products_seen() -> Iterator[None]:
+    """Meanwhile nn.MultiheadAttention runs its products one by one, and not as one op, whose inputs are not
+    seen."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _mask(call: Call) -> Tensor | None:

@@ -5,20 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from rtn_tensor.distributed import held
 from rtn_tensor.quantize import printing  # noqa: F401  (print(model) names what is quantized)
-from rtn_tensor.quantize.experts import routers, unknown_experts
-from rtn_tensor.quantize.selection import (
-    check_module,
-    owns,
-    tensors_of,
-    used_otherwise,
-)
+from rtn_tensor.quantize.kinds import kept_float, why_float
+from rtn_tensor.quantize.selection import check_module, tensors_of
 from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.text_table import table
-from rtn_tensor.wording import with_article
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,7 @@ def report(model: nn.Module) -> Report:
     for fqn, _, _, w in tensors_of(model):
         for other in untied_from(w):
             untied.setdefault(other, fqn)
-    kept, otherwise = routers(model), used_otherwise(model)
+    kept = kept_float(model)
     for fqn, module, name, whole in tensors_of(model):
         w = held(whole)
         quantized = isinstance(w, RTNQuantizedTensor)
@@ -133,22 +126,8 @@ def report(model: nn.Module) -> Report:
             note = ""
         elif fqn in untied:
             note = f"untied from {untied[fqn]}"
-        elif isinstance(w, UninitializedParameter):
-            note, before, after = "uninitialized", 0, 0
-        elif w.dim() < 2:
-            note = "vector"
-        elif owns(module, name):
-            note = (
-                "router"
-                if module in kept
-                else "used otherwise than in a product"
-                if module in otherwise
-                else "not selected"
-            )
-        elif name in unknown_experts(module):
-            note = f"experts of {with_article(type(module).__name__)}? not understood"
         else:
-            note = f"weight of {with_article(type(module).__name__)}"
+            note = why_float(module, name, w, kept)
         if w is not whole and w.dim() > 1:
             note = f"part of {' x '.join(map(str, whole.shape))}{', ' if note else ''}{note}"
         if (activations := getattr(w, "activations", None)) is not None:

@@ -3,8 +3,7 @@ layers or modules precise."""
 
 import difflib
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,80 +12,10 @@ from torch import Tensor, nn
 
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import ASYMMETRIC, FORMAT_KEYS, FORMATS, SCALES_OF_8_BITS, format_of, groups
-from rtn_tensor.quantize.experts import routers, transposed_experts
+from rtn_tensor.quantize.kinds import COMPUTED, FilterFn, factors, products, stored_transposed
 from rtn_tensor.wording import with_article
 
-FilterFn = Callable[[nn.Module, str], bool]
 Rules = Sequence[tuple[str, RTNConfig | None]]
-
-REMOVE_IT = "remove that first, or leave the module out"
-COMPUTED = f"is computed by its module, not stored (a parametrization?); {REMOVE_IT}"
-
-
-# --------------------------------------------------------------------------- without rules
-
-
-def is_linear(module: nn.Module, fqn: str) -> bool:
-    """Every nn.Linear whose weight its module really multiplies by (torchao's rule)."""
-    return isinstance(module, nn.Linear) and not isinstance(
-        module, nn.modules.linear.NonDynamicallyQuantizableLinear
-    )
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear, which multiplies by a weight [in_features, out_features]."""
-    transformers: Any = sys.modules.get("transformers.pytorch_utils")
-    return transformers is not None and isinstance(module, transformers.Conv1D)
-
-
-def stored_transposed(module: nn.Module, name: str) -> bool:
-    """Whether in_features is the last but one dim of the module's parameter `name`."""
-    return transposed_experts(module).get(name, name == "weight" and _is_conv1d(module))
-
-
-def owns(module: nn.Module, name: str) -> bool:
-    """Whether the parameter `name` is what is meant by the name of its module."""
-    return (
-        name == "weight" and (isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module))
-    ) or name in transposed_experts(module)
-
-
-# Linears of transformers whose weights are no factor of a product, by the class of the module that they
-# belong to and their names in it: joined to another's columns, indexed by columns, or taken for a
-# convolution's.
-_REL_POS = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
-_USED_OTHERWISE = {
-    "MobileBertLMPredictionHead": ("dense", "decoder"),
-    "LayoutLMv2Encoder": _REL_POS,
-    "LayoutLMv3Encoder": _REL_POS,
-    "PPDocLayoutV2ReadingOrderEncoder": _REL_POS,
-    "DetrMHAttentionMap": ("k_proj",),
-    "ConditionalDetrMHAttentionMap": ("k_proj",),
-    "MaskFormerDetrMHAttentionMap": ("k_proj",),
-}
-
-
-def used_otherwise(model: nn.Module) -> set[nn.Module]:
-    """The linears of `model` that are known not to multiply by their weights, and would fail with quantized
-    ones."""
-    found = set()
-    for module in model.modules():
-        for kind in type(module).__mro__:
-            found |= {
-                module._modules[name]
-                for name in _USED_OTHERWISE.get(kind.__name__, ())
-                if module._modules.get(name) is not None
-            }
-    return found  # type: ignore[return-value]
-
-
-def products(model: nn.Module) -> FilterFn:
-    """The default `filter_fn`: every linear (`is_linear`) but routers and those that are used otherwise, and
-    the experts of every mixture-of-experts layer."""
-    kept = routers(model) | used_otherwise(model)
-    return lambda module, fqn: (
-        (is_linear(module, fqn) and module not in kept) or bool(transposed_experts(module))
-    )
 
 
 def tensors_of(model: nn.Module, buffers: bool = False) -> Iterator[tuple[str, nn.Module, str, Any]]:
@@ -115,7 +44,7 @@ class Weight:
     def names(self) -> tuple[str, ...]:
         """What a pattern may match: the parameter's name, and its module's where that has no other such
         weight."""
-        owns = self.parameter_name == "weight" or self.parameter_name in transposed_experts(self.module)
+        owns = self.parameter_name == "weight" or self.parameter_name in factors(self.module)
         return (self.fqn, self.module_name) if owns else (self.fqn,)
 
 
@@ -125,7 +54,7 @@ def weights(model: nn.Module, filter_fn: FilterFn) -> Iterator[Weight]:
     for prefix, module in model.named_modules():
         selected: list[str] = []
         if filter_fn(module, prefix):
-            selected += transposed_experts(module)
+            selected += [n for n in factors(module) if isinstance(getattr(module, n, None), Tensor)]
             # A filter that goes by name alone also selects containers and activations, which have no weight.
             if isinstance(getattr(module, "weight", None), Tensor) and "weight" not in selected:
                 selected.append("weight")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import ParametrizationList
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
@@ -17,20 +16,23 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import check_idle, columns_a_rank, everywhere, held, ranks_of
 from rtn_tensor.formats import FLOAT_DTYPES, LARGEST_OF_8_BITS, SCALES_OF_8_BITS
 from rtn_tensor.quantize import printing  # noqa: F401  (print(model) names what is quantized)
-from rtn_tensor.quantize.experts import transposed_experts, unknown_experts
-from rtn_tensor.quantize.selection import (
+from rtn_tensor.quantize.experts import unknown_experts
+from rtn_tensor.quantize.kinds import (
     COMPUTED,
-    REMOVE_IT,
     FilterFn,
+    factors,
+    no_product,
+    owns,
+    products,
+    stored_transposed,
+)
+from rtn_tensor.quantize.selection import (
     Rules,
     check_module,
     check_pattern,
     find,
     matches,
-    owns,
-    products,
     resolve,
-    stored_transposed,
     tensors_of,
     weights,
 )
@@ -59,13 +61,7 @@ class Target:
 def _targets(model: nn.Module, config: RTNConfig, filter_fn: FilterFn) -> Iterator[Target]:
     for w in weights(model, filter_fn):
         if w.default:
-            yield Target(
-                w.module,
-                w.parameter_name,
-                w.fqn,
-                config,
-                by_name=w.parameter_name in transposed_experts(w.module),
-            )
+            yield Target(w.module, w.parameter_name, w.fqn, config)
 
 
 def _rule_targets(model: nn.Module, rules: Rules, filter_fn: FilterFn) -> Iterator[Target]:
@@ -110,9 +106,7 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
         prefix = fqn.removesuffix(name).removesuffix(".")
         keys = keys_for(table, prefix, module, name, parameter)
         unseen.difference_update(keys)
-        if not keys and (
-            (name == "weight" and by_default(module, prefix)) or name in transposed_experts(module)
-        ):
+        if not keys and name in factors(module) and by_default(module, prefix):
             keys = ["_default"]
         found: Any = table.get(keys[0]) if keys else None
         if found is not None:
@@ -128,48 +122,6 @@ def _fqn_targets(model: nn.Module, config: FqnToConfig) -> Iterator[Target]:
 def is_finite(t: Tensor) -> bool:
     """Whether `t` holds no NaN or inf, in one pass and no copy."""
     return not t.numel() or bool(torch.stack(t.aminmax()).isfinite().all())
-
-
-# torch's modules whose weights are multiplied as matrices, or looked up by rows, and those that hold what
-# others multiply by.
-_MULTIPLYING = (nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.RNNCellBase)
-
-
-_HOLDING = ("container", "module", "transformer")
-
-
-def computed_from(module: nn.Module) -> set[str]:
-    """The names of what the hooks of torch's older `weight_norm` and `spectral_norm` compute, and of what
-    they compute it from."""
-    hooks = [
-        h
-        for h in module._forward_pre_hooks.values()
-        if type(h).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
-    ]
-    return {f"{hook.name}{end}" for hook in hooks for end in ("", "_g", "_v", "_orig")}  # type: ignore[attr-defined]
-
-
-def _why_no_product(module: nn.Module, name: str) -> str | None:
-    """None unless `module` is of a kind that is known to use its parameter `name` in a way that a quantized
-    weight cannot be used in."""
-    if isinstance(module, ParametrizationList) or name in computed_from(module):
-        return f"belongs to a parametrization or norm, which computes another weight from it; {REMOVE_IT}"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return (
-            "belongs to an nn.Embedding with max_norm, which rewrites rows of its weight; set "
-            "max_norm to None, or leave it out"
-        )
-    known = [
-        c
-        for c in type(module).__mro__
-        if c.__module__.startswith("torch.nn.modules.") and c.__module__.rpartition(".")[2] not in _HOLDING
-    ]
-    if known and (not isinstance(module, _MULTIPLYING) or name in ("bias_k", "bias_v")):
-        return (
-            f"belongs to an nn.{known[0].__name__}, which no kernel here computes with a quantized "
-            "weight; leave it out"
-        )
-    return None
 
 
 def why_unfit(target: Target) -> str | None:
@@ -195,8 +147,8 @@ def why_unfit(target: Target) -> str | None:
             f"is {type(w).__name__} of {w.dtype}; only plain {', '.join(map(str, FLOAT_DTYPES))} "
             "weights can be quantized. Convert it, or leave it out"
         )
-    if w.dim() > 1 and (why := _why_no_product(target.module, target.parameter_name)):
-        return why
+    if w.dim() > 1 and (why := no_product(target.module, target.parameter_name)):
+        return why[1]
     if w.dim() not in (2, 3):
         return f"has shape {tuple(w.shape)}; a weight must be [N, K], or [E, N, K] for experts. Leave it out"
     if not target.by_name and not owns(target.module, target.parameter_name):

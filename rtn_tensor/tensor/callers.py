@@ -31,9 +31,14 @@ _COMPUTES_ANEW = {
 
 
 def is_computed_anew() -> bool:
-    """Whether one of those computes with the weight. Nothing but the stack tells."""
+    """Whether one of those computes with the weight. Nothing but the stack tells.
+
+    PEFT's adapter of nn.MultiheadAttention does not: it merges at every call, and would leave a float weight
+    behind."""
     return any(
-        frame.f_code.co_name in names and frame.f_globals.get("__name__", "").startswith(package)
+        frame.f_code.co_name in names
+        and frame.f_globals.get("__name__", "").startswith(package)
+        and type(frame.f_locals.get("self")).__name__ != "MultiheadAttention"
         for frame in callers()
         for package, names in _COMPUTES_ANEW.items()
     )

@@ -28,7 +28,7 @@ from rtn_tensor.formats import (
 )
 from rtn_tensor.tensor import sharding
 from rtn_tensor.tensor.attributes import ATTRIBUTES, FORMAT, OPTIONAL, PLANES, ParameterLike, carried
-from rtn_tensor.tensor.callers import is_computed_anew
+from rtn_tensor.tensor.callers import called_by, is_computed_anew
 from rtn_tensor.tensor.errors import is_traced, named_error, or_float
 from rtn_tensor.tensor.layout import layout_of
 from rtn_tensor.tensor.memory import WithoutMemory
@@ -250,7 +250,14 @@ class RTNQuantizedTensor(WithoutMemory, TorchAOBaseTensor, metaclass=ParameterLi
 
         Raises:
             TypeError: `dtype` is none of floats.
+            ValueError: PEFT asks for it, to merge an adapter into a weight [in_features, out_features].
         """
+        if self.transposed and not torch.compiler.is_compiling() and called_by("peft.tuners.lora.torchao"):
+            raise named_error(
+                self,
+                "PEFT merges no adapter into a quantized weight of a Conv1D: it would leave a float one that "
+                "no state_dict holds; save the adapter, merge it into the float model, and quantize that",
+            )
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise named_error(
                 self,

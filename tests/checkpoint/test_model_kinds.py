@@ -93,7 +93,7 @@ def test_as_quantize_does(name, config, folder):
     for row in report(loaded).rows:
         owner = loaded.get_submodule(row.name.rpartition(".")[0])
         if isinstance(owner, nn.Conv1d | nn.Conv2d) and len(row.shape) > 1:
-            assert (row.bits, row.note) == (None, f"weight of a {type(owner).__name__}")
+            assert (row.bits, row.note) == (None, f"weight of a {type(owner).__name__}: no kernel")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -158,12 +158,12 @@ def test_report_of_convolutions(folder):
         str(report(model)),
         """\
 weight                                   shape   bits  group  bytes before  bytes after  note
------------------------------  ---------------  -----  -----  ------------  -----------  ------------------
+-----------------------------  ---------------  -----  -----  ------------  -----------  -----------------------------
 time_embedding.weight                  64 x 32      8     32         8,192        2,304
-resnet.conv1.weight            32 x 16 x 3 x 3  float               18,432       18,432  weight of a Conv2d
+resnet.conv1.weight            32 x 16 x 3 x 3  float               18,432       18,432  weight of a Conv2d: no kernel
 resnet.time_emb_proj.weight            32 x 64      8     32         8,192        2,304
-resnet.conv2.weight            32 x 32 x 3 x 3  float               36,864       36,864  weight of a Conv2d
-resnet.conv_shortcut.weight    32 x 16 x 1 x 1  float                2,048        2,048  weight of a Conv2d
+resnet.conv2.weight            32 x 32 x 3 x 3  float               36,864       36,864  weight of a Conv2d: no kernel
+resnet.conv_shortcut.weight    32 x 16 x 1 x 1  float                2,048        2,048  weight of a Conv2d: no kernel
 attention.proj_in.weight               32 x 32      8     32         4,096        1,152
 attention.attn1.to_q.weight            32 x 32      8     32         4,096        1,152
 attention.attn1.to_k.weight            32 x 32      8     32         4,096        1,152
@@ -176,7 +176,7 @@ attention.attn2.to_out.weight          32 x 32      8     32         4,096      
 attention.ff_in.weight                256 x 32      8     32        32,768        9,216
 attention.ff_out.weight               32 x 128      8     32        16,384        4,608
 attention.proj_out.weight              32 x 32      8     32         4,096        1,152
-downsample.weight              32 x 32 x 3 x 3  float               36,864       36,864  weight of a Conv2d
+downsample.weight              32 x 32 x 3 x 3  float               36,864       36,864  weight of a Conv2d: no kernel
 18 vectors                                      float                3,200        3,200  norms and biases
 total                                           19.79              208,000      128,640""",
     )

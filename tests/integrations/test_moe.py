@@ -126,7 +126,7 @@ def test_report():
         "\n".join(rows),
         """\
 weight                                                    shape   bits  group  bytes before  bytes after  note
-model.layers.1.mlp.gate.weight                           4 x 64  float                1,024        1,024  weight of a Qwen2MoeTopKRouter
+model.layers.1.mlp.gate.weight                           4 x 64  float                1,024        1,024  router
 model.layers.1.mlp.experts.gate_up_proj            4 x 192 x 64      4     32       196,608       30,720
 model.layers.1.mlp.experts.down_proj                4 x 64 x 96      8     32        98,304       27,648
 model.layers.1.mlp.shared_expert.gate_proj.weight       64 x 64  float               16,384       16,384  not selected

@@ -22,7 +22,7 @@ from rtn_tensor import (
     save,
 )
 from rtn_tensor.integrations.transformers.experts import activation_of, use_experts
-from rtn_tensor.quantize.selection import products as chosen
+from rtn_tensor.quantize.kinds import products as chosen
 
 # ---------------------------------------------------------------------------- the function
 

@@ -96,12 +96,12 @@ def test_filter_fn_by_name_may_match_what_has_no_weight():
     assert list(formats(model)) == ["0.0.weight"]
 
 
-def test_default_leaves_the_output_of_attention():
-    """nn.MultiheadAttention reads the weight of its out_proj past the module; torchao leaves it out too."""
+def test_default_has_the_output_of_attention():
+    """nn.MultiheadAttention reads the weight of its out_proj past the module, and multiplies by it; torchao
+    leaves it out."""
     model = nn.MultiheadAttention(64, 2)
-    with pytest.warns(UserWarning, match="no weight is selected"):
-        quantize_(model, rtn_int4())
-    assert formats(model) == {}
+    quantize_(model, rtn_int4())
+    assert formats(model) == {"in_proj_weight": (4, 64), "out_proj.weight": (4, 64)}
 
 
 def test_embedding_where_selected():

@@ -65,6 +65,23 @@ def test_conv1d():
     assert result.error < 0.9
 
 
+def test_torchs_attention():
+    """Of queries that look at other keys the inputs are those of some of the rows only, and it keeps plain
+    rounding."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True)
+    x = torch.randn(8, 9, 64) @ torch.randn(64, 64)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    result = refine_(model, CONFIG, batches=[{"src": x}])
+    notes = {row.name: row.note for row in result.rows if row.bits}
+    for name in ("self_attn.in_proj_weight", "linear1.weight", "linear2.weight"):
+        assert notes[f"layers.1.{name}"].startswith("refined: 0."), notes
+    assert torch.backends.mha.get_fastpath_enabled()
+    model = nn.MultiheadAttention(64, 4, batch_first=True).eval()
+    result = refine_(model, CONFIG, batches=[{"query": x, "key": x + 1, "value": x + 1}])
+    assert "in_proj_weight" in result.plain
+
+
 def test_batches_of_an_encoder():
     torch.manual_seed(0)
     model = BertModel(

@@ -20,14 +20,14 @@ def test_report_table():
         str(result),
         """\
 weight                      shape   bits  group  bytes before  bytes after  note
---------------------  -----------  -----  -----  ------------  -----------  ------------------------------
+--------------------  -----------  -----  -----  ------------  -----------  -----------------------------------
 layer.embed.weight        20 x 64  float                2,560        2,560  untied from layer.head.weight
 layer.up.weight           96 x 64      4    128        12,288        3,264
 layer.down.weight         64 x 96  float               12,288       12,288  not selected
 layer.head.weight         20 x 64      8     32             0        1,360  untied from layer.embed.weight
-conv.weight             4 x 4 x 3  float                   96           96  weight of a Conv1d
+conv.weight             4 x 4 x 3  float                   96           96  weight of a Conv1d: no kernel
 experts.gate_up_proj  3 x 40 x 64      4     -1        15,360        4,080
-experts.bias               3 x 40  float                  240          240  weight of an Experts
+experts.bias               3 x 40  float                  240          240  weight of an Experts: use not known
 4 vectors                          float                  584          584  norms and biases
 total                               9.02               43,416       24,472""",
     )

@@ -8,7 +8,8 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 
-from rtn_tensor.quantize.selection import FilterFn, Rules, products
+from rtn_tensor.quantize.kinds import FilterFn, products
+from rtn_tensor.quantize.selection import Rules
 
 
 def is_pretrained(model: nn.Module) -> bool:

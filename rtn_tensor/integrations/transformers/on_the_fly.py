@@ -8,7 +8,8 @@ from torchao.quantization import FqnToConfig
 
 from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.integrations.transformers.models import default_filter
-from rtn_tensor.quantize.selection import FilterFn, Rules
+from rtn_tensor.quantize.kinds import FilterFn
+from rtn_tensor.quantize.selection import Rules
 from rtn_tensor.quantize.targets import targets_of
 
 
