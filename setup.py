@@ -28,6 +28,7 @@ FLAGS = {
         "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     },
     "aarch64": {
+        "isa_neoni8mm.cpp": ["-march=armv8.2-a+dotprod+bf16+i8mm"],
         "isa_neonbf16.cpp": ["-march=armv8.2-a+dotprod+bf16"],
         "isa_neondot.cpp": ["-march=armv8.2-a+dotprod"],
     },

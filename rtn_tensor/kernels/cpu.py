@@ -138,8 +138,8 @@ def isa() -> str | None:
 
 
 def set_isa(name: str) -> None:
-    """Forces one of "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neonbf16", "neondot" and
-    "generic", for tests and benchmarks.
+    """Forces one of "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neoni8mm", "neonbf16",
+    "neondot" and "generic", for tests and benchmarks.
 
     Raises:
         ValueError: this build or processor lacks it.

@@ -66,6 +66,7 @@ struct Avx2 {
 
 // int8 activations.
 struct Avx2Int8 : Avx2 {
+  static constexpr bool TWO_BY_TWO = false;
   using N = __m256i;
   using W = __m256i;
 

@@ -129,6 +129,7 @@ struct Avx512Bf16Tall : Avx512Bf16 {
 // int8 activations. Sums of the pieces and of the groups lie in registers, 7 times 2 of each.
 struct Avx512Vnni : Avx512Base {
   static constexpr int V = 2, C = 7, MANY = 7;
+  static constexpr bool TWO_BY_TWO = false;
   using N = __m512i;
   using W = __m512i;
 

@@ -53,6 +53,7 @@ struct Generic {
 // int8 activations, a byte after the other.
 struct GenericInt8 : Generic {
   static constexpr int V = 1;
+  static constexpr bool TWO_BY_TWO = false;
   using N = D;
   using W = D;
 

@@ -6,6 +6,10 @@
 //   operand<BITS, h>(dword)                the half h of an int4 dword's eight weights, or an int8 dword's four, as bytes
 //   dot<BITS>(sum, operand, x)             sum + the four products of bytes, per row; x has the same four of one token, as signed bytes
 //   splat(x), to_float(sum)
+//   TWO_BY_TWO       whether it multiplies two rows by two tokens, eight products of bytes at a time:
+//     zip(a, b, h)     of two operands that follow in k, those of the half h of the rows: row, row of a, b, a, b
+//     dot(sum, zipped, x, y)   sum + two rows times two tokens, each with its eight bytes at x and y
+//     unzip(s, u, t)   token t of two, of the sums of both halves of the rows
 //
 // A dword of int4 has the fields 0 and 2 of words 2q and 2q + 1 in the low halves of its bytes, and the fields 1 and 3 in the high ones: so
 // weights become bytes by a mask (and a shift), and the activations lie once in the order that this gives. A chunk of int4 has 32 weights,
@@ -110,7 +114,14 @@ struct Int8Product {
   // The operands of one chunk's dwords, in the order of the activations, each V apart.
   template <int BITS>
   static void decode(const D* dwords, W* out) {
-    RTN_UNROLL for (int h = 0; h < 8 / BITS; ++h) RTN_UNROLL for (int q = 0; q < 4; ++q) out[(4 * h + q) * V] = operand<BITS>(dwords[q], h);
+    RTN_UNROLL for (int h = 0; h < 8 / BITS; ++h) {
+      if constexpr (I::TWO_BY_TWO) {
+        RTN_UNROLL for (int q = 0; q < 4; q += 2) RTN_UNROLL for (int half = 0; half < 2; ++half)
+          out[(4 * h + q + half) * V] = I::zip(operand<BITS>(dwords[q], h), operand<BITS>(dwords[q + 1], h), half);
+      } else {
+        RTN_UNROLL for (int q = 0; q < 4; ++q) out[(4 * h + q) * V] = operand<BITS>(dwords[q], h);
+      }
+    }
   }
 
   // ------------------------------------------------------------------------------------------------ the inner loop
@@ -119,6 +130,8 @@ struct Int8Product {
   template <int T, int BITS, bool DECODED, class Frame>
   static void tile(const Frame& l, const typename Frame::Rows& r, const W* decoded, const float* scales, int64_t begin, int64_t end, const X* x, float* sums, const typename Frame::Next& next) {
     constexpr int CHUNKS = BITS / 4;  // of a piece
+    constexpr bool PAIRS = DECODED && I::TWO_BY_TWO;
+    constexpr int SUMS = PAIRS ? (T + 1) / 2 * 2 : T;  // the last of an odd number of tokens is multiplied with itself
     D dwords[V][L];
     const uint8_t* lines = nullptr;
     x += begin / CHUNKS * T;
@@ -128,15 +141,16 @@ struct Int8Product {
       F of_group[T][V];
       RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) of_group[t][v] = I::zero();
       for (; c < stop; x += T) {
-        N p[T][V];
-        RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) p[t][v] = I::splat(x[t].start);
+        N p[SUMS][V];
+        RTN_UNROLL for (int t = 0; t < SUMS; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) p[t][v] = I::splat(PAIRS ? 0 : x[t].start);
         RTN_UNROLL for (int half = 0; half < CHUNKS; ++half) {
           if (half && c == stop) break;  // a row of an odd number of chunks
           const int at = DECODED ? 0 : int((c - begin) % l.CHUNKS_AT_ONCE);
           if (!DECODED && at == 0) l.transpose(r, c, dwords);
           if (DECODED) next.prefetch(r, begin, c);
           if (!DECODED) lines = c % 4 == 0 ? l.ahead(r, c) : lines + l.R / 4 * l.pitch;
-          RTN_UNROLL for (int q = 0; q < 4; ++q) {
+          if constexpr (PAIRS) two_by_two<T, BITS>(decoded, x, half, p);
+          else RTN_UNROLL for (int q = 0; q < 4; ++q) {
             if (!DECODED) Frame::prefetch(lines, q, l.pitch);
             RTN_UNROLL for (int h = 0; h < 8 / BITS; ++h) {
               W w[V];
@@ -147,7 +161,7 @@ struct Int8Product {
           if (DECODED) decoded += per_chunk<BITS>() * V;
           ++c;
         }
-        RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) of_group[t][v] = I::fma(I::to_float(p[t][v]), I::all(x[t].scale), of_group[t][v]);
+        RTN_UNROLL for (int t = 0; t < T; ++t) RTN_UNROLL for (int v = 0; v < V; ++v) of_group[t][v] = I::fma(I::to_float(sum_of<PAIRS>(p, t, v)), I::all(x[t].scale), of_group[t][v]);
       }
       // To memory and back: there are not registers enough for two sums of every token and the integers. Without what keeps GCC from trying,
       // groups of 32 took 1.4 times as long, and of 128 1.1 times.
@@ -160,6 +174,23 @@ struct Int8Product {
       }
       asm volatile("" : : : "memory");
     }
+  }
+
+  // One chunk, into p[t][v] and p[t + 1][v]: tokens t and t + 1 of the first half of the rows, and of the second.
+  template <int T, int BITS, int SUMS>
+  static inline void two_by_two(const W* decoded, const X* x, int half, N (&p)[SUMS][V]) {
+    RTN_UNROLL for (int h = 0; h < 8 / BITS; ++h) RTN_UNROLL for (int q = 0; q < 4; q += 2) RTN_UNROLL for (int t = 0; t < T; t += 2) {
+      const int at = 4 * (h + half) + q;
+      const int32_t *one = x[t].dword + at, *other = x[t + 1 < T ? t + 1 : t].dword + at;
+      RTN_UNROLL for (int v = 0; v < V; ++v) RTN_UNROLL for (int part = 0; part < 2; ++part)
+        p[t + part][v] = I::dot(p[t + part][v], decoded[(4 * h + q + part) * V + v], one, other);
+    }
+  }
+
+  template <bool PAIRS, int SUMS>
+  static N sum_of(const N (&p)[SUMS][V], int t, int v) {
+    if constexpr (PAIRS) return I::unzip(p[t / 2 * 2][v], p[t / 2 * 2 + 1][v], t % 2);
+    else return p[t][v];
   }
 };
 

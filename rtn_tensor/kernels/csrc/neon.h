@@ -1,4 +1,4 @@
-// NEON: bf16 activations in pairs, and int8 ones by four.
+// NEON: bf16 activations in pairs, and int8 ones by four, or by eight of two tokens.
 #pragma once
 #include <arm_neon.h>
 
@@ -60,6 +60,22 @@ struct NeonDot : GenericInt8 {
   static N splat(int32_t x) { return vdupq_n_s32(x); }
   static F to_float(N sum) { return vcvtq_f32_s32(sum); }
 };
+
+#ifdef __ARM_FEATURE_MATMUL_INT8
+struct NeonI8mm : NeonDot {
+  static constexpr bool TWO_BY_TWO = true;
+
+  static W zip(W a, W b, int half) {
+    const int32x4_t x = vreinterpretq_s32_s8(a), y = vreinterpretq_s32_s8(b);
+    return vreinterpretq_s8_s32(half ? vzip2q_s32(x, y) : vzip1q_s32(x, y));
+  }
+  using NeonDot::dot;
+  static N dot(N sum, W zipped, const int32_t* x, const int32_t* y) {
+    return vmmlaq_s32(sum, zipped, vreinterpretq_s8_s32(vcombine_s32(vld1_s32(x), vld1_s32(y))));
+  }
+  static N unzip(N s, N u, int t) { return t ? vuzp2q_s32(s, u) : vuzp1q_s32(s, u); }
+};
+#endif
 
 }  // namespace
 }  // namespace rtn
