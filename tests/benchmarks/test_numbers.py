@@ -132,6 +132,15 @@ def test_int8_activations():
     assert len(found) == 8
 
 
+def test_gptq_checkpoint():
+    rows = results("gptq_checkpoint.json")["rows"]
+    (found,) = (t for t in tables("docs/formats.md") if t[0][:2] == ["dtype", "engine"])
+    assert len(found) == len(rows) + 1
+    for (dtype, engine, prefill, decode), row in zip(found[1:], rows, strict=True):
+        assert (dtype, engine) == (row["dtype"], row["engine"])
+        assert is_rounded(prefill, row["prefill"]) and is_rounded(decode, row["decode"]), engine
+
+
 def test_selective():
     rows = results("selective.json")["rows"]
     found = table("docs/selective-precision.md", "weights", "bits per weight", "divergence")
