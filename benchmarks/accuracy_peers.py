@@ -81,6 +81,8 @@ def awq(model: Any) -> Any:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
 
+    if not torch.cuda.is_available():  # where llm-compressor 0.14 pins memory all the same
+        torch.Tensor.pin_memory = lambda self, device=None: self
     _oneshot(model, [AWQModifier(duo_scaling=True), QuantizationModifier(**_groups())])
     for layer in layers(model).values():
         layer.weight.data = forward.fake_quantize(
