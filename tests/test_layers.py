@@ -60,9 +60,11 @@ LAYERS = [
     "quantize.targets",
     "quantize.activations",
     "quantize.api",
+    "quantize.estimate",
     "checkpoint.files",
     "checkpoint.rows",
     "checkpoint.sources",
+    "checkpoint.hub",
     "checkpoint.foreign.names",
     "checkpoint.foreign.words",
     "checkpoint.foreign.written",
@@ -122,12 +124,21 @@ LAYERS = [
     "integrations.vllm.quantization",
     "integrations.vllm",
     "integrations.sglang",
-    "commands",
+    "cli.screen",
+    "cli.summary",
+    "cli.models",
+    "cli.recipe",
+    "cli.quantize",
+    "cli.measure",
+    "cli.talk",
+    "cli.kernels",
+    "cli.arguments",
+    "cli.main",
     "cli",
     "__main__",
 ]
 # Imported in the functions that need them.
-LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "tqdm", "lm_eval", "gguf"}
+LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "rich", "lm_eval", "gguf"}
 # Modules of Triton kernels, which import triton.
 DEVICE_CODE = {
     f"kernels.triton.{name}"
@@ -242,7 +253,7 @@ def test_the_checks_can_fail():
 
 def test_import_is_silent_and_light():
     # torch and torchao import these three.
-    heavy = sorted(LAZY - {"triton", "safetensors", "tqdm", "lm_eval"})
+    heavy = sorted(LAZY - {"triton", "safetensors", "lm_eval"})
     program = (
         f"import sys, rtn_tensor; assert not set(sys.modules) & set({heavy}), set(sys.modules) & set({heavy})"
     )
@@ -251,7 +262,7 @@ def test_import_is_silent_and_light():
 
 
 def test_torch_and_torchao_are_enough():
-    missing = ["numpy", "transformers", "safetensors", "tqdm", "accelerate"]
+    missing = ["numpy", "transformers", "safetensors", "rich", "accelerate"]
     program = f"""
 import sys, warnings
 for name in {missing}:

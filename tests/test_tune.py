@@ -253,7 +253,7 @@ def test_tuning_without_a_gpu_is_refused(capsys):
 
 def test_report(monkeypatch, capsys, tmp_path):
     fake = partial(tuning.tune, measure=wide_is_fast)
-    monkeypatch.setattr("rtn_tensor.commands.tune", lambda *args, **more: fake(*args, **more))
+    monkeypatch.setattr("rtn_tensor.cli.kernels.tune", lambda *args, **more: fake(*args, **more))
     assert main(["tune", "--size", "512x1024", "--tokens", "1", "64", "--device", "cpu"]) == 0
     out = capsys.readouterr().out.replace(str(tmp_path), "FOLDER")
     assert_expected_inline(

@@ -1,11 +1,13 @@
-"""The model card, README.md, of a folder for other engines."""
+"""The model card, README.md, of a quantized folder."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rtn_tensor.checkpoint.foreign.written import Engine
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 # Of the card of the model that was quantized: what holds for the quantized one, too.
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -20,6 +22,11 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 written = model.generate(**tokenizer("Why is the sky blue?", return_tensors="pt"), max_new_tokens=32)
 print(tokenizer.decode(written[0]))
 ```""",
+}
+RUN_OURS = {  # with this library installed
+    "rtn-tensor": "```sh\nrtn-tensor chat PATH\n```",
+    "vLLM": RUN["vLLM"],
+    "transformers": RUN["transformers"].replace("python\n", "python\nimport rtn_tensor\n"),
 }
 READ = """```python
 from transformers import KIND
@@ -70,9 +77,10 @@ def card(
     bits_per_weight: float,
     engines: Sequence[Engine],
     changes: Sequence[str],
+    run: Mapping[str, str] = RUN,
 ) -> str:
-    """The text of README.md; `kind` is the name of the model's class, and `formats` says what the weights
-    are, as in "4 bits, group_size 64, search"."""
+    """The text of README.md; `kind` is the name of the model's class, `formats` says what the weights are, as
+    in "4 bits, group_size 64, search", and `run`, by engine, how a language model is run."""
     from huggingface_hub import ModelCardData
 
     from rtn_tensor import __version__
@@ -94,8 +102,10 @@ def card(
         },
     ).to_yaml()
     of = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "its float model"
-    how_to = RUN if kind.endswith("ForCausalLM") else RUN | {"transformers": READ.replace("KIND", kind)}
-    run = [
+    how_to = (
+        dict(run) if kind.endswith("ForCausalLM") else {**run, "transformers": READ.replace("KIND", kind)}
+    )
+    shown = [
         f"### {engine.name}\n\n" + (f"Note: {engine.note}.\n\n" if engine.note else "") + how
         for engine in engines
         if engine.reads
@@ -118,11 +128,25 @@ All parameters together take {bits_per_weight:.2f} bits per weight.
 
 PATH is this folder.
 
-{"".join(f"{text}{line}{line}" for text in run)}## How it was made
+{"".join(f"{text}{line}{line}" for text in shown)}## How it was made
 
 By rtn-tensor {__version__}, in the format {format_name}: each weight is an integer of few bits times
-the scale of its group. The integers and scales are those of the model that was exported.
+the scale of its group.
 {"".join(f"{line}- {change}" for change in changes)}
 """.rstrip()
         + line
     )
+
+
+def own_card(model: Any, name: str, source: Path, base_model: str | None, bits_per_weight: float) -> str:
+    """The card of a folder as `save` writes it."""
+    found = Counter(
+        f"{w.bits} bits, group_size {w.group_size}, scale_method {w.scale_method!r}"
+        + (f", {w.activations} activations" if w.activations else "")
+        for w in model.parameters()
+        if isinstance(w, RTNQuantizedTensor)
+    )
+    formats = [f"{text} ({count} weights)" for text, count in found.items()]
+    engines = [Engine(engine, True, "with rtn-tensor installed") for engine in RUN_OURS]
+    kind = type(model).__name__
+    return card(name, kind, source, base_model, "rtn", formats, bits_per_weight, engines, [], RUN_OURS)

@@ -270,7 +270,7 @@ def with_zeros(w: RTNQuantizedTensor) -> RTNQuantizedTensor:
 
 @torch.no_grad()
 def stream(
-    pieces: list[Piece], destinations: Mapping[str, list[Tensor]], meter: Callable[[int], Any]
+    pieces: list[Piece], destinations: Mapping[str, list[Tensor]], meter: Callable[[str, int], Any]
 ) -> None:
     """Fills `destinations`, by target, from the files."""
     # One after the other: what transformers computes from a file takes memory from here on.
@@ -289,7 +289,7 @@ def stream(
         if now is not None:
             now[0].source.read_soon(now[1])
         _copy(piece, rows, place)
-        meter(rows.nbytes)
+        meter(piece.target, rows.nbytes)
 
 
 def put(

@@ -29,6 +29,7 @@ from rtn_tensor.checkpoint.foreign.blocks import File
 from rtn_tensor.checkpoint.foreign.names import foreign
 from rtn_tensor.checkpoint.foreign.reading import Description, put_together
 from rtn_tensor.checkpoint.gguf import READ, empty_of_gguf, load_by_transformers, pieces_of
+from rtn_tensor.checkpoint.hub import local
 from rtn_tensor.checkpoint.kept import kept_targets
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import RTNConfig
@@ -89,7 +90,9 @@ def load(
     Args:
         path: a transformers folder; or a folder or file of safetensors, of `pytorch_model*.bin`, or of what
             torch.save wrote; or a GGUF file, which transformers reads, holding the float model meanwhile,
-            where its architecture is one that is not known here.
+            where its architecture is one that is not known here. Where there is nothing of this name, the
+            name of a model on the hub, as "owner/name" or "owner/name@revision", which huggingface_hub
+            downloads into its cache.
         config: as for `quantize_`; None for a checkpoint that is quantized already, or to stay float.
         model: the module to fill, best on the meta device, or a function that makes one (its parameters are
             then made on meta, its buffers are not). By default it is built from the folder's config.json by
@@ -114,7 +117,7 @@ def load(
             transformers model has no place for is left out instead, with a warning, as by transformers.
         RuntimeError: another rank failed.
     """
-    path = Path(path)
+    path = local(path)
     if not isinstance(dtype, torch.dtype | None):
         raise TypeError(
             f"dtype is {dtype!r}; give a torch.dtype, as torch.bfloat16, or none for that of the checkpoint"
@@ -312,7 +315,9 @@ def reader(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
     def read(fqn: str) -> Tensor:
         some_pieces, shape, dtype, device = found[fqn]
         to = torch.empty(shape, dtype=dtype, device=device)
-        stream(some_pieces, dict.fromkeys((piece.target for piece in some_pieces), [to]), lambda nbytes: None)
+        stream(
+            some_pieces, dict.fromkeys((piece.target for piece in some_pieces), [to]), lambda name, size: None
+        )
         return to
 
     return read
@@ -376,17 +381,26 @@ def _read_into(
 
 
 @contextmanager
-def _bar(what: str, total: int, show: bool | None) -> Iterator[Callable[[int], Any]]:
-    from tqdm import tqdm
+def _bar(what: str, total: int, show: bool | None) -> Iterator[Callable[[str, int], Any]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
+    console = Console(stderr=True)
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    layer = TextColumn("{task.fields[layer]}", markup=False)
     started = time.perf_counter()
-    with tqdm(
-        total=total, desc=what, unit="B", unit_scale=True, disable=None if show is None else not show
-    ) as bar:
-        yield bar.update
-    if not bar.disable:
+    shown = console.is_terminal if show is None else show
+    with Progress(*columns, layer, console=console, disable=not shown, transient=True) as bar:
+        task = bar.add_task(what, total=total, layer="")
+        yield lambda name, size: bar.update(task, advance=size, layer=name)
+    if shown:
         seconds = time.perf_counter() - started
-        tqdm.write(
-            f"{what}: {total / 1e6:,.0f} MB in {seconds:.1f} s, {total / 1e6 / seconds:,.0f} MB/s",
-            file=sys.stderr,
-        )
+        said = f"{what}: {total / 1e6:,.0f} MB in {seconds:.1f} s, {total / 1e6 / seconds:,.0f} MB/s"
+        print(said, file=sys.stderr)

@@ -136,6 +136,6 @@ def _receive(
             stream(
                 [replace(part, source=replace(part.source, view=lambda: whole))],
                 {part.target: [to]},
-                lambda _: None,
+                lambda name, size: None,
             )
     return to

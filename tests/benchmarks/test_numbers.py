@@ -138,7 +138,8 @@ def test_gptq_checkpoint():
     assert len(found) == len(rows) + 1
     for (dtype, engine, prefill, decode), row in zip(found[1:], rows, strict=True):
         assert (dtype, engine) == (row["dtype"], row["engine"])
-        assert is_rounded(prefill, row["prefill"]) and is_rounded(decode, row["decode"]), engine
+        assert is_rounded(prefill, row["prefill"]), engine
+        assert is_rounded(decode, row["decode"]), engine
 
 
 def test_selective():

@@ -389,7 +389,7 @@ def test_not_a_folder(tmp_path):
             "empty",
             "it has no config.json; add its model's, or give load() the module to fill, as model=",
         ),
-        ("missing", "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"),
+        ("missing", "it is not there; a model of the hub has a name as in Qwen/Qwen3-0.6B"),
     ]:
         with pytest.raises(FileNotFoundError) as caught:
             load(tmp_path / name)

@@ -18,7 +18,7 @@ import resource, sys, threading
 from pathlib import Path
 import torch
 from torch import nn
-import rtn_tensor, safetensors, numpy, tqdm
+import rtn_tensor, safetensors, numpy, rich.progress
 from rtn_tensor import load, rtn_int4, report
 
 def anonymous():

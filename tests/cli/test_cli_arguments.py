@@ -77,12 +77,6 @@ NO_CONFIG = "it has no config.json; add its model's, or give load() the module t
         (["inspect", "/dev/null"], f"/dev/null is not a model folder: {NO_CONFIG}"),
         (["generate", "text", "We"], f"text is not a model folder: {A_FILE}"),
         (
-            ["inspect", "HuggingFaceTB/SmolLM2-135M"],
-            "HuggingFaceTB/SmolLM2-135M is not a model folder: it is not there; a model of the hub is "
-            "fetched by `hf download NAME "
-            "--local-dir DIR`",
-        ),
-        (
             ["perplexity", "model", "--text", "model"],
             "cannot read model (Is a directory); --text takes a UTF-8 text file",
         ),

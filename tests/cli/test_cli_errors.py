@@ -19,8 +19,8 @@ def _own_choice_of_kernel(monkeypatch):
     [
         (
             ["quantize", "{missing}", "{new}"],
-            "{missing} is not a model folder: it is not there; a model of the hub is fetched by `hf download "
-            "NAME --local-dir DIR`",
+            "{missing} is not a model folder: it is not there; a model of the hub has a name as in "
+            "Qwen/Qwen3-0.6B",
         ),
         (
             ["quantize", "{source}", "{source}"],

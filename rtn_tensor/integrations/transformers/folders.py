@@ -188,7 +188,7 @@ def check_model_folder(path: Path) -> None:
             if (path / "adapter_config.json").exists()
             else "it has no config.json; add its model's, or give load() the module to fill, as model="
             if path.exists()
-            else "it is not there; a model of the hub is fetched by `hf download NAME --local-dir DIR`"
+            else "it is not there; a model of the hub has a name as in Qwen/Qwen3-0.6B"
         )
         raise FileNotFoundError(f"{path} is not a model folder: {there}")
 

@@ -1,40 +1,18 @@
-"""The command `rtn-tensor`: quantize, export, inspect, perplexity, evaluate, generate, explain, tune."""
+"""The arguments of `rtn-tensor` and of its subcommands."""
 
 import argparse
-import errno
-import io
-import json
-import math
-import os
-import signal
-import sys
-import threading
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from rtn_tensor import __version__
 from rtn_tensor.checkpoint.export import GGUF
 from rtn_tensor.checkpoint.export_plan import FORMATS as OTHER_FORMATS
-from rtn_tensor.commands import (
-    DTYPE_NAMES,
-    FORESEEN,
-    OURS,
-    discard,
-    named,
-    run_evaluate,
-    run_explain,
-    run_export,
-    run_generate,
-    run_inspect,
-    run_perplexity,
-    run_quantize,
-    run_tune,
-    say,
-)
+from rtn_tensor.cli.kernels import run_explain, run_tune
+from rtn_tensor.cli.measure import run_compare, run_evaluate, run_inspect, run_perplexity
+from rtn_tensor.cli.models import DTYPE_NAMES
+from rtn_tensor.cli.quantize import OURS, SCHEMES, run_export, run_plan, run_quantize
+from rtn_tensor.cli.talk import run_chat, run_generate, run_serve
 from rtn_tensor.formats import ACTIVATIONS, FORMATS, SCALE_METHODS
 from rtn_tensor.kernels.problem import device_of
 from rtn_tensor.tuning import TOKENS
@@ -90,21 +68,86 @@ def _size(text: str) -> tuple[int, int]:
     return n, k
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+def _above_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         # The defaults of flags and lists say nothing.
         return super()._get_help_string(action) if action.default else action.help
+
+
+MODEL = "folder of the model, quantized or not, or its name on the hub, as owner/name or owner/name@revision"
+EXAMPLES = """\
+examples:
+  rtn-tensor quantize Qwen/Qwen3-0.6B qwen3-int4           4 bits, in seconds
+  rtn-tensor quantize Qwen/Qwen3-0.6B qwen3-int4 --refine  the same size, more accurate, in minutes
+  rtn-tensor chat qwen3-int4
+  rtn-tensor compare qwen3-int4 Qwen/Qwen3-0.6B --text a-text-of-yours.txt
+  rtn-tensor serve qwen3-int4                              an OpenAI-compatible endpoint
+
+exit status: 0; 1 after an error, which is one line on stderr; 2 for arguments that cannot be;
+130 after Ctrl-C, 143 after SIGTERM"""
+OF_COMMAND = {
+    "quantize": """\
+examples:
+  rtn-tensor quantize Qwen/Qwen3-0.6B out --scheme W8A16
+  rtn-tensor quantize Qwen/Qwen3-0.6B out --dry-run
+  rtn-tensor quantize Qwen/Qwen3-0.6B out --rule '*.down_proj=8' --skip 'model.layers.0.*'
+  rtn-tensor quantize Qwen/Qwen3-0.6B out --bits-per-weight 4.5 --refine
+  rtn-tensor quantize Qwen/Qwen3-0.6B out --format compressed-tensors --push-to-hub me/qwen3-int4""",
+    "plan": """\
+example:
+  rtn-tensor plan Qwen/Qwen3-0.6B --bits-per-weight 4.5 -o rules.json --draw map.png
+  rtn-tensor quantize Qwen/Qwen3-0.6B out --rules rules.json""",
+    "compare": """\
+example:
+  rtn-tensor compare qwen3-int4 Qwen/Qwen3-0.6B --text a-text-of-yours.txt --draw compared.png""",
+}
+
+
+class _Completion(argparse.Action):
+    """Prints a shell's completions of the parser's words, which shtab makes, and exits."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
+    ) -> None:
+        import shtab
+
+        if values not in shtab.SUPPORTED_SHELLS:
+            parser.error(
+                f"{values!r} is no shell that is known; use one of {', '.join(shtab.SUPPORTED_SHELLS)}"
+            )
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="rtn-tensor",
         description="Round-to-nearest int4 and int8 weights: no data, no calibration, seconds.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"rtn-tensor {__version__}")
+    top.add_argument(
+        "--print-completion",
+        metavar="SHELL",
+        action=_Completion,
+        help="print what completes these words in bash, zsh, tcsh or fish",
     )
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
+        more = OF_COMMAND.get(name)
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=more, formatter_class=_Help)
         sub.add_argument("--json", action="store_true", help="print JSON")
         sub.set_defaults(run=run)
         return sub
@@ -139,25 +182,65 @@ def parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--force", action="store_true", help="replace dst, once the new one is whole")
 
-    sub = command("quantize", run_quantize, "Quantize a transformers folder into another.")
-    sub.add_argument("src", type=_path, help="folder of the model, with its config.json")
+    def add_plan(sub: argparse.ArgumentParser, required: bool, what: str) -> None:
+        sub.add_argument(
+            "--bits-per-weight",
+            metavar="B",
+            type=_above_0,
+            required=required,
+            help=what,
+        )
+
+    def add_selection(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--skip",
+            metavar="PATTERN",
+            action="append",
+            default=[],
+            help="layers to keep float, as in 'model.layers.0.*'; may repeat",
+        )
+        sub.add_argument("--embedding", action="store_true", help="quantize the embedding and lm_head too")
+
+    def add_sampling(sub: argparse.ArgumentParser, most: int) -> None:
+        sub.add_argument("--max-new-tokens", metavar="T", type=int, default=most, help="stop after this many")
+        sub.add_argument(
+            "--temperature",
+            type=_above_0,
+            help="draw tokens, those of low probability more often the higher it is (default: the likeliest)",
+        )
+        sub.add_argument("--top-p", type=_above_0, help="draw among the likeliest of so much probability")
+        sub.add_argument("--seed", type=int, help="draw the same each time")
+
+    def add_verbose(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--verbose", action="store_true", help="a line for each weight, and not for each kind of layer"
+        )
+
+    def add_text(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--text", metavar="FILE", type=_path, required=True, help="UTF-8 text")
+        sub.add_argument("--window", type=int, default=1024, help="tokens the model sees at once")
+        sub.add_argument(
+            "--max-tokens", metavar="T", type=_positive, help="use only the first tokens of the text"
+        )
+
+    sub = command("quantize", run_quantize, "Quantize a transformers model into a folder.")
+    sub.add_argument("src", type=_path, help=MODEL.replace(", quantized or not", ""))
     sub.add_argument(
         "dst", type=_path, help="folder to write, or .gguf file; must not exist, unless --force is given"
     )
     add_format(sub, None, " (default: 4; those of GPTQ and the like are kept as they are)")
+    sub.add_argument(
+        "--scheme",
+        choices=SCHEMES,
+        help="bits of weights and activations by a name of vLLM's and llm-compressor's, in place of --bits",
+    )
     sub.add_argument(
         "--scale-method",
         choices=SCALE_METHODS,
         help="how a group's scale is found (default: search at 4 bits, absmax at 8)",
     )
     add_activations(sub, "what products round their activations to (default: they stay as they are)")
-    sub.add_argument(
-        "--skip",
-        metavar="PATTERN",
-        action="append",
-        default=[],
-        help="layers to keep float, as in 'model.layers.0.*'; may repeat",
-    )
+    add_selection(sub)
     sub.add_argument(
         "--rule",
         metavar="PATTERN=FORMAT",
@@ -170,7 +253,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--rules", metavar="FILE", type=_path, help='JSON of such rules, as in [["*.down_proj", {"bits": 8}]]'
     )
-    sub.add_argument("--embedding", action="store_true", help="quantize the embedding and lm_head too")
+    add_plan(
+        sub,
+        False,
+        "spread so many bits per weight, scales included, by what each layer costs, as `plan` does; minutes",
+    )
     sub.add_argument(
         "--refine",
         action="store_true",
@@ -182,36 +269,79 @@ def parser() -> argparse.ArgumentParser:
         type=_path,
         help="with --refine, a UTF-8 text to use in place of its own",
     )
+    sub.add_argument(
+        "--recipe",
+        metavar="FILE",
+        type=_path,
+        help="YAML or JSON of these options, as in 'bits: 4', which others add to; dst gets one",
+    )
+    sub.add_argument("--dry-run", action="store_true", help="only say what would come of it, and its size")
+    add_verbose(sub)
+    sub.add_argument(
+        "--push-to-hub",
+        metavar="NAME",
+        type=_path,
+        help="also upload dst, as owner/name, with a model card",
+    )
     add_destination(sub, [OURS, *OTHER_FORMATS, GGUF])
+
+    sub = command(
+        "plan",
+        run_plan,
+        "Choose a format for each layer under a budget of bits, on text that the model writes itself.",
+    )
+    sub.add_argument("src", type=_path, help=MODEL.replace(", quantized or not", ""))
+    add_plan(sub, True, "bits per weight on average, scales included")
+    add_selection(sub)
+    sub.add_argument(
+        "-o", "--output", metavar="FILE", type=_path, help="write the rules there, for quantize --rules"
+    )
+    sub.add_argument("--draw", metavar="FILE", type=_path, help="draw the map, as PNG or SVG")
+    sub.add_argument("--force", action="store_true", help="replace these files")
+    sub.set_defaults(format=OURS)
 
     sub = command(
         "export",
         run_export,
         "Write a quantized model for other engines, with the same integers and scales.",
     )
-    sub.add_argument("src", type=_path, help="folder of a quantized model")
+    sub.add_argument("src", type=_path, help="folder of a quantized model, or its name on the hub")
     sub.add_argument(
         "dst", type=_path, help="folder, or .gguf file, to write; must not exist, unless --force is given"
     )
     add_destination(sub, [*OTHER_FORMATS, GGUF])
 
     sub = command("inspect", run_inspect, "List every weight of a model: shape, bits, bytes.")
-    sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
+    sub.add_argument("path", type=_path, help=MODEL)
+
+    add_verbose(sub)
 
     sub = command("perplexity", run_perplexity, "Measure a model's perplexity on a text, by sliding window.")
-    sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
-    sub.add_argument("--text", metavar="FILE", type=_path, required=True, help="UTF-8 text")
-    sub.add_argument("--window", type=int, default=1024, help="tokens the model sees at once")
+    sub.add_argument("path", type=_path, help=MODEL)
+    add_text(sub)
     sub.add_argument("--stride", type=int, default=512, help="tokens from one window to the next")
-    sub.add_argument("--max-tokens", type=_positive, help="use only the first tokens of the text")
     add_activations(sub, OTHERWISE)
+
+    sub = command(
+        "compare",
+        run_compare,
+        "Compare a quantized model with the one that it was made of: size, speed, perplexity, divergence.",
+    )
+    sub.add_argument("path", type=_path, help=MODEL)
+    sub.add_argument(
+        "reference", type=_path, help="the model that it was made of, likewise; both are in memory"
+    )
+    add_text(sub)
+    sub.add_argument("--draw", metavar="FILE", type=_path, help="draw it, as PNG or SVG")
+    sub.add_argument("--force", action="store_true", help="replace that file")
+    add_activations(sub, f"{OTHERWISE}; of path, not of reference")
 
     sub = command(
         "evaluate",
         run_evaluate,
         "Score a model in zero-shot tasks, alone or beside another, by lm-evaluation-harness.",
     )
-    sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
+    sub.add_argument("path", type=_path, help=MODEL)
     sub.add_argument(
         "--tasks",
         metavar="LIST",
@@ -244,14 +374,26 @@ def parser() -> argparse.ArgumentParser:
     )
     add_activations(sub, f"{OTHERWISE}; of path, not of --against")
 
-    sub = command("generate", run_generate, "Continue a prompt, greedily.")
-    sub.add_argument("path", type=_path, help="folder of the model, quantized or not")
+    sub = command("generate", run_generate, "Continue a prompt.")
+    sub.add_argument("path", type=_path, help=MODEL)
     sub.add_argument("prompt", type=_text, help="text; the user's turn, if the model has a chat template")
-    sub.add_argument("--max-new-tokens", type=int, default=64, help="stop after this many")
+    sub.add_argument("--raw", action="store_true", help="continue the text as it is, without a chat template")
+    add_sampling(sub, 64)
     sub.add_argument(
         "--compile", action="store_true", help="compile the decoding step first, which takes about a minute"
     )
     add_activations(sub, OTHERWISE)
+
+    sub = command("chat", run_chat, "Talk with a model.")
+    sub.add_argument("path", type=_path, help=MODEL)
+    sub.add_argument("--system", metavar="TEXT", type=_text, help="what it is told before all else")
+    add_sampling(sub, 512)
+    add_activations(sub, OTHERWISE)
+
+    sub = command("serve", run_serve, "Serve a model by transformers, as OpenAI's API has it.")
+    sub.add_argument("path", type=_path, help=MODEL)
+    sub.add_argument("--host", default="localhost", help="address to listen at")
+    sub.add_argument("--port", type=_positive, default=8000, help="port to listen at")
 
     sub = command("explain", run_explain, "Say which kernel runs a layer, and why each other does not.")
     add_format(sub)
@@ -291,138 +433,3 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="dtype of the activations")
     sub.add_argument("--device", default="cuda", help="GPU to measure on")
     return top
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0; 1 after a one-line error; 130 or 143, as in a shell,
-    after Ctrl-C or SIGTERM. argparse exits with 2."""
-    if sys.stdout is None:
-        return _fail(
-            "stdout is closed, so that nothing can be printed; redirect it to a file or to /dev/null"
-        )
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A text may have letters that the locale's encoding does not.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        with _signals():
-            return _run(argv)
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        say(f"rtn-tensor: stopped by {signal.Signals(number).name}")
-        return 128 + number
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Meanwhile whatever asks the process to end does so as Ctrl-C does, so that what is half done is
-    undone."""
-    last = -math.inf
-
-    def stop(number: int, frame: Any) -> None:
-        nonlocal last
-        if time.monotonic() - last > 1:  # a second one at once would stop the undoing
-            last = time.monotonic()
-            raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():  # where Python lets no one handle signals
-        yield
-        return
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    # nohup's is kept.
-    before = {
-        number: was for number, was in before.items() if was in (signal.SIG_DFL, signal.default_int_handler)
-    }
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        yield
-    finally:
-        if last == -math.inf:  # else the process is about to end, which takes Python a moment
-            for number, was in before.items():
-                signal.signal(number, was)
-
-
-def _run(argv: list[str] | None) -> int:
-    try:
-        args = parser().parse_args(argv)
-    except SystemExit:
-        _print("")  # what --help wrote
-        raise
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore")
-            warnings.filterwarnings("default", module="rtn_tensor")
-            warnings.showwarning = lambda message, *_, **__: say(
-                f"rtn-tensor: warning: {' '.join(str(message).split())}"
-            )
-            if args.run not in (run_explain, run_tune):
-                _silence_transformers()
-            data, text = args.run(args)
-    except ImportError as error:
-        extra = "evaluate" if args.run is run_evaluate else "cli"
-        return _fail(f"{error}; pip install 'rtn-tensor[{extra}]' brings it")
-    except Exception as error:
-        if sys.flags.dev_mode:
-            raise
-        return _fail(_why(error))
-    return _print(f"{json.dumps(_plain(data)) if args.json else text}\n")
-
-
-def _print(text: str) -> int:
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:  # the reader (head, say) has all it wants
-        discard(sys.stdout)
-    except OSError as error:
-        discard(sys.stdout)
-        return _fail(f"stdout cannot be written to ({error.strerror}); redirect it elsewhere")
-    return 0
-
-
-# What to do where a file cannot be read or written.
-ADVICE = {
-    errno.ENOSPC: "free some space, or write to another disk",
-    errno.EDQUOT: "free some space, or write to another disk",
-    errno.EFBIG: "write to another disk",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "have its permissions changed, or choose another",
-    errno.EPERM: "have its permissions changed, or choose another",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOENT: "check the name",
-    errno.ENOTDIR: "give a folder's name",
-    errno.EISDIR: "give a file's name",
-}
-
-
-def _why(error: Exception) -> str:
-    """One line."""
-    text = named(error)
-    if isinstance(error, OSError) and error.errno and error.strerror and error.filename is not None:
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}" + (
-            f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
-        )
-    if not isinstance(error, FORESEEN):
-        text += f"; `{sys.executable} -X dev -m rtn_tensor` and the same words show where"
-    return " ".join(text.split())
-
-
-def _plain(data: Any) -> Any:
-    """For JSON, which has no NaN and no infinity."""
-    if isinstance(data, dict):
-        return {key: _plain(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_plain(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def _fail(why: str) -> int:
-    say("rtn-tensor: error: " + " ".join(why.split()))
-    return 1
-
-
-def _silence_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -1,0 +1,66 @@
+"""The models, tokenizers and texts that subcommands are given."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtn_tensor.checkpoint.hub import local
+from rtn_tensor.checkpoint.load import load
+from rtn_tensor.cli.screen import named, say
+from rtn_tensor.formats import FLOAT_DTYPES
+from rtn_tensor.integrations.transformers.folders import check_model_folder, read_config
+from rtn_tensor.integrations.transformers.models import but_the_output, ends
+from rtn_tensor.quantize.activations import set_activations_
+
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+
+
+def load_model(path: str, activations: str | None = None) -> Any:
+    place = local(path)
+    if place.suffix != ".gguf":
+        check_model_folder(place)  # before it is said to be loaded
+    say(f"Loading {path}")
+    model = load(place)
+    if activations is not None:
+        set_activations_(model, activations)
+    return model
+
+
+def tokenizer_of(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    place = local(path)
+    check_model_folder(place)
+    read_config(place)  # else a damaged one would be told as a tokenizer that cannot be read
+    try:
+        # None would ask on stdout whether to run what the folder brings along.
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # the kinds of tokenizers fail in as many ways, of no common class
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{path}: its tokenizer needs code of its own (auto_map), which is never run here; call "
+                "generate from Python"
+            ) from error
+        raise ValueError(
+            f"{path} has no tokenizer that can be read; copy the model's tokenizer files there "
+            f"({named(error)})"
+        ) from error
+
+
+def ids_of(tokenizer: Any, text: str, most: int | None) -> torch.Tensor:
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)[:most]
+
+
+def read_text(path: str, wanted: str = "--text takes a UTF-8 text file") -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error.reason
+        raise ValueError(f"cannot read {path} ({why}); {wanted}") from error
+
+
+def selects(model: Any, embedding: bool) -> Any:
+    """A filter_fn: linears, but lm_head and the input embedding only where `embedding` says so."""
+    outer, otherwise = ends(model), but_the_output(model)
+    return lambda module, name: (embedding and module in outer) or otherwise(module, name)
