@@ -7,6 +7,7 @@ from rtn_tensor.checkpoint.rank0 import load_from_rank0
 from rtn_tensor.checkpoint.save import save
 from rtn_tensor.config import RTNConfig, rtn, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.comparison import compare
+from rtn_tensor.integrations.transformers.language_model import language_model_only
 from rtn_tensor.integrations.transformers.on_the_fly import fqn_config
 from rtn_tensor.kernels.registry import explain
 from rtn_tensor.quantize.activations import set_activations_
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "export",
     "fqn_config",
+    "language_model_only",
     "load",
     "load_from_rank0",
     "plan",

@@ -83,6 +83,7 @@ LAYERS = [
     "integrations.transformers.names",
     "integrations.transformers.folders",
     "integrations.transformers.on_the_fly",
+    "integrations.transformers.language_model",
     "integrations.transformers.experts",
     "integrations.transformers.description",
     "integrations.transformers.files",

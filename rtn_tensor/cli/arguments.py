@@ -253,6 +253,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--rules", metavar="FILE", type=_path, help='JSON of such rules, as in [["*.down_proj", {"bits": 8}]]'
     )
+    sub.add_argument(
+        "--language-model-only",
+        action="store_true",
+        help="keep float what is no part of the language model, as a vision tower and its projector",
+    )
     add_plan(
         sub,
         False,

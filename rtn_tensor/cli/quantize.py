@@ -25,6 +25,7 @@ from rtn_tensor.cli.summary import summary
 from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import SCALES_OF_8_BITS
 from rtn_tensor.integrations.transformers.folders import check_model_folder, empty_model, read_config
+from rtn_tensor.integrations.transformers.language_model import language_model_only
 from rtn_tensor.quantize.allocation import OPTIONS, plan
 from rtn_tensor.quantize.estimate import estimate
 from rtn_tensor.quantize.plan import Plan
@@ -56,6 +57,7 @@ _FORMATS = (
     "rule",
     "rules",
     "embedding",
+    "language_model_only",
     "bits_per_weight",
 )
 
@@ -117,6 +119,8 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
     model = empty_model(source)
     if getattr(model.config, "quantization_config", None):
         raise ValueError(f"{source} is already quantized; give the float model")
+    if args.language_model_only:
+        rules = [*language_model_only(model), *rules]
     if args.refine or args.bits_per_weight:  # before the weights are read
         check_tokens(model, tokens, 1, 2, "--refine-on", "--refine-on FILE, or call refine_ from Python")
     kept = not any(getattr(args, name) for name in _FORMATS) and not args.refine and is_kept(source, model)

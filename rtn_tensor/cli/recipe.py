@@ -19,6 +19,7 @@ KEYS = (
     "skip",
     "rule",
     "embedding",
+    "language_model_only",
     "bits_per_weight",
     "refine",
     "format",
