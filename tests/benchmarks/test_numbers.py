@@ -92,7 +92,7 @@ def test_accuracy(page):
 
 def test_four_bits():
     rows = {(row["model"], row["method"]): row for row in results("four_bits.json")["rows"]}
-    found = table("docs/refine.md", "Whisper base, KL", "bits per weight")
+    found = table("docs/refine.md", "weights", "Whisper base, KL", "bits per weight")
     assert len(found) == 15
     columns = {
         "Whisper base, KL": ("whisper", "kl"),
@@ -108,6 +108,24 @@ def test_four_bits():
                 assert is_rounded(cells[column], rows[model, name][metric]), (name, column)
         if name != "float":
             assert is_rounded(cells["bits per weight"], rows["whisper", name]["bits_per_weight"]), name
+
+
+def test_peers_at_four_bits():
+    rows = {(row["model"], row["method"]): row for row in results("four_bits.json")["rows"]}
+    found = table("docs/refine.md", "method", "data", "Whisper base, KL")
+    names = {"auto-round": "auto-round-rtn", "HQQ": "hqq", "SINQ": "sinq", "GPTQ": "gptq", "AWQ": "awq"}
+    columns = {
+        "Whisper base, KL": ("whisper", "kl"),
+        "MiniLM, 1 - cosine": ("minilm", "distance"),
+        "SmolLM2, KL": ("smollm2", "kl"),
+        "SmolLM2, perplexity": ("smollm2", "perplexity"),
+    }
+    for name, cells in found.items():
+        for column, (model, metric) in columns.items():
+            if cells[column]:
+                method = names[name.split(",")[0].split(" (")[0]]
+                assert is_rounded(cells[column], rows[model, method][metric]), (name, column)
+    assert len(found) >= 4
 
 
 def test_int8_activations():

@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 @BITS
 @DOORS
-@pytest.mark.parametrize("method", ["absmax", "signed"])
+@pytest.mark.parametrize("method", ["absmax", "signed", "minmax", "search8"])
 def test_merge(folder, tmp_path, door, bits, method):
     """A merged weight is quantized anew, in the format that it had; the others keep their bits."""
     model = adapted(door(folder, rtn(bits, 64, method)), lora(init_lora_weights=False))

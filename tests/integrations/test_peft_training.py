@@ -41,8 +41,9 @@ def folder(tmp_path):
 
 @BITS
 @DOORS
-def test_lora_trains_over_frozen_weights(folder, door, bits):
-    model = adapted(door(folder, rtn(bits, 64)))
+@pytest.mark.parametrize("method", [None, "minmax", "search8"])
+def test_lora_trains_over_frozen_weights(folder, door, bits, method):
+    model = adapted(door(folder, rtn(bits, 64, method)))
     before = planes(model)
     first, last = train(model)
     assert last < 0.9 * first
@@ -61,12 +62,13 @@ def test_lora_over_half_precision(folder, dtype):
     assert_untouched(model, before)
 
 
-def test_gradients_are_those_of_the_dequantized_model(folder):
+@pytest.mark.parametrize("method", ["absmax", "minmax", "search8"])
+def test_gradients_are_those_of_the_dequantized_model(folder, method):
     """The adapters of a model whose weights are q * S in plain float get the same gradients."""
-    quantized = adapted(by_transformers(folder, rtn_int4(64, "absmax")), lora(init_lora_weights=False))
+    quantized = adapted(by_transformers(folder, rtn_int4(64, method)), lora(init_lora_weights=False))
     plain = AutoModelForCausalLM.from_pretrained(folder)
     quantize_(
-        plain, rtn_int4(64, "absmax"), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head"
+        plain, rtn_int4(64, method), lambda module, fqn: isinstance(module, nn.Linear) and fqn != "lm_head"
     )
     dequantize_(plain)
     plain = peft.get_peft_model(plain, lora())

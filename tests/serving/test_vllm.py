@@ -1,5 +1,7 @@
 """The vLLM plugin, in vLLM's CPU build: its tokens are those of transformers with our quantized weights."""
 
+import shutil
+
 import pytest
 import torch
 from engine import ROUNDING, difference, engine, greedy, rtn
@@ -26,6 +28,23 @@ def test_tokens(folder, calls, name):
     assert calls["routed"] >= 8 * 4 or name == "smollm2"
     assert difference(reference(path, BY_TURNS), generated) < ROUNDING["float32"]
     assert difference(reference(path), generated) > 100 * ROUNDING["float32"]  # the check tells float weights
+
+
+def test_weights_that_8_bit_scales_cannot_hold(folder, tmp_path):
+    """GPT-OSS's experts are quantized as they are copied into their parameters, and the rest after loading."""
+    from safetensors.torch import load_file, save_file
+
+    for name, weight in (
+        ("gpt_oss", "model.layers.0.mlp.experts.down_proj"),
+        ("llama", "model.layers.0.mlp.down_proj.weight"),
+    ):
+        path = shutil.copytree(folder(name), tmp_path / name)
+        tensors = load_file(path / "model.safetensors")
+        tensors[weight].view(-1)[7] = 100
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        how = rtn(bits=4, group_size=64, scale_method="search8")
+        with pytest.raises(ValueError, match="(?s)layers.0.mlp.*down_proj.* 8-bit scales"), engine(path, **how):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import format_of
+from rtn_tensor.formats import LARGEST_OF_8_BITS, SCALES_OF_8_BITS, format_of
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.integrations.options import activation_of, check_cut, check_router
 from rtn_tensor.integrations.vllm.parameters import (
@@ -21,7 +21,7 @@ from rtn_tensor.integrations.vllm.parameters import (
     quantized_loaded,
     take_planes,
 )
-from rtn_tensor.quantize.targets import is_finite
+from rtn_tensor.quantize.targets import is_finite, is_saturated
 from rtn_tensor.reference import widened
 from rtn_tensor.tensor import RTNQuantizedTensor
 
@@ -105,6 +105,11 @@ class RTNExpertsMethod(FusedMoEMethodBase):
                     raise ValueError(
                         f"{fqn} holds NaN or inf, or nothing was loaded; repair the checkpoint, "
                         "or name the layer in ignore"
+                    )
+                if is_saturated(getattr(layer, f"{w}_weight")):
+                    raise ValueError(
+                        f"{fqn} has weights of {LARGEST_OF_8_BITS:g} or more, past 8-bit scales; "
+                        f"use {SCALES_OF_8_BITS[config.scale_method]!r} for it"
                     )
                 continue
             if self.saved:
