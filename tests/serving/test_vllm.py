@@ -43,7 +43,10 @@ def test_weights_that_8_bit_scales_cannot_hold(folder, tmp_path):
         tensors[weight].view(-1)[7] = 100
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
         how = rtn(bits=4, group_size=64, scale_method="search8")
-        with pytest.raises(ValueError, match="(?s)layers.0.mlp.*down_proj.* 8-bit scales"), engine(path, **how):
+        with (
+            pytest.raises(ValueError, match="(?s)layers.0.mlp.*down_proj.* 8-bit scales"),
+            engine(path, **how),
+        ):
             pass
 
 
