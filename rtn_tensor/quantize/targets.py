@@ -28,9 +28,11 @@ from rtn_tensor.quantize.kinds import (
 )
 from rtn_tensor.quantize.selection import (
     Rules,
+    bits_of,
     check_module,
     check_pattern,
     find,
+    is_name,
     matches,
     resolve,
     tensors_of,
@@ -234,6 +236,33 @@ def _unknown(model: nn.Module, config: AOBaseConfig | Rules, selected: set[str])
     return [n for n in names if n not in selected and not named(n)]
 
 
+def _bytes(target: Target) -> tuple[int, float]:
+    """Of the weight as it is, and quantized."""
+    w: Any = target.parameter
+    shape = (w.mT if target.transposed else w).shape
+    return w.numel() * w.itemsize, bits_of(shape, target.config, 8 * w.itemsize) / 8
+
+
+def _not_larger(model: nn.Module, targets: list[Target], config: RTNConfig | Rules) -> list[Target]:
+    """`targets` without what would be copies beside float weights that stay, where the copies would take more
+    than all others save: the output layer of a small model with a large vocabulary, which is tied to the
+    embedding. What a rule names in full is kept."""
+    names = {t.fqn for t in targets}
+    left = {id(w) for fqn, _, _, w in tensors_of(model) if fqn not in names}
+    copies = {id(t.parameter): t for t in targets if id(t.parameter) in left}
+    others = {id(t.parameter): t for t in targets if id(t.parameter) not in left}
+    saved = sum(before - after for before, after in map(_bytes, others.values()))
+    if not others or sum(_bytes(t)[1] for t in copies.values()) <= saved:
+        return targets
+    rules = config if isinstance(config, Sequence) else []
+    full = [pattern for pattern, _ in rules if is_name(pattern)]
+    return [
+        t
+        for t in targets
+        if id(t.parameter) not in left or t.fqn in full or t.fqn.removesuffix(".weight") in full
+    ]
+
+
 def targets_of(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: FilterFn | None) -> list[Target]:
     """The weights that `quantize_` would quantize, checked; it says what it raises."""
     check_module(model, "give a module, or quantize a folder by load(path, config)")
@@ -257,6 +286,8 @@ def targets_of(model: nn.Module, config: AOBaseConfig | Rules, filter_fn: Filter
             "FqnToConfig with those"
         )
     check_targets(targets)
+    if filter_fn is None and not isinstance(config, FqnToConfig):
+        targets = _not_larger(model, targets, config)
     if unknown := _unknown(model, config, {t.fqn for t in targets}):
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         warnings.warn(

@@ -303,6 +303,22 @@ def test_gpt2_is_quantized_and_smaller(tmp_path):
         torch.testing.assert_close(compiled, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_small_gpt2_of_a_large_vocabulary_gets_no_larger():
+    """Its output layer would get a copy that takes more than all others save; in full, a rule gives it one."""
+    sizes = GPT2 | SPECIAL | {"vocab_size": 20000}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    rows = {row.name: row for row in quantize_(copy.deepcopy(model), rtn_int4(32)).rows}
+    assert rows["lm_head.weight"].bits is None
+    assert rows["lm_head.weight"].note == "shared with transformer.wte.weight"
+    for rules in (rtn_int4(32), [("*", rtn_int4(32))]):
+        result = quantize_(small := copy.deepcopy(model), rules)
+        assert result.bytes_after < result.bytes_before
+        assert len(quantized(small)) == 8
+    quantize_(model, [("lm_head", rtn_int4(32)), ("*", rtn_int8(32))])
+    assert model.lm_head.weight.bits == 4
+    assert not isinstance(model.transformer.wte.weight, RTNQuantizedTensor)
+
+
 @pytest.mark.parametrize("name", ["OpenAIGPT", "ImageGPT", "DecisionTransformer"])
 def test_others_with_gpt2s_linears(name):
     sizes = {**GPT2, **SPECIAL, "hidden_size": 64}
