@@ -45,6 +45,7 @@ LAYERS = [
     "tensor.sharding",
     "tensor.quantized",
     "tensor.products",
+    "tensor.attention",
     "tensor.views",
     "tensor.copies",
     "tensor.collectives",

@@ -163,11 +163,9 @@ def _plus(y: Tensor, bias: Tensor, w: RTNQuantizedTensor) -> Tensor:
     return y + bias
 
 
-def _linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
-) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     if out is not None:
-        return _into(out, _linear, input, weight, bias)
+        return _into(out, linear, input, weight, bias)
     if not isinstance(weight, RTNQuantizedTensor):
         raise _no_weight("linear", input=input, bias=bias)
     return _project(input, weight, bias, not weight.transposed)
@@ -326,7 +324,7 @@ def _into(out: Tensor | None, product: Callable[..., Tensor], *args: Any, **kwar
 # Caught here, above autograd and autocast: one op with its own backward, the weight's scale never cast, and 3
 # us per call.
 for _torch_fns, _handler in (
-    ([F.linear], _linear),
+    ([F.linear], linear),
     ([torch.mm, Tensor.mm], lambda input, mat2, *, out=None: _into(out, _matmul, input, mat2)),
     (
         [torch.matmul, Tensor.matmul, Tensor.__matmul__],
@@ -363,7 +361,7 @@ def einsum(func, types, args, kwargs):
 
 # The same below autograd, where DTensor and C++ callers arrive.
 for _aten_op, _handler in (
-    (aten.linear.default, _linear),
+    (aten.linear.default, linear),
     (aten.mm.default, _matmul),
     (aten.matmul.default, _matmul),
     (aten.addmm.default, _addmm),

@@ -161,6 +161,69 @@ def test_attention_saved_compiled_and_trained_through(tmp_path):
     torch.testing.assert_close(gradients[:2], gradients[2:], rtol=1e-4, atol=1e-4)
 
 
+MASKS = {
+    "none": {},
+    "causal": {"src_mask": torch.full((5, 5), True).triu(1)},
+    "padding": {"src_key_padding_mask": PADDING},
+    "both": {"src_mask": torch.full((5, 5), True).triu(1), "src_key_padding_mask": PADDING},
+}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("masks", MASKS)
+def test_compiled_encoder(masks, norm_first):
+    """A compiler takes the fast path, whose op is taken apart."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        64, 4, 96, batch_first=True, norm_first=norm_first, activation="gelu" if norm_first else "relu"
+    ).eval()
+    quantize_(layer, rtn_int8(32))
+    expected = copy.deepcopy(layer)
+    dequantize_(expected)
+    torch.compiler.reset()
+    with torch.no_grad():
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(X, **MASKS[masks])
+        torch.testing.assert_close(y[~PADDING], expected(X, **MASKS[masks])[~PADDING], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_compiled_attention(need_weights, average):
+    torch.manual_seed(0)
+    model = attention().eval()
+    quantize_(model, rtn_int8(32))
+    expected = copy.deepcopy(model)
+    dequantize_(expected)
+    torch.compiler.reset()
+
+    def run(m, x):
+        return m(x, x, x, PADDING, need_weights=need_weights, average_attn_weights=average)
+
+    with torch.no_grad():
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(model, X), run(expected, X), rtol=1e-4, atol=1e-4)
+
+
+def test_the_op_of_attention_of_other_keys_and_nested():
+    torch.manual_seed(0)
+    model = attention().eval()
+    quantize_(model, rtn_int8(32))
+    expected = copy.deepcopy(model)
+    dequantize_(expected)
+
+    def run(m, q, k, v):
+        weights = m.in_proj_weight, m.in_proj_bias, m.out_proj.weight, m.out_proj.bias
+        return torch._native_multi_head_attention(q, k, v, 64, 4, *weights)[0]
+
+    with torch.no_grad():
+        torch.testing.assert_close(run(model, X, X + 1, X + 2), run(expected, X, X + 1, X + 2))
+        nested = torch.nested.nested_tensor(list(X))
+        with pytest.raises(
+            NotImplementedError, match="in_proj_weight: nested sequences are for float weights"
+        ):
+            run(model, nested, nested, nested)
+
+
 def test_attention_of_a_float_folder(tmp_path):
     model = CLIPBlock().eval()
     save(model, tmp_path / "float")
@@ -451,6 +514,24 @@ def test_experts(name, tmp_path):
         streamed = load(tmp_path / "float", rtn_int8(32))
         assert quantized(streamed) == quantized(model) - {"lm_head.weight"}
         same_as_dequantized(streamed, lambda m: m(IDS).logits)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.filterwarnings("ignore:Graph break from `Tensor.item")
+def test_compiled_experts(name):
+    """LongCat's loop over experts is a frame that Dynamo gives up; docs/compile-and-export.md says what it
+    takes."""
+    sizes, _ = EXPERTS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=128, **sizes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    quantize_(model, rtn_int8(32))
+    torch.compiler.reset()
+    with torch.no_grad():
+        dynamic = False if name == "LongcatFlash" else None
+        compiled = torch.compile(model, backend="aot_eager", dynamic=dynamic)
+        expected = model(IDS, use_cache=False).logits
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_heads_that_einsum_takes_stay_float():
