@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*?)(?:@([\w./-]+?))?(?:/([\w./-]+\.gguf))?")
-OTHERS = ("*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "onnx/*", "original/*")
+OTHERS = ["*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "onnx/*", "original/*"]
 IN_PICKLES = "*.bin"  # fetched where there is no safetensors file
 
 

@@ -16,7 +16,7 @@ from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.cli.models import ids_of, load_model, read_text, tokenizer_of
 from rtn_tensor.cli.screen import progress
 from rtn_tensor.cli.summary import summary
-from rtn_tensor.evaluation.comparison import Comparison, compare
+from rtn_tensor.evaluation.comparison import compare
 from rtn_tensor.evaluation.decoding import positions
 from rtn_tensor.evaluation.perplexity import check_causal, perplexity, token_losses
 from rtn_tensor.evaluation.tasks import (
@@ -106,9 +106,9 @@ def run_compare(args: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(
             f"{args.path} and {args.reference} make other tokens of the text, so that they cannot be compared"
         )
-    models = [load_model(args.path, args.activations), load_model(args.reference)]
-    found = compare(*models, ids, args.window, progress=progress("Comparing"))
-    about = [_about(model, ids, loss) for model, loss in zip(models, _perplexities(found), strict=True)]
+    model, reference = load_model(args.path, args.activations), load_model(args.reference)
+    found = compare(model, reference, ids, args.window, progress=progress("Comparing"))
+    about = [_about(model, ids, found.perplexity), _about(reference, ids, found.reference_perplexity)]
     if args.draw:
         _draw(args.draw, paths, about)
     lines = [[what, *(f"{each[key]:,.{digits}f}" for each in about)] for key, (what, digits) in ABOUT.items()]
@@ -129,10 +129,6 @@ ABOUT = {
     "prefill": ("tokens read per second", 1),
     "decode": ("tokens written per second", 1),
 }
-
-
-def _perplexities(found: Comparison) -> tuple[float, float]:
-    return found.perplexity, found.reference_perplexity
 
 
 def _about(model: Any, ids: torch.Tensor, loss: float) -> dict[str, float]:
