@@ -110,6 +110,17 @@ def test_four_bits():
             assert is_rounded(cells["bits per weight"], rows["whisper", name]["bits_per_weight"]), name
 
 
+def test_speech():
+    rows = {row["method"]: row for row in results("four_bits.json")["rows"] if row["model"] == "whisper"}
+    found = table("docs/models.md", "Whisper base", "words that differ, %")
+    assert len(found) == 6
+    for name, cells in found.items():
+        row = rows[name]
+        assert is_rounded(cells["bits per weight"], row["bits_per_weight"])
+        assert is_rounded(cells["words that differ, %"], 100 * row["word_errors"]), name
+        assert is_rounded(cells["divergence"], row["kl"]), name
+
+
 def test_peers_at_four_bits():
     rows = {(row["model"], row["method"]): row for row in results("four_bits.json")["rows"]}
     found = table("docs/refine.md", "method", "data", "Whisper base, KL")
