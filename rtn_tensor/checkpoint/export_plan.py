@@ -112,16 +112,19 @@ def plan(model: Any, format_name: str) -> Plan:
     floats: list[str] = []
     why_float: dict[str, str] = {}
     embeddings = {name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    attention = {name for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     for name, t in found.items():
         module, _, last = name.rpartition(".")
-        in_embedding = of.get(name, "").rpartition(".")[0] in embeddings
+        owner = of.get(name, "").rpartition(".")[0]
+        in_embedding = owner in embeddings
+        in_attention = not attention.isdisjoint((owner, owner.rpartition(".")[0]))
         if not isinstance(t, RTNQuantizedTensor):
             tensors[name] = Lazy.of(t)
             if last == "weight" and t.dim() == 2 and not in_embedding:
                 floats.append(module)
             elif t.dim() == 3 and module.endswith(".experts") and module not in floats:
                 floats.append(module)
-        elif why := "engines keep embeddings float" if in_embedding else _too_few_rows(t):
+        elif why := _why_float(t, in_embedding, in_attention):
             tensors[name] = _dequantized(t)
             why_float[of[name]] = why
             if not in_embedding:
@@ -249,6 +252,15 @@ def _check_planes(name: str, w: RTNQuantizedTensor, format_name: str) -> None:
             "compressed-tensors, "
             "or a symmetric scale_method, as 'signed'"
         )
+
+
+def _why_float(w: RTNQuantizedTensor, in_embedding: bool, in_attention: bool) -> str | None:
+    """Why engines have `w` as a float weight."""
+    if in_embedding:
+        return "engines keep embeddings float"
+    if in_attention:
+        return "engines keep nn.MultiheadAttention float"
+    return _too_few_rows(w)
 
 
 def _too_few_rows(w: RTNQuantizedTensor) -> str | None:

@@ -9,7 +9,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from rtn_tensor.formats import FLOAT_DTYPES
+from rtn_tensor.integrations import LISTENERS
 from rtn_tensor.quantize.experts import is_router, routers, transposed_experts, unknown_experts
+from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.wording import with_article
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -200,3 +202,19 @@ def why_float(module: nn.Module, name: str, w: Tensor, kept: dict[nn.Module, str
     if isinstance(module, nn.RNNCellBase):
         return f"weight of {kind}: only by its full name"
     return f"weight of {kind}: use not known"
+
+
+# ------------------------------------------------------------------------------- torch's encoder
+
+
+def _without_nested_tensors(model: nn.Module) -> None:
+    """`nn.TransformerEncoder` asks its first layer alone whether all take the nested tensors that it makes of
+    padded text, and attention over quantized weights takes none."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(p, RTNQuantizedTensor) for p in module.parameters()
+        ):
+            module.use_nested_tensor = False
+
+
+LISTENERS.append(_without_nested_tensors)

@@ -12,7 +12,7 @@ from file_tree import tree
 from tiny_llama import tiny_llama, tiny_tokenizer
 from tiny_moe import tiny_moe
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, SiglipVisionConfig, SiglipVisionModel
 
 from rtn_tensor import (
     export,
@@ -283,3 +283,22 @@ def test_only_one_weight_is_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(compressed_tensors, "pack_gptq", pack)
     export(llama(), tmp_path / "a")
     assert len(alive) == 14
+
+
+def test_attention_of_torch_is_written_float(tmp_path):
+    """Engines have its weights as no linear's."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = sizes | {"image_size": 32, "patch_size": 8}
+    model = SiglipVisionModel(SiglipVisionConfig(**vision)).eval()
+    quantize_(model, rtn_int4(32))
+    result = export(model, tmp_path / "out", format="compressed-tensors")
+    written = {
+        row.name: row.note for row in result.rows if "head.attention." in row.name and len(row.shape) > 1
+    }
+    assert len(written) == 2
+    assert set(written.values()) == {"written float"}
+    again, image = load(tmp_path / "out"), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again(image).pooler_output, model(image).pooler_output, rtol=1e-4, atol=1e-4
+        )

@@ -111,6 +111,16 @@ def test_attention(case, train, bits):
         torch.testing.assert_close(run(model).float(), run(expected).float(), rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("float_layer", [0, 1])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_encoder_of_which_a_layer_stays_float(float_layer):
+    layer = nn.TransformerEncoderLayer(64, 4, 96, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    quantize_(model, [(f"layers.{float_layer}.*", None), ("*", rtn_int4(32))])
+    with torch.no_grad():
+        same_as_dequantized(model, lambda m: m(X, src_key_padding_mask=PADDING)[~PADDING])
+
+
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
@@ -204,6 +214,7 @@ def test_compiled_attention(need_weights, average):
         torch.testing.assert_close(compiled(model, X), run(expected, X), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_the_op_of_attention_of_other_keys_and_nested():
     torch.manual_seed(0)
     model = attention().eval()
