@@ -13,6 +13,7 @@ from rtn_tensor.integrations.transformers.folders import check_model_folder, rea
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.quantize.activations import set_activations_
 
+CHARACTERS = 40  # more than a token has on average in any text
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
@@ -49,7 +50,10 @@ def tokenizer_of(path: str) -> Any:
 
 
 def ids_of(tokenizer: Any, text: str, most: int | None) -> torch.Tensor:
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)[:most]
+    """The first tokens [T] of a text, all of them where `most` is None."""
+    # The rest of a long text would take longer than the model: 11 s of 12 MB.
+    some = text if most is None else text[: CHARACTERS * most]
+    return torch.tensor(tokenizer(some, verbose=False)["input_ids"], dtype=torch.long)[:most]
 
 
 def read_text(path: str, wanted: str = "--text takes a UTF-8 text file") -> str:

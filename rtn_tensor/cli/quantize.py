@@ -93,7 +93,7 @@ def _from_file(args: argparse.Namespace, rest: RTNConfig) -> Rules:
 
 def _sequences(tokenizer: Any, text: str) -> torch.Tensor:
     """The first tokens of `text`, [S, 256]."""
-    ids = ids_of(tokenizer, text[: 20 * REFINED_ON], REFINED_ON)
+    ids = ids_of(tokenizer, text, REFINED_ON)
     if ids.numel() < 256:
         raise ValueError(f"--refine-on has {ids.numel()} tokens; give a text of 256 or more, best thousands")
     return ids[: ids.numel() // 256 * 256].view(-1, 256)
