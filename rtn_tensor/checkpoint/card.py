@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rtn_tensor.checkpoint.foreign.written import Engine
+from rtn_tensor.formats import GIVEN, GIVEN_ASYMMETRIC
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 # Of the card of the model that was quantized: what holds for the quantized one, too.
@@ -28,6 +29,7 @@ RUN_OURS = {  # with this library installed
     "vLLM": RUN["vLLM"],
     "transformers": RUN["transformers"].replace("python\n", "python\nimport rtn_tensor\n"),
 }
+EXPORTED = " The integers and scales are those of the model that was exported."
 READ = """```python
 from transformers import KIND
 
@@ -78,9 +80,11 @@ def card(
     engines: Sequence[Engine],
     changes: Sequence[str],
     run: Mapping[str, str] = RUN,
+    origin: str = EXPORTED,
 ) -> str:
     """The text of README.md; `kind` is the name of the model's class, `formats` says what the weights are, as
-    in "4 bits, group_size 64, search", and `run`, by engine, how a language model is run."""
+    in "4 bits, group_size 64, search", `run`, by engine, how a language model is run, and
+    `origin` where the integers are from."""
     from huggingface_hub import ModelCardData
 
     from rtn_tensor import __version__
@@ -131,22 +135,28 @@ PATH is this folder.
 {"".join(f"{text}{line}{line}" for text in shown)}## How it was made
 
 By rtn-tensor {__version__}, in the format {format_name}: each weight is an integer of few bits times
-the scale of its group.
+the scale of its group.{origin}
 {"".join(f"{line}- {change}" for change in changes)}
 """.rstrip()
         + line
     )
 
 
+def in_words(w: RTNQuantizedTensor, group_size: int) -> str:
+    """A weight's format, with the group size that it is written in."""
+    given = w.scale_method in (GIVEN, GIVEN_ASYMMETRIC)
+    scales = "scales of another library" if given else f"scale_method {w.scale_method!r}"
+    return f"{w.bits} bits, group_size {group_size}, {scales}"
+
+
 def own_card(model: Any, name: str, source: Path, base_model: str | None, bits_per_weight: float) -> str:
     """The card of a folder as `save` writes it."""
     found = Counter(
-        f"{w.bits} bits, group_size {w.group_size}, scale_method {w.scale_method!r}"
-        + (f", {w.activations} activations" if w.activations else "")
+        in_words(w, w.group_size) + (f", {w.activations} activations" if w.activations else "")
         for w in model.parameters()
         if isinstance(w, RTNQuantizedTensor)
     )
     formats = [f"{text} ({count} weights)" for text, count in found.items()]
     engines = [Engine(engine, True, "with rtn-tensor installed") for engine in RUN_OURS]
     kind = type(model).__name__
-    return card(name, kind, source, base_model, "rtn", formats, bits_per_weight, engines, [], RUN_OURS)
+    return card(name, kind, source, base_model, "rtn", formats, bits_per_weight, engines, [], RUN_OURS, "")

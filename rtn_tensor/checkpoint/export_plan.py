@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rtn_tensor.checkpoint.card import in_words
 from rtn_tensor.checkpoint.fill import some
 from rtn_tensor.checkpoint.foreign import compressed_tensors, gguf, gptq
 from rtn_tensor.checkpoint.foreign.written import Engine, Lazy, Weight, group_sizes, planes_of
-from rtn_tensor.formats import GIVEN, GIVEN_ASYMMETRIC
 from rtn_tensor.integrations.transformers.files import tensors_in_files
 from rtn_tensor.integrations.transformers.models import ends
 from rtn_tensor.quantize.report import Report, report
@@ -155,25 +155,13 @@ def plan(model: Any, format_name: str) -> Plan:
     if output is not None and output not in chosen and output not in floats:  # tied
         floats.append(output)
     engines = how.engines(weights, floats)
-    formats = Counter(
-        f"{w.bits} bits, group_size {size}, {_scales(w)}"
-        for module, w in chosen.items()
-        for size in (sizes[module],)
-    )
+    formats = Counter(in_words(w, sizes[module]) for module, w in chosen.items())
     return Plan(
         tensors,
         how.config(weights, floats, output),
         engines,
         _report(model, format_name, by_name, why_float, nbytes, engines),
         [f"{text} ({count} matrices)" for text, count in formats.items()],
-    )
-
-
-def _scales(w: RTNQuantizedTensor) -> str:
-    return (
-        "scales of another library"
-        if w.scale_method in (GIVEN, GIVEN_ASYMMETRIC)
-        else f"scale_method {w.scale_method!r}"
     )
 
 

@@ -84,7 +84,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._get_help_string(action) if action.default else action.help
 
 
-MODEL = "folder of the model, quantized or not, or its name on the hub, as owner/name or owner/name@revision"
+OR_NAME = "or its name on the hub, as owner/name or owner/name@revision"
+MODEL, FLOAT_MODEL = f"folder of the model, quantized or not, {OR_NAME}", f"folder of the model, {OR_NAME}"
 EXAMPLES = """\
 examples:
   rtn-tensor quantize Qwen/Qwen3-0.6B qwen3-int4           4 bits, in seconds
@@ -224,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     sub = command("quantize", run_quantize, "Quantize a transformers model into a folder.")
-    sub.add_argument("src", type=_path, help=MODEL.replace(", quantized or not", ""))
+    sub.add_argument("src", type=_path, help=FLOAT_MODEL)
     sub.add_argument(
         "dst", type=_path, help="folder to write, or .gguf file; must not exist, unless --force is given"
     )
@@ -295,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
         run_plan,
         "Choose a format for each layer under a budget of bits, on text that the model writes itself.",
     )
-    sub.add_argument("src", type=_path, help=MODEL.replace(", quantized or not", ""))
+    sub.add_argument("src", type=_path, help=FLOAT_MODEL)
     add_plan(sub, True, "bits per weight on average, scales included")
     add_selection(sub)
     sub.add_argument(

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from rtn_tensor.checkpoint.hub import local
-from rtn_tensor.cli.models import DTYPE_NAMES, selects
+from rtn_tensor.cli.models import DTYPE_NAMES, local, selects
 from rtn_tensor.cli.screen import progress
 from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.kernels.registry import explain

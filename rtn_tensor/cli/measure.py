@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from rtn_tensor.checkpoint.hub import local
 from rtn_tensor.checkpoint.sources import sources
-from rtn_tensor.cli.models import ids_of, load_model, read_text, tokenizer_of
+from rtn_tensor.cli.models import ids_of, load_model, local, read_text, tokenizer_of
 from rtn_tensor.cli.screen import progress
 from rtn_tensor.cli.summary import summary
 from rtn_tensor.evaluation.comparison import compare

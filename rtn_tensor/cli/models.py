@@ -1,11 +1,12 @@
 """The models, tokenizers and texts that subcommands are given."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rtn_tensor.checkpoint.hub import local
+from rtn_tensor.checkpoint import hub
 from rtn_tensor.checkpoint.load import load
 from rtn_tensor.cli.screen import named, say
 from rtn_tensor.formats import FLOAT_DTYPES
@@ -13,6 +14,7 @@ from rtn_tensor.integrations.transformers.folders import check_model_folder, rea
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.quantize.activations import set_activations_
 
+local = cache(hub.local)  # a name on the hub is asked for once a command, and not by each that reads there
 CHARACTERS = 40  # more than a token has on average in any text
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 

@@ -15,11 +15,10 @@ from rtn_tensor.checkpoint.card import hub_name, own_card
 from rtn_tensor.checkpoint.companions import companions, copy_companions
 from rtn_tensor.checkpoint.export import GGUF, check_destination, destination, prepare
 from rtn_tensor.checkpoint.files import parse_json
-from rtn_tensor.checkpoint.hub import local
 from rtn_tensor.checkpoint.load import is_kept, load, without_place
 from rtn_tensor.checkpoint.save import write
 from rtn_tensor.cli import recipe
-from rtn_tensor.cli.models import ids_of, load_model, read_text, selects, tokenizer_of
+from rtn_tensor.cli.models import ids_of, load_model, local, read_text, selects, tokenizer_of
 from rtn_tensor.cli.screen import progress, say
 from rtn_tensor.cli.summary import summary
 from rtn_tensor.config import RTNConfig, rtn
@@ -46,20 +45,6 @@ SCHEMES = {
     "W4A8": (4, None, "int8"),
     "W8A8": (8, None, "int8"),
 }
-# Options of quantize that ask for a format.
-_FORMATS = (
-    "bits",
-    "scheme",
-    "group_size",
-    "scale_method",
-    "activations",
-    "skip",
-    "rule",
-    "rules",
-    "embedding",
-    "language_model_only",
-    "bits_per_weight",
-)
 
 
 def _rest(args: argparse.Namespace) -> RTNConfig:
@@ -123,7 +108,8 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
         rules = [*language_model_only(model), *rules]
     if args.refine or args.bits_per_weight:  # before the weights are read
         check_tokens(model, tokens, 1, 2, "--refine-on", "--refine-on FILE, or call refine_ from Python")
-    kept = not any(getattr(args, name) for name in _FORMATS) and not args.refine and is_kept(source, model)
+    asked = any(getattr(args, name) for name in (*recipe.OF_FORMAT, "rules", "refine"))
+    kept = not asked and is_kept(source, model)
     if args.bits_per_weight:
         rules = [*rules[:-1], *_plan(args, rules[:-1])]
     expected = None if kept else estimate(empty := empty_model(source), rules, selects(empty, args.embedding))

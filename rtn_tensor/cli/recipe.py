@@ -10,7 +10,7 @@ from rtn_tensor.cli.models import read_text
 from rtn_tensor.config import RTNConfig
 
 FILE = "rtn_recipe.yaml"  # beside the weights
-KEYS = (
+OF_FORMAT = (
     "bits",
     "scheme",
     "group_size",
@@ -21,9 +21,8 @@ KEYS = (
     "embedding",
     "language_model_only",
     "bits_per_weight",
-    "refine",
-    "format",
-)  # of a recipe, each as the option of its name
+)  # options that ask for a format
+KEYS = (*OF_FORMAT, "refine", "format")  # of a recipe, each as the option of its name
 
 
 def written(args: argparse.Namespace, rules: Sequence[tuple[str, RTNConfig | None]]) -> str:

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rtn_tensor.checkpoint.hub import local
-from rtn_tensor.cli.models import load_model, tokenizer_of
+from rtn_tensor.cli.models import load_model, local, tokenizer_of
 from rtn_tensor.cli.screen import say
 from rtn_tensor.evaluation.generation import Generation, Sampling, generate
 from rtn_tensor.integrations.transformers.folders import check_model_folder
