@@ -26,6 +26,18 @@ def _weight(
     return reference.dequantize(qdata, scale, bits, group_size, k, dtype, zero)
 
 
+def _multiply(x_MK: Tensor, w_NK: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ w^T + bias.
+
+    On AMX, oneDNN 3.12 reads 16-bit rows in pieces of 32 columns, up to 31 beyond the last one, and relies on
+    zeros of the weight to undo them: an inf or NaN that lies there comes out as NaN in rows that have none
+    (oneDNN's issue 5717). Columns of zeros to a multiple of 32 leave nothing to read there.
+    """
+    if x_MK.device.type == "cpu" and x_MK.element_size() == 2 and (missing := -x_MK.shape[-1] % 32):
+        x_MK, w_NK = F.pad(x_MK, (0, missing)), F.pad(w_NK, (0, missing))
+    return F.linear(x_MK, w_NK, bias)
+
+
 def linear(
     x: Tensor,
     qdata: Tensor,
@@ -36,13 +48,13 @@ def linear(
     zero: Tensor | None = None,
     int8_x: bool = False,
 ) -> Tensor:
-    return F.linear(x, _weight(qdata, scale, bits, group_size, x.shape[-1], x.dtype, zero), bias)
+    return _multiply(x, _weight(qdata, scale, bits, group_size, x.shape[-1], x.dtype, zero), bias)
 
 
 def linear_dx(
     dy: Tensor, qdata: Tensor, scale: Tensor, bits: int, group_size: int, k: int, zero: Tensor | None = None
 ) -> Tensor:
-    return dy @ _weight(qdata, scale, bits, group_size, k, dy.dtype, zero)
+    return _multiply(dy, _weight(qdata, scale, bits, group_size, k, dy.dtype, zero).mT)
 
 
 def why_not(problem: Problem) -> str | None:

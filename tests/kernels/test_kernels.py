@@ -157,6 +157,25 @@ def test_product_with_strided_operands(kernel, op, device, bits, group_size, met
 
 
 @products
+@each_dtype
+@pytest.mark.parametrize("k", [33, 100, 164, 192])
+def test_a_row_that_is_not_a_number_stays_alone(kernel, op, device, dtype, k):
+    """What follows the end of a row, another one or what is no part of x, does not come into it."""
+    n, k = (k, 5) if op.endswith("dx") else (5, k)
+    x, w = operands(op, 17, n, k, 4, 32, dtype, device)
+    offs = torch.tensor([3, 3, 9, 17], dtype=torch.int32, device=device)
+    expected = run(kernel, op, x, w, offs=offs)
+    wide = torch.full((17, x.shape[1] + 40), torch.nan, dtype=dtype, device=device)
+    wide[:, : x.shape[1]] = x
+    rest = [row for row in range(17) if row != 5]
+    for operand in (wide[:, : x.shape[1]], x):
+        operand[5] = torch.nan
+        y = run(kernel, op, operand, w, offs=offs)
+        assert y[5].isnan().all()
+        torch.testing.assert_close(y[rest], expected[rest], rtol=0.01, atol=0.01)
+
+
+@products
 @each_bits
 @each_dtype
 @each_kind
