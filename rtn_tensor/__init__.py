@@ -7,6 +7,7 @@ from rtn_tensor.checkpoint.rank0 import load_from_rank0
 from rtn_tensor.checkpoint.save import save
 from rtn_tensor.config import RTNConfig, rtn, rtn_int4, rtn_int8
 from rtn_tensor.evaluation.comparison import compare
+from rtn_tensor.integrations.diffusers import diffusion_blocks_only
 from rtn_tensor.integrations.transformers.language_model import language_model_only
 from rtn_tensor.integrations.transformers.on_the_fly import fqn_config
 from rtn_tensor.kernels.registry import explain
@@ -27,6 +28,7 @@ __all__ = [
     "bits_per_weight",
     "compare",
     "dequantize_",
+    "diffusion_blocks_only",
     "explain",
     "export",
     "fqn_config",

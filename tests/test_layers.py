@@ -79,6 +79,8 @@ LAYERS = [
     "checkpoint.foreign.reading",
     "checkpoint.foreign",
     "integrations.experts",
+    "integrations.quantization_config",
+    "integrations.diffusers",
     "integrations.transformers.models",
     "integrations.transformers.planes",
     "integrations.transformers.names",

@@ -36,8 +36,8 @@ DTYPE_BITS = {
     },
     **{"I64": 64, "U64": 64, "F64": 64, "C64": 64},
 }
-# Of a transformers folder, or with .index.json; the first that is there counts.
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+# Of a transformers or diffusers folder, or with .index.json; the first that is there counts.
+MODEL_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 
 
 def check_regular(file: Path) -> None:

@@ -15,7 +15,7 @@ from rtn_tensor.checkpoint.foreign.blocks import File
 from rtn_tensor.checkpoint.foreign.gguf import COMPUTED
 from rtn_tensor.checkpoint.sources import Source
 from rtn_tensor.integrations.transformers.files import tensors_in_files
-from rtn_tensor.integrations.transformers.folders import made, of_transformers
+from rtn_tensor.integrations.transformers.folders import made, of_library
 from rtn_tensor.integrations.transformers.models import default_filter
 from rtn_tensor.integrations.transformers.names import placed
 from rtn_tensor.quantize.api import quantize_
@@ -97,7 +97,7 @@ def load_by_transformers(
     from transformers import AutoModelForCausalLM, GgufConfig
 
     check_regular(path)
-    with of_transformers(path, "model"):
+    with of_library(path, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rtn_tensor.checkpoint.folders import new_folder
 from rtn_tensor.checkpoint.sources import flattened
+from rtn_tensor.integrations.diffusers import is_diffusers
 from rtn_tensor.integrations.transformers.description import described
 from rtn_tensor.integrations.transformers.models import is_pretrained
 from rtn_tensor.quantize.report import untied_from
@@ -84,6 +85,8 @@ def write(model: Any, folder: Path, max_shard_size: str | int = "5GB") -> None:
         if is_pretrained(model):
             with described(model):
                 model.save_pretrained(folder, max_shard_size=max_shard_size)
+        elif is_diffusers(model):
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
         else:
             _write(model, folder, max_shard_size)
     except SafetensorError as error:

@@ -201,6 +201,11 @@ def parser() -> argparse.ArgumentParser:
             help="layers to keep float, as in 'model.layers.0.*'; may repeat",
         )
         sub.add_argument("--embedding", action="store_true", help="quantize the embedding and lm_head too")
+        sub.add_argument(
+            "--language-model-only",
+            action="store_true",
+            help="keep float what is no part of the language model, as a vision tower and its projector",
+        )
 
     def add_sampling(sub: argparse.ArgumentParser, most: int) -> None:
         sub.add_argument("--max-new-tokens", metavar="T", type=int, default=most, help="stop after this many")
@@ -253,11 +258,6 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--rules", metavar="FILE", type=_path, help='JSON of such rules, as in [["*.down_proj", {"bits": 8}]]'
-    )
-    sub.add_argument(
-        "--language-model-only",
-        action="store_true",
-        help="keep float what is no part of the language model, as a vision tower and its projector",
     )
     add_plan(
         sub,

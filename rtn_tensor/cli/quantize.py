@@ -184,8 +184,11 @@ def run_plan(args: argparse.Namespace) -> tuple[Any, str]:
     for path in filter(None, (args.output, args.draw)):
         if os.path.lexists(path) and not args.force:
             raise FileExistsError(f"{path} exists; choose another name, or replace it with --force")
-    made = _plan(args, [(pattern, None) for pattern in args.skip])
-    rules = rules_to_json([*((pattern, None) for pattern in args.skip), *made])
+    floats: Rules = [(pattern, None) for pattern in args.skip]
+    if args.language_model_only:
+        floats = [*language_model_only(args.src), *floats]
+    made = _plan(args, floats)
+    rules = rules_to_json([*floats, *made])
     if args.output:
         Path(args.output).write_text(json.dumps(rules, indent=0) + "\n", encoding="utf-8")
     if args.draw:

@@ -70,6 +70,8 @@ def weights(model: nn.Module, filter_fn: FilterFn) -> Iterator[Weight]:
 def check_module(model: Any, advice: str = "give a module, as load(path) returns") -> None:
     """Raises TypeError, with that advice, unless `model` is a module: many a caller gives a folder's name."""
     if not isinstance(model, nn.Module):
+        if isinstance(getattr(model, "components", None), dict):
+            advice = "give a model of the pipeline, as pipe.transformer or pipe.unet"
         raise TypeError(f"model is {with_article(type(model).__name__)}; {advice}")
 
 

@@ -73,7 +73,7 @@ usage: rtn-tensor quantize [-h] [--json] [--bits {4,8}] [--group-size GROUP_SIZE
                            [--scheme {W4A16,W4A16_ASYM,W8A16,W4A8,W8A8}]
                            [--scale-method {absmax,signed,search,minmax,search8}]
                            [--activations {int8}] [--skip PATTERN] [--embedding]
-                           [--rule PATTERN=FORMAT] [--rules FILE] [--language-model-only]
+                           [--language-model-only] [--rule PATTERN=FORMAT] [--rules FILE]
                            [--bits-per-weight B] [--refine] [--refine-on FILE] [--recipe FILE]
                            [--dry-run] [--verbose] [--push-to-hub NAME]
                            [--format {rtn,compressed-tensors,gptq,gguf}] [--like FILE] [--force]
@@ -102,14 +102,14 @@ options:
   --activations {int8}  what products round their activations to (default: they stay as they are)
   --skip PATTERN        layers to keep float, as in 'model.layers.0.*'; may repeat
   --embedding           quantize the embedding and lm_head too
+  --language-model-only
+                        keep float what is no part of the language model, as a vision tower and
+                        its projector
   --rule PATTERN=FORMAT
                         a format of their own for some layers, as in '*.down_proj=8',
                         '*.0.*=4,32,signed' or 'lm_head=float'; may repeat, and the first that
                         matches counts
   --rules FILE          JSON of such rules, as in [["*.down_proj", {"bits": 8}]]
-  --language-model-only
-                        keep float what is no part of the language model, as a vision tower and
-                        its projector
   --bits-per-weight B   spread so many bits per weight, scales included, by what each layer costs,
                         as `plan` does; minutes
   --refine              round so that errors make up for one another, on text that the model

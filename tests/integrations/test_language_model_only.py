@@ -1,6 +1,7 @@
 """`language_model_only`: of a vision-language model the language model alone is quantized."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -191,6 +192,13 @@ def test_on_the_command_line(tmp_path, capsys):
     found = quantized(load(tmp_path / "out"))
     assert found
     assert all(name.startswith("model.text_model.") for name in found)
+    capsys.readouterr()
+    options = ["--language-model-only", "--bits-per-weight", "6", "--json"]
+    assert main(["plan", str(tmp_path / "float"), *options]) == 0
+    rules = json.loads(capsys.readouterr().out)["rules"]
+    count = len(language_model_only(tmp_path / "float"))
+    assert [how for _, how in rules[:count]] == [None] * count
+    assert all(name.startswith("model.text_model.") for name, how in rules[count:] if how)
 
 
 class Own(nn.Module):

@@ -1,10 +1,8 @@
 """What transformers is told of a quantized model: a quantization config, a quantizer that writes it, and
 which ties hold no more."""
 
-import json
-import re
 import sys
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -12,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import FqnToConfig
 
 from rtn_tensor.checkpoint.sources import flattened
-from rtn_tensor.config import RTNConfig
 from rtn_tensor.distributed import held
-from rtn_tensor.formats import format_of
+from rtn_tensor.integrations.quantization_config import how_quantized, in_config, is_ours
 from rtn_tensor.integrations.transformers.experts import register_experts
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
 from rtn_tensor.integrations.transformers.names import conversions_of, renaming
@@ -205,7 +201,7 @@ def _quantizer_class() -> type:
             # It is a part of another model, maybe, whose config says nothing of it, or is its own config,
             # too.
             _set([(submodel.config, "quantization_config", None) for _, submodel in _submodels(model)])
-            _set([(model.config, "quantization_config", _in_config(_quantization_config(model)))])
+            _set([(model.config, "quantization_config", in_config(_quantization_config(model)))])
             return _under_old_names(model, state_to_write(model), self.conversions)
 
         def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -226,29 +222,11 @@ def _quantization_config(model: nn.Module) -> Any:
     """The `TorchAoConfig` that describes the quantized `model`, or None for a float one."""
     from transformers import TorchAoConfig
 
-    configs: OrderedDict[str, Any] = OrderedDict()
-    floats: list[str] = []
-    for fqn, w in model.named_parameters(remove_duplicate=False):
-        # torchao names a module for its "weight", and any other parameter by its own name.
-        key = fqn.removesuffix(".weight")
-        if isinstance(w, RTNQuantizedTensor):
-            configs[key] = RTNConfig(**format_of(w))
-        elif (
-            isinstance(model.get_submodule(fqn.rpartition(".")[0]), nn.Linear | nn.Embedding) and w.dim() > 1
-        ):
-            floats.append(key)
-    if not configs:
+    quant_type, floats = how_quantized(model)
+    if quant_type is None:
         return None
-    distinct = set(configs.values())
-    quant_type = distinct.pop() if len(distinct) == 1 else FqnToConfig(configs)
     embedding = isinstance(getattr(ends(model)[0], "weight", None), RTNQuantizedTensor)
     return TorchAoConfig(quant_type, modules_to_not_convert=floats, include_input_output_embeddings=embedding)
-
-
-def _in_config(quantization_config: Any) -> dict[str, Any] | None:
-    """As config.json has it: torch.compile may look through the config of a model, and cannot through a
-    TorchAoConfig."""
-    return None if quantization_config is None else json.loads(json.dumps(quantization_config.to_dict()))
 
 
 def _description(model: Any) -> list[tuple[Any, str, Any]]:
@@ -261,14 +239,10 @@ def _description(model: Any) -> list[tuple[Any, str, Any]]:
         # No part of another; its config may be that of the other, too.
         if not any(f"{prefix}.".startswith(outer) for outer in whole):
             whole.append(f"{prefix}." if prefix else "")
-            config = _in_config(_quantization_config(submodel))
-            if config is not None or _is_ours(getattr(submodel.config, "quantization_config", None)):
+            config = in_config(_quantization_config(submodel))
+            if config is not None or is_ours(getattr(submodel.config, "quantization_config", None)):
                 settings.append((submodel.config, "quantization_config", config))
     return settings
-
-
-def _is_ours(quantization_config: Any) -> bool:
-    return bool(re.search("RTN(Int[48]Weight)?Config", str(quantization_config)))
 
 
 def _deserializes(entry: Any) -> bool:
@@ -299,7 +273,7 @@ def _of_one(model: Any) -> list[tuple[Any, str, Any]]:
         quantizer = _quantizer_class()(quantization_config, pre_quantized=True)
         quantizer.conversions = conversions
         settings += [(model, "hf_quantizer", quantizer), (model, "_weight_conversions", [])]
-    elif known or before is not None and _is_ours(before.quantization_config.to_dict()):
+    elif known or before is not None and is_ours(before.quantization_config.to_dict()):
         # And it was dequantized since.
         settings += [(model, "hf_quantizer", None), (model, "_weight_conversions", conversions)]
     tensors, ties = _tensors(model), _ties(model)

@@ -1,4 +1,4 @@
-"""The empty model that a transformers folder describes."""
+"""The empty model that a folder of transformers or diffusers describes."""
 
 import os
 import re
@@ -15,6 +15,7 @@ from rtn_tensor.checkpoint.files import read_json
 from rtn_tensor.checkpoint.foreign.reading import check_method, configs_in, is_ours
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.formats import FLOAT_DTYPES
+from rtn_tensor.integrations.diffusers import class_of, is_diffusers, keep_in_fp32
 
 # Of a model that config.json describes: it is made before its weights are looked at.
 MOST_PARAMETERS, MOST_LAYERS = 200_000, 10_000
@@ -112,8 +113,8 @@ def _own_code(file: Path, what: str) -> ValueError:
 
 
 @contextmanager
-def of_transformers(file: Path, what: str) -> Iterator[None]:
-    """Names the file from which transformers makes `what`: it raises errors of any kind, and names none."""
+def of_library(file: Path, what: str, library: str = "transformers") -> Iterator[None]:
+    """Names the file from which a library makes `what`: it raises errors of any kind, and names none."""
     try:
         yield
     except ImportError:
@@ -123,24 +124,28 @@ def of_transformers(file: Path, what: str) -> Iterator[None]:
             raise _own_code(file, f"its {what}") from error
         why = " ".join(str(error).split()) or "no reason is given"
         raise ValueError(
-            f"{file}: transformers makes no {what} of it ({type(error).__name__}: {why[:500]}); "
+            f"{file}: {library} makes no {what} of it ({type(error).__name__}: {why[:500]}); "
             "mend or replace it"
         ) from error
 
 
-def made(file: Path, make: Callable[[], Any], dtype: torch.dtype) -> Any:
-    """The model of `dtype` that `make` makes of what `file` says, with its parameters on meta.
+def made(file: Path, make: Callable[[], Any], dtype: torch.dtype, library: str = "transformers") -> Any:
+    """The model of `dtype` that `make`, a function of `library`, makes of what `file` says, with its
+    parameters on meta.
 
     Raises:
-        ValueError: transformers makes none.
+        ValueError: it makes none.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with of_transformers(file, "model"), parameters_on_meta(MOST_PARAMETERS):
+        with of_library(file, "model", library), parameters_on_meta(MOST_PARAMETERS):
             model = make()
     finally:
         torch.set_default_dtype(before)
+    if is_diffusers(model):
+        keep_in_fp32(model, dtype)
+        return model
     # fp16 is too narrow for some layers (T5's `wo`).
     for pattern, kept in model._get_dtype_plan(dtype).items():
         for name, parameter in model.named_parameters():
@@ -157,9 +162,13 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
         FileNotFoundError, ValueError: that file cannot be read; its class is not one of transformers', or its
             weights are of another library's format.
     """
+    about = read_config(path)
+    if "_class_name" in about:
+        kind = class_of(path, about)
+        own = {key: value for key, value in about.items() if key != "quantization_config"}
+        return made(path / "config.json", lambda: kind.from_config(own), dtype, "diffusers").eval()
     import transformers
 
-    about = read_config(path)
     kind = _class(path, about)
 
     def make() -> Any:
@@ -173,7 +182,7 @@ def build(path: Path, dtype: torch.dtype) -> nn.Module:
     file = path / "generation_config.json"
     if model.can_generate() and (file.exists() or file.is_symlink()):
         read_json(file)
-        with of_transformers(file, "generation config"):
+        with of_library(file, "generation config"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model.eval()
 
@@ -186,6 +195,8 @@ def check_model_folder(path: Path) -> None:
             if path.is_file()
             else "it holds an adapter; merge that into its model, and give the folder of that"
             if (path / "adapter_config.json").exists()
+            else "it is a pipeline of diffusers; give the folder of one of its models, as transformer or unet"
+            if (path / "model_index.json").exists()
             else "it has no config.json; add its model's, or give load() the module to fill, as model="
             if path.exists()
             else "it is not there; a model of the hub has a name as in Qwen/Qwen3-0.6B"

@@ -62,9 +62,7 @@ def language_model_only(model: nn.Module | str | os.PathLike) -> list[tuple[str,
     module = empty_model(local(model)) if isinstance(model, str | os.PathLike) else model
     check_module(module, "give a module, or a transformers folder")
     language = _language_model(module)
-    kept = {
-        part for part in (language, ends(module)[1] if is_pretrained(module) else None) if part is not None
-    }
+    kept = {part for part in (language, ends(module)[1]) if part is not None}
     names = [w.fqn for w in weights(module, products(module))]
     patterns = [
         pattern

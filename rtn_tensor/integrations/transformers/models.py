@@ -19,7 +19,10 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
-    """The input embedding and the output layer of a transformers model; a vision model has neither."""
+    """The input embedding and the output layer of a transformers model; a vision model, and one that is not
+    transformers', has neither."""
+    if not is_pretrained(model):
+        return None, None
     try:
         first = model.get_input_embeddings()
     except NotImplementedError:
@@ -30,7 +33,7 @@ def ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
 def but_the_output(model: nn.Module) -> FilterFn:
     """transformers' choice of weights, and experts: every linear but the output layer, and but what it keeps
     in fp32."""
-    outer = ends(model) if is_pretrained(model) else ()
+    outer = ends(model)
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     by_default = products(model)
 
