@@ -34,10 +34,11 @@ def class_of(path: Path, about: Mapping[str, Any]) -> Any:
         ValueError: it has none of that name.
     """
     import diffusers
+    from diffusers.models.modeling_utils import ModelMixin
 
     name = about["_class_name"]
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise ValueError(
             f"{path / 'config.json'}: diffusers {diffusers.__version__} has no model {str(name)[:100]!r}, "
             "which _class_name says; install the version that has it, or give the model to fill"
@@ -55,8 +56,8 @@ def keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
 
 
 def _describe(model: Any) -> None:
-    from diffusers import TorchAoConfig
-    from diffusers.quantizers.torchao import TorchAoHfQuantizer
+    from diffusers.quantizers.quantization_config import TorchAoConfig
+    from diffusers.quantizers.torchao.torchao_quantizer import TorchAoHfQuantizer
 
     quant_type, _ = how_quantized(model)
     if quant_type is not None:
