@@ -47,7 +47,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.machine import add_kept_json, add_threads, machine
-from benchmarks.real_data import speech, state_of_the_union, wikipedia
+from benchmarks.real_data import sentences, speech, state_of_the_union, wikipedia
 from benchmarks.real_model import gemma, minilm, smollm2, whisper
 from rtn_tensor import dequantize_, quantize_, refine_, rtn_int4, rtn_int8
 from rtn_tensor.config import RTNConfig
@@ -252,12 +252,6 @@ def edits(ours: Sequence[str], theirs: Sequence[str]) -> int:
         for j, other in enumerate(theirs):
             above, row[j + 1] = row[j + 1], min(above + (word != other), row[j] + 1, row[j + 1] + 1)
     return row[-1]
-
-
-def sentences(text: str, count: int) -> list[str]:
-    """So many, from all over the text."""
-    found = [s for s in re.split(r"(?<=[.!?])\s+", text) if 5 <= len(s.split()) <= 40 and "\n" not in s]
-    return found[:: len(found) // count][:count]
 
 
 def quantized_by(config: RTNConfig | None, load: Callable[[], Any]) -> Callable[[], Any]:

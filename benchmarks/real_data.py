@@ -258,3 +258,9 @@ def _arrow_rows(arrow: bytes) -> list[dict]:
 
 def _write_rows(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def sentences(text: str, count: int) -> list[str]:
+    """So many, from all over the text."""
+    found = [s for s in re.split(r"(?<=[.!?])\s+", text) if 5 <= len(s.split()) <= 40 and "\n" not in s]
+    return found[:: len(found) // count][:count]

@@ -10,7 +10,7 @@ import torch
 from tiny_llama import tiny_llama
 from transformers import BertConfig, BertModel, WhisperConfig, WhisperForConditionalGeneration
 
-from benchmarks import ctranslate2, four_bits
+from benchmarks import ctranslate2, four_bits, real_data
 from rtn_tensor import dequantize_, quantize_, rtn_int4, rtn_int8
 
 FLOAT, INT8, INT4 = (
@@ -142,7 +142,7 @@ def test_edits():
 
 def test_sentences_come_from_all_over_the_text():
     text = " ".join(f"This is the sentence of number {i}." for i in range(100))
-    assert four_bits.sentences(text, 4) == [f"This is the sentence of number {i}." for i in (0, 25, 50, 75)]
+    assert real_data.sentences(text, 4) == [f"This is the sentence of number {i}." for i in (0, 25, 50, 75)]
 
 
 def test_rows_are_kept_and_replaced(tmp_path, monkeypatch):
