@@ -211,6 +211,9 @@ def _chunks(source: Any, to: Tensor) -> Iterator[tuple[Any, Tensor]]:
     turned = to.transposed if isinstance(to, RTNQuantizedTensor) else computed and source.transposed
     if turned:
         source, to = source.mT, to.mT
+    if not (computed or isinstance(to, RTNQuantizedTensor)) and source.is_contiguous() and to.is_contiguous():
+        # A convolution's weight is a matrix of one column, or three, for each pair of channels.
+        source, to = (t.flatten(0, -2) if t.dim() > 2 else t for t in (source, to))
     if source.dim() > 2:
         for part, place in zip(source, to, strict=True):
             yield from _chunks(part, place)

@@ -270,6 +270,26 @@ class MetaBytes(TorchDispatchMode):
         self.now -= self.seen.pop(key)
 
 
+def test_a_convolution_is_read_in_one_piece(tmp_path, monkeypatch):
+    """And not a pair of channels at a time: one of 1024 by 1024 took minutes."""
+    model = nn.Sequential(nn.Conv2d(48, 40, 3), nn.Conv2d(40, 64, 1), nn.Linear(64, 32))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    pieces = []
+    copied = fill._copy
+    monkeypatch.setattr(
+        fill, "_copy", lambda piece, *rest: (pieces.append(piece.target), copied(piece, *rest))
+    )
+    loaded = load(
+        tmp_path,
+        rtn_int4(32),
+        lambda: nn.Sequential(nn.Conv2d(48, 40, 3), nn.Conv2d(40, 64, 1), nn.Linear(64, 32)),
+    )
+    assert sorted(pieces) == sorted(model.state_dict())
+    quantize_(model, rtn_int4(32))
+    for fqn, w in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(fqn), w), fqn
+
+
 def test_what_another_device_holds_meanwhile(tmp_path, monkeypatch):
     """Beside the model two chunks of 2 MiB at most, of tensors of 32: what a GPU would hold, as far as can be
     told without one."""

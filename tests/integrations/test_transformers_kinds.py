@@ -95,6 +95,20 @@ def test_pickled(name, tmp_path):
 # ------------------------------------------------------------------------------------ ties
 
 
+class Tracker(transformers.LlamaModel):
+    """As transformers' Sam3TrackerVideoModel, which may be made without its tower."""
+
+    tower = None
+
+    def get_input_embeddings(self):
+        return self.tower.get_input_embeddings()
+
+
+def test_an_embedding_in_a_part_that_is_not_there():
+    model = Tracker(tiny_llama().config)
+    assert quantize_(model, rtn_int8(32)).rows[1].bits == 8
+
+
 def test_three_of_one_tensor(tmp_path):
     """The encoder's embedding quantized, the decoder's and the output float: a new model ties all of them."""
     name = "T5ForConditionalGeneration"

@@ -25,7 +25,8 @@ def ends(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
         return None, None
     try:
         first = model.get_input_embeddings()
-    except NotImplementedError:
+    # A tracker asks its vision tower, which it may have been made without.
+    except (NotImplementedError, AttributeError):
         first = None
     return first, model.get_output_embeddings()
 
