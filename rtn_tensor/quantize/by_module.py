@@ -157,7 +157,7 @@ class Refining:
         def rounded(w: Tensor, config: RTNConfig) -> RTNQuantizedTensor:
             parts = w if w.dim() == 3 else w[None]
             done = [self._refined(target.fqn, part, config, found.get(e)) for e, part in enumerate(parts)]
-            self._note(target.fqn, [one for one in done if isinstance(one, Rounded)], len(done))
+            self._note(target.fqn, [one for one in done if isinstance(one, Rounded)], len(done), bool(found))
             of_parts = (one.planes if isinstance(one, Rounded) else one for one in done)
             qdata, scale, *zero = (
                 torch.stack(plane).view(*w.shape[:-1], -1) for plane in zip(*of_parts, strict=True)
@@ -184,7 +184,7 @@ class Refining:
             self._spread = moments, spread(_finite(fqn, moments, w_NK.dtype))
         return refine(w_NK, config, self._spread[1])
 
-    def _note(self, fqn: str, seen: list[Rounded], parts: int) -> None:
+    def _note(self, fqn: str, seen: list[Rounded], parts: int, multiplied: bool) -> None:
         better = [one for one in seen if one.error < one.plain_error]
         if seen and (plain := sum(one.plain_error for one in seen)) > 0:
             ratio = sum(one.error for one in seen) / plain
@@ -192,9 +192,8 @@ class Refining:
             self.notes[fqn] = f"refined: {ratio:.2f} times plain rounding's error"
         if not better:
             self.plain.append(fqn)
-            self.notes[fqn] = "plain rounding, " + (
-                "which was better" if seen else "as too few inputs came to it"
-            )
+            few = "as too few inputs came to it" if multiplied else "as no product by it was seen"
+            self.notes[fqn] = f"plain rounding, {'which was better' if seen else few}"
         elif len(better) < parts:
             self.notes[fqn] += f"; {parts - len(better)} of {parts} experts keep plain rounding"
 

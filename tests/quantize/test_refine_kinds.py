@@ -11,6 +11,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    DbrxConfig,
+    DbrxForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     WhisperConfig,
@@ -54,6 +56,29 @@ def test_an_expert_that_saw_too_few_tokens_keeps_plain_rounding():
     assert "experts keep plain rounding" in str(result) or "too few inputs" in str(result)
     one, other = (m.model.layers[0].mlp.experts.gate_up_proj for m in (model, plain))
     assert any(torch.equal(one.qdata[e], other.qdata[e]) for e in range(4))
+
+
+def test_experts_whose_products_are_not_seen_keep_plain_rounding():
+    """DBRX hands the rows of its matrices, a part for each expert, to another module."""
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+    experts = {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64}
+    model = DbrxForCausalLM(
+        DbrxConfig(
+            d_model=64, n_heads=4, n_layers=1, vocab_size=128, attn_config=attention, ffn_config=experts
+        )
+    ).eval()
+    with torch.no_grad():
+        for w in model.parameters():
+            w.normal_(std=0.1)
+    plain = copy.deepcopy(model)
+    quantize_(plain, CONFIG)
+    result = refine_(model, CONFIG, tokens=torch.randint(128, (16, 64)))
+    notes = {row.name: row.note for row in result.rows if ".experts." in row.name}
+    assert set(notes.values()) == {"plain rounding, as no product by it was seen"}
+    for name in notes:
+        assert torch.equal(model.get_parameter(name).qdata, plain.get_parameter(name).qdata)
+    qkv = "transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight"
+    assert not torch.equal(model.get_parameter(qkv).qdata, plain.get_parameter(qkv).qdata)
 
 
 def test_conv1d():

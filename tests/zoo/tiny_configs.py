@@ -30,7 +30,8 @@ SIZES: list[tuple[str, int]] = [
 ]  # fmt: skip
 
 
-def _limit(name: str) -> int | None:
+def limit(name: str) -> int | None:
+    """How large an int in a field of this name may be; None for one that says no size."""
     return next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
 
 
@@ -53,17 +54,17 @@ def shrunk(
             if value >= 100:
                 new[name] = ids.setdefault(value, 100 + len(ids))
         elif isinstance(value, int):
-            limit = _limit(name)
-            if keep_layers and limit == 2 and "layer" in name:
+            most = limit(name)
+            if keep_layers and most == 2 and "layer" in name:
                 continue
-            if only_layers and limit not in (2, 256, 128):
+            if only_layers and most not in (2, 256, 128):
                 continue
-            if limit is not None and value > limit:
-                new[name] = limit
+            if most is not None and value > most:
+                new[name] = most
         elif isinstance(value, list | tuple) and value and not LAYERED.fullmatch(name):
-            limit = _limit(name)
-            if limit is not None and not only_layers and all(type(v) is int for v in value):
-                new[name] = type(value)(min(v, 2 if v == 3 and limit == 4 else limit) for v in value)
+            most = limit(name)
+            if most is not None and not only_layers and all(type(v) is int for v in value):
+                new[name] = type(value)(min(v, 2 if v == 3 and most == 4 else most) for v in value)
     return new
 
 
@@ -161,6 +162,10 @@ BEFORE: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
 }
 SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2, 3]}
+ZAMBA = {
+    **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "mamba_d_conv": 4, "mamba_expand": 2},
+}
 SPECIAL: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 32},
     **dict.fromkeys(
@@ -188,14 +193,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
         {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
     ),
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_n_groups": 1},
-    "zamba2": {
-        "n_mamba_heads": 8,
-        "mamba_headdim": 16,
-        "mamba_ngroups": 1,
-        "attention_head_dim": 32,
-        "num_mem_blocks": 1,
-        "layers_block_type": ["mamba", "hybrid", "mamba"],
-        "num_hidden_layers": 3,
+    "zamba2": ZAMBA
+    | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "num_mem_blocks": 1}
+    | {"mamba_d_state": 16, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16, "chunk_size": 8}
+    | {"use_mem_eff_path": False},
+    "zamba": ZAMBA
+    | {"attention_hidden_size": None}
+    | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32}
+    | {"mamba_dt_rank": 8, "n_mamba_heads": 2, "use_mamba_kernels": False},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
     "jamba": {
         "attn_layer_period": 2,
