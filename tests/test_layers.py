@@ -128,6 +128,7 @@ LAYERS = [
     "integrations.vllm.quantization",
     "integrations.vllm",
     "integrations.sglang",
+    "integrations.plugins",
     "cli.screen",
     "cli.summary",
     "cli.models",
@@ -142,7 +143,18 @@ LAYERS = [
     "__main__",
 ]
 # Imported in the functions that need them.
-LAZY = {"triton", "transformers", "vllm", "sglang", "peft", "safetensors", "rich", "lm_eval", "gguf"}
+LAZY = {
+    "triton",
+    "transformers",
+    "diffusers",
+    "vllm",
+    "sglang",
+    "peft",
+    "safetensors",
+    "rich",
+    "lm_eval",
+    "gguf",
+}
 # Modules of Triton kernels, which import triton.
 DEVICE_CODE = {
     f"kernels.triton.{name}"

@@ -25,6 +25,7 @@ from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import SCALES_OF_8_BITS
 from rtn_tensor.integrations.transformers.folders import check_model_folder, empty_model, read_config
 from rtn_tensor.integrations.transformers.language_model import language_model_only
+from rtn_tensor.integrations.transformers.models import ends
 from rtn_tensor.quantize.allocation import OPTIONS, plan
 from rtn_tensor.quantize.estimate import estimate
 from rtn_tensor.quantize.plan import Plan
@@ -32,6 +33,7 @@ from rtn_tensor.quantize.refine import Refinement, refine_
 from rtn_tensor.quantize.report import Report, report
 from rtn_tensor.quantize.selection import find, parse_rule, rules_from_json, rules_to_json
 from rtn_tensor.quantize.written import check_tokens
+from rtn_tensor.tensor import RTNQuantizedTensor
 
 OURS = "rtn"  # the format that save writes
 REFINED_ON = 16384  # tokens of a given text at most
@@ -158,9 +160,20 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
     for entry, why in left_out.items():
         if entry not in read and not entry.name.endswith(".index.json"):
             say(f"Left out {entry.name}{'/' if entry.is_dir() else ''}: {why}")
+    if args.format == OURS and (share := _of_the_embedding(model)):
+        say(f"The embedding stays float and is {share:.0%} of the result; --embedding quantizes it, too")
     if args.push_to_hub:
         say(f"Pushed to {_push(args.dst, args.push_to_hub)}")
     return data, text
+
+
+def _of_the_embedding(model: Any) -> float | None:
+    """The part of the model's bytes that a float embedding takes, where that is most of them."""
+    w = getattr(ends(model)[0], "weight", None)
+    if w is None or isinstance(w, RTNQuantizedTensor):
+        return None
+    share = w.nbytes / sum(p.nbytes for p in model.parameters())
+    return share if share > 0.5 else None
 
 
 def _plan(args: argparse.Namespace, rules: Rules) -> Plan:

@@ -2,8 +2,8 @@
 """SGLang's `--quantization rtn`: weights quantized as they are copied into the model, and run by this
 library's kernels.
 
-SGLang loads this module, and calls `register`, in every process of its own (entry point
-`sglang.srt.plugins`); nothing here imports it. It has no layerwise loading: the parameters are
+`integrations.plugins` loads this module, and calls `register`, in every process of SGLang's own. SGLang has
+no layerwise loading: the parameters are
 `RTNQuantizedTensor`s from the start, and what its loaders copy into parts of them is quantized on the way, so
 that beside the model only the tensor being read is float.
 """

@@ -221,6 +221,19 @@ def test_tensors_that_have_no_place_are_said(run, models):
     )
 
 
+def test_an_embedding_that_is_most_of_the_result_is_said(run, models):
+    large = tiny_llama(tied=True)
+    large.resize_token_embeddings(4000)
+    large.save_pretrained(models / "large")
+    status, _, err = run("quantize", models / "large", models / "q")
+    assert status == 0
+    assert "The embedding stays float and is 9" in err
+    assert "of the result; --embedding quantizes it, too" in err
+    status, _, err = run("quantize", models / "large", models / "all", "--embedding")
+    assert status == 0
+    assert "The embedding" not in err
+
+
 @pytest.mark.parametrize("name", ["new.safetensors", "new.GGUF", "new.bin"])
 def test_a_destination_that_is_named_as_a_file_is(run, models, name):
     before = tree(models)

@@ -1,7 +1,10 @@
 """What plugins for serving engines decide, without an engine. The engines themselves: `make test-serving`."""
 
 import json
+import logging
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig
 
 from rtn_tensor import RTNQuantizedTensor, quantize_, rtn, rtn_int4, rtn_int8, save
+from rtn_tensor.integrations import plugins
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.integrations.options import (
     KeptConfig,
@@ -33,6 +37,22 @@ PARTS = [f"model.layers.3.self_attn.{part}_proj" for part in "qkv"]
 def no_variables(monkeypatch):
     monkeypatch.delenv("RTN_NUM_BITS", raising=False)
     monkeypatch.delenv("RTN_GROUP_SIZE", raising=False)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engine_whose_modules_moved_is_told_in_one_line(engine, monkeypatch, caplog):
+    """The plugin is loaded for users of other methods, too."""
+    moved = types.ModuleType(engine)
+    moved.__version__ = "9.9"
+    monkeypatch.setitem(sys.modules, engine, moved)
+    with caplog.at_level(logging.WARNING):
+        getattr(plugins, f"register_{engine}")()
+    (line,) = caplog.messages
+    assert line.startswith(
+        f"quantization 'rtn' is not there: rtn-tensor 0.1.0 was made for {plugins.TRIED[engine]}, and this is version 9.9 "
+        "(ModuleNotFoundError: No module named"
+    )
+    assert "\n" not in line
 
 
 def test_what_is_left_out_is_the_old_variables(monkeypatch):

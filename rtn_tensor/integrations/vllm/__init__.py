@@ -2,8 +2,7 @@
 """vLLM's `--quantization rtn`: weights quantized while they load, or as a quantized folder has them, and run
 by this library's kernels.
 
-vLLM loads this module, and calls `register`, in every process of its own (entry point
-`vllm.general_plugins`); nothing here imports it.
+`integrations.plugins` loads this module, and calls `register`, in every process of vLLM's own.
 """
 
 from vllm.model_executor.layers.quantization import register_quantization_config
