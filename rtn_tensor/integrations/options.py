@@ -20,6 +20,7 @@ from rtn_tensor.config import RTNConfig, rtn
 from rtn_tensor.formats import ASYMMETRIC, FORMAT_KEYS, FORMATS, SCALES_OF_8_BITS, format_of
 from rtn_tensor.integrations.transformers.folders import empty_model
 from rtn_tensor.integrations.transformers.names import renaming
+from rtn_tensor.quantize.kinds import STEPS
 from rtn_tensor.quantize.selection import (
     Rules,
     bits_of,
@@ -269,7 +270,8 @@ class Options:
             f"{name} ({count})" if count > 1 else name for name, count in sorted(self._kept.items())
         )
         return f"rtn: {quantized}; {before / 1e6:,.1f} MB of weights are {after / 1e6:,.1f} MB" + (
-            f"; float, as routers and layers of fewer than {SMALLEST} rows or columns are by default: {kept}"
+            f"; float, as routers, steps of a recurrent state and layers of fewer than {SMALLEST} rows or "
+            f"columns are by default: {kept}"
             if kept
             else ""
         )
@@ -292,8 +294,9 @@ def format_text(config: RTNConfig | None) -> str:
 
 def worth_it(name: str, in_features: int, out_features: int) -> bool:
     """Whether a linear layer is quantized where no rule names it: all but routers, whose errors send tokens
-    elsewhere, and the smallest."""
-    return name.rpartition(".")[2] not in ROUTERS and min(in_features, out_features) >= SMALLEST
+    elsewhere, the steps of a recurrent state, whose errors stay in it, and the smallest."""
+    kept = name.rpartition(".")[2] in (*ROUTERS, *STEPS)
+    return not kept and min(in_features, out_features) >= SMALLEST
 
 
 def check_cut(name: str, config: RTNConfig, in_features: int, of_rank: int) -> None:

@@ -92,8 +92,8 @@ def used_otherwise(model: nn.Module) -> set[nn.Module]:
 
 
 # What a layer with a recurrent state (Mamba, gated delta nets) has beside its large projections.
-_STEPS = {"x_proj", "dt_proj", "in_proj_ba", "in_proj_b", "in_proj_a", "a_proj", "b_proj"}
-_STEPS |= {"f_proj", "f_a_proj", "f_b_proj"}
+STEPS = {"x_proj", "dt_proj", "in_proj_ba", "in_proj_b", "in_proj_a", "a_proj", "b_proj"}
+STEPS |= {"f_proj", "f_a_proj", "f_b_proj"}
 
 
 def steps(model: nn.Module) -> set[nn.Module]:
@@ -103,7 +103,7 @@ def steps(model: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for module in model.modules():
         if any("A_log" in part._parameters for part in (module, *module.children())):
-            linears = {n: m for n, m in module.named_children() if n in _STEPS and isinstance(m, nn.Linear)}
+            linears = {n: m for n, m in module.named_children() if n in STEPS and isinstance(m, nn.Linear)}
             found |= set(linears.values())
     return found
 

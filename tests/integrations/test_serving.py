@@ -210,6 +210,9 @@ def test_layers_that_stay_float():
     assert worth_it("model.layers.0.mlp.gate_proj", 64, 64)
     assert not worth_it("model.layers.0.mlp.gate", 2048, 128)
     assert not worth_it("model.layers.0.mlp.shared_expert_gate", 2048, 1)
+    assert not worth_it("model.layers.0.mixer.x_proj", 2048, 128)
+    assert not worth_it("model.layers.0.linear_attn.in_proj_ba", 2048, 64)
+    assert worth_it("model.layers.0.linear_attn.in_proj_qkvz", 2048, 4096)
     assert not worth_it("proj", 2048, 31)
     assert not worth_it("proj", 31, 2048)
 
@@ -221,9 +224,8 @@ def test_summary():
         options.note(f"model.layers.{layer}.mlp.gate", None, 4 * 512, 4, 2)
     options.note("lm_head", rtn_int8(-1, "signed"), 1000 * 512, 1000, 2)
     assert options.summary() == (
-        "rtn: 2 int4 g128, 1 int8 g-1 signed; 1.2 MB of weights are 0.6 MB; float, as routers and layers of "
-        "fewer than 32 rows or columns "
-        "are by default: model.layers.*.mlp.gate (2)"
+        "rtn: 2 int4 g128, 1 int8 g-1 signed; 1.2 MB of weights are 0.6 MB; float, as routers, steps of a "
+        "recurrent state and layers of fewer than 32 rows or columns are by default: model.layers.*.mlp.gate (2)"
     )
 
 

@@ -185,9 +185,8 @@ def test_experts_of_two_precisions_and_what_is_said(folder, calls, monkeypatch):
     assert calls["linear"] >= 16 * 4
     assert calls["routed"] >= 16 * 4
     assert said == [
-        "rtn: 6 int4 g32, 2 int8 g-1; 7.9 MB of weights are 1.5 MB; float, as routers and layers of fewer "
-        "than 32 rows or columns are by "
-        "default: model.layers.*.mlp.gate (2)"
+        "rtn: 6 int4 g32, 2 int8 g-1; 7.9 MB of weights are 1.5 MB; float, as routers, steps of a recurrent "
+        "state and layers of fewer than 32 rows or columns are by default: model.layers.*.mlp.gate (2)"
     ]
 
 
