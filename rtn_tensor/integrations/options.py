@@ -3,6 +3,7 @@
 The engines' own classes are in `integrations/`; here is what all of them share, and it imports none of them.
 """
 
+import difflib
 import math
 import os
 import re
@@ -31,13 +32,27 @@ from rtn_tensor.quantize.selection import (
 )
 from rtn_tensor.reference import SwiGLU
 
-KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules")
+KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules", "targets")
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what engines call the linears that choose among experts
 # Of a layer with fewer inputs or outputs nothing is saved: it has less than a group, or a handful of rows.
 SMALLEST = 32
 
 
 # ----------------------------------------------------------------------- what is asked for
+
+
+def _of_targets(
+    targets: Any, config: Mapping[str, Any], default: RTNConfig | None
+) -> list[tuple[str, RTNConfig | None]]:
+    """The rules that `targets` says, as vLLM's own online quantization spells them: a format for each
+    pattern, and all other layers stay float."""
+    if not isinstance(targets, Mapping) or config.get("rules"):
+        said = "there beside rules" if config.get("rules") else repr(targets)
+        raise ValueError(
+            f"quantization_config: targets is {said}; give the one or the other, and targets as in "
+            '{"re:.*down_proj": {"bits": 8}}, which leaves other layers float'
+        )
+    return [*rules_from_json(list(map(list, targets.items())), default), ("*", None)]
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -112,10 +127,12 @@ class Options:
             ValueError: an unknown key or an unfit value; it says which, and what is allowed.
         """
         keys = (*KEYS, *own)
-        if unknown := set(config) - set(keys):
+        if unknown := sorted(set(config) - set(keys)):
+            near = difflib.get_close_matches(unknown[0], keys, 1)
+            meant = f" (for {unknown[0]!r}, is {near[0]!r} meant?)" if near else ""
             raise ValueError(
-                f"quantization_config has {', '.join(map(repr, sorted(unknown)))}; it takes "
-                f"{', '.join(map(repr, keys))}"
+                f"quantization_config has {', '.join(map(repr, unknown))}; it takes "
+                f"{', '.join(map(repr, keys))}{meant}"
             )
         base = _default_format()
         given = {key: config[key] for key in FORMAT_KEYS if key in config}
@@ -128,6 +145,8 @@ class Options:
         rules = rules_from_json([[pattern, None] for pattern in ignore]) + rules_from_json(
             config.get("rules") or [], default
         )
+        if (targets := config.get("targets")) is not None:
+            rules += _of_targets(targets, config, default)
         for config_of in (default, *(given for _, given in rules)):
             _check_served(config_of, unserved)
         return cls(default, rules)

@@ -217,6 +217,34 @@ def test_layers_that_stay_float():
     assert not worth_it("proj", 31, 2048)
 
 
+def test_targets_leave_all_other_layers_float():
+    """As vLLM's own online quantization spells it."""
+    options = Options.read({"bits": 4, "ignore": ["*.0.*"], "targets": {"re:.*down_proj": {"bits": 8}}})
+    down, up = (f"model.layers.1.mlp.{part}_proj" for part in ("down", "up"))
+    assert options.of_linear(down, {}, 512, 512, 2) == rtn(8, 128)
+    assert options.of_linear(up, {}, 512, 512, 2) is None
+    assert options.of_linear(down.replace("1", "0"), {}, 512, 512, 2) is None
+    options.check()
+    other = Options.read({"targets": {"re:.*q_proj": {}}})
+    other.of_linear(down, {}, 512, 512, 2)
+    with pytest.raises(ValueError, match=r"no layer matches 're:\.\*q_proj'"):
+        other.check()
+    for given, said in (
+        ({"targets": ["*"]}, r"targets is \['\*'\]; give the one or the other"),
+        ({"targets": {"*": {}}, "rules": [["*", {}]]}, "targets is there beside rules"),
+        ({"targets": {"*": {"bits": 5}}}, r"rules\[0\]: bits=5 is not supported"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Options.read(given)
+
+
+def test_an_unknown_option_is_told_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"has 'groupsize', 'x'; it takes .*'targets' \(for 'groupsize', is 'group_size'"
+    ):
+        Options.read({"groupsize": 64, "x": 1})
+
+
 def test_summary():
     options = Options.read({})
     for layer in range(2):
