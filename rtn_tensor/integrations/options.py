@@ -103,7 +103,7 @@ class Options:
     default: RTNConfig | None
     rules: Rules = field(default_factory=list)
     saved: dict[str, RTNConfig] = field(default_factory=dict)
-    _matched: set[str] = field(default_factory=set)
+    matched: set[str] = field(default_factory=set)
     _formats: Counter[str] = field(default_factory=Counter)
     _kept: Counter[str] = field(default_factory=Counter)
     _bytes: list[int] = field(default_factory=lambda: [0, 0])
@@ -229,7 +229,7 @@ class Options:
     def _of_part(self, part: str, name: str, by_default: bool) -> RTNConfig | None:
         if self.default is None:
             weight = f"{part}.weight" if f"{part}.weight" in self.saved else part
-            self._matched.add(weight)
+            self.matched.add(weight)
             return self.saved.get(weight)
         named, config = self.rule(part, name, by_default=by_default)
         return config if named else self.default if by_default else None
@@ -243,7 +243,7 @@ class Options:
             for pattern, config in self.rules
             if reaches(pattern, config, by_default) and matches(pattern, *names)
         ]
-        self._matched.update(pattern for pattern, _ in hits)
+        self.matched.update(pattern for pattern, _ in hits)
         return (True, hits[0][1]) if hits else (False, None)
 
     def check(self) -> None:
@@ -252,13 +252,13 @@ class Options:
         Raises:
             ValueError: a rule matches no layer, or a weight of a quantized folder has no place.
         """
-        if unknown := [pattern for pattern, _ in self.rules if pattern not in self._matched]:
+        if unknown := [pattern for pattern, _ in self.rules if pattern not in self.matched]:
             raise ValueError(
                 f"quantization_config: no layer matches {', '.join(map(repr, unknown))}, or only such as "
                 "stay float unless named in full; "
                 "names are as in 'model.layers.0.mlp.down_proj', and * matches any text"
             )
-        if lost := [name for name in self.saved if name not in self._matched]:
+        if lost := [name for name in self.saved if name not in self.matched]:
             raise ValueError(
                 f"{lost[0]} (of {len(lost)} such) is quantized in the folder, and no layer here can take it; "
                 "serve the float folder, or without quantization='rtn' where another library quantized it"

@@ -15,5 +15,5 @@ from engine import engine, greedy
 
 if __name__ == "__main__":
     for folder, options in json.loads(sys.argv[1]):
-        with engine(folder, tensor_parallel_size=2, **options) as llm:
+        with engine(folder, **{"tensor_parallel_size": 2} | options) as llm:
             print("\n" + json.dumps({"result": greedy(llm)}), flush=True)

@@ -81,3 +81,22 @@ def test_embeddings(folder, expected):
             hidden = expected.model(torch.tensor([ids])).last_hidden_state[0, -1]
             cosine = torch.cosine_similarity(hidden, torch.tensor(output.outputs.embedding), dim=0)
             assert cosine > 0.9999
+
+
+def test_a_rule_for_one_pipeline_stage(folder):
+    """Each stage has only some layers. vLLM 0.32 cannot run a second stage on a CPU, float models neither, so
+    that loading alone is looked at."""
+    stages = {"pipeline_parallel_size": 2, "tensor_parallel_size": 1}
+
+    def said(pattern):
+        options = rtn(bits=4, group_size=64, rules=[[pattern, {"bits": 8}]])
+        case = [[str(folder("llama")), stages | options]]
+        command = [sys.executable, str(HERE / "ranks.py"), json.dumps(case)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        return done.stdout + done.stderr
+
+    text = said("*.0.*down_proj")
+    assert "rtn: 3 int4 g64, 1 int8 g64;" in text
+    assert "rtn: 4 int4 g64;" in text
+    assert "no layer matches" not in text
+    assert "no layer matches '*.7.*down_proj'" in said("*.7.*down_proj")

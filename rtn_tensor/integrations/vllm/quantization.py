@@ -185,6 +185,9 @@ class RTNQuantizationConfig(QuantizationConfig):
         """
         if not self.told:
             self.told = True
-            if get_pp_group().world_size == 1:  # else this rank has only some layers
-                self.options.check()
+            if (stages := get_pp_group()).world_size > 1:  # this rank has only some layers
+                matched: list[Any] = [None] * stages.world_size
+                torch.distributed.all_gather_object(matched, self.options.matched, stages.cpu_group)
+                self.options.matched.update(*matched)
+            self.options.check()
             logger.info(self.options.summary())
