@@ -286,3 +286,14 @@ def test_experts():
         }
         assert over, (layer, peer)
         assert all(is_rounded(cell, over[m]) for m, cell in cells.items() if m in over and cell), name
+
+
+def test_embeddings():
+    header = ("1 - cosine", "of the first ten found, %", "64 sentences, ms", "one query, ms")
+    page = table("docs/models.md", *header)
+    rows = {row["name"]: row for row in results("embeddings.json")["rows"]}
+    assert page.keys() == rows.keys()
+    for name, row in rows.items():
+        values = (row["distance"], 100 * row["found"], row["batch"], row["query"])
+        for column, value in zip(header, values, strict=True):
+            assert is_rounded(page[name][column], value), (name, column)
