@@ -83,15 +83,16 @@ def describe(model: nn.Module) -> None:
 LISTENERS.append(describe)
 
 
-def _around(model: nn.Module) -> Iterator[str]:
-    """Patterns for what of `model` stands outside of its blocks, or modulates them."""
+def _around(model: nn.Module, names: list[str]) -> Iterator[str]:
+    """Patterns for those weights of `model`, among `names`, that stand outside of its blocks, or modulate
+    them."""
     blocks = {
         name
         for name, child in model.named_children()
         if name == "mid_block" or isinstance(child, nn.ModuleList)
     }
-    for weight in weights(model, products(model)):
-        first, *rest = weight.fqn.split(".")
+    for name in names:
+        first, *rest = name.split(".")
         if first not in blocks:
             yield f"{first}.*" if rest else first
         elif any(map(_MODULATES.search, rest)):
@@ -113,7 +114,7 @@ def diffusion_blocks_only(model: nn.Module) -> list[tuple[str, RTNConfig | None]
     """
     check_module(model)
     found = [weight.fqn for weight in weights(model, products(model))]
-    patterns = dict.fromkeys(_around(model))
+    patterns = dict.fromkeys(_around(model, found))
     whole = tuple(pattern[:-1] for pattern in patterns if pattern.endswith(".*"))
     if not found or all(name.startswith(whole) for name in found):
         raise ValueError(

@@ -25,14 +25,6 @@ def assert_as_expected(model, generated):
     assert difference(model, generated, LONG) < ROUNDING["float32"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    import tiny
-
-    root = tmp_path_factory.mktemp("models")
-    return lambda name: tiny.make(name, root / name)
-
-
 def test_prefix_caching_and_chunked_prefill(folder, expected):
     with engine(folder("llama"), enable_prefix_caching=True, max_num_batched_tokens=32, **OPTIONS) as llm:
         first, again = greedy(llm, LONG), greedy(llm, LONG)  # the second time out of the cache

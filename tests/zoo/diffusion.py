@@ -15,10 +15,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from zoo.inputs import ids, numbers
-from zoo.sweep import CONFIG, DIFFUSION, MOST, assert_close, assert_equal, forward, left_float, write_page
+from zoo.sweep import (
+    CONFIG,
+    DIFFUSION,
+    MOST,
+    answer,
+    assert_close,
+    assert_equal,
+    forward,
+    left_float,
+    reason,
+    write_page,
+)
 from zoo.tiny_configs import limit
 
-from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, save
+from rtn_tensor import RTNQuantizedTensor, load, quantize_, save
 
 UNET = {"block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1, "sample_size": 16}
 DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -152,11 +163,7 @@ def check(name: str, model: nn.Module, inputs: dict | None, folder: Path) -> lis
     save_file(model.state_dict(), folder / "float" / "model.safetensors")
     quantized = copy.deepcopy(model)
     report = quantize_(quantized, CONFIG)
-    if inputs is not None:
-        got = forward(quantized, inputs)
-        dense = copy.deepcopy(quantized)
-        dequantize_(dense)
-        assert_close(got, forward(dense, inputs))
+    got = answer(quantized, inputs)
     save(quantized, folder / "own")
     again = load(folder / "own", model=make(name).eval())
     assert_equal(again, quantized)
@@ -175,9 +182,7 @@ def find(name: str) -> dict:
     try:
         model = build(name)
     except Exception as error:
-        large = isinstance(error, MemoryError)
-        why = "large, however its config is shrunk" if large else "the test makes no small config of it"
-        return {"class": name, "not built": why}
+        return {"class": name, "not built": reason(error)}
     for i, inputs in enumerate(trials(model)):
         try:
             assert forward(model, inputs)

@@ -142,6 +142,17 @@ def assert_close(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * max(most, 1e-6), equal_nan=True)
 
 
+def answer(quantized: nn.Module, inputs: dict | None) -> list[torch.Tensor]:
+    """What it gives for `inputs`, which is what its dequantized copy gives; nothing where none are known."""
+    if inputs is None:
+        return []
+    got = forward(quantized, inputs)
+    dense = copy.deepcopy(quantized)
+    dequantize_(dense)
+    assert_close(got, forward(dense, inputs))
+    return got
+
+
 UNKNOWN = ("use not known", "not understood")
 
 
@@ -165,11 +176,7 @@ def check(model: nn.Module, inputs: dict | None, keep: list[str], folder: Path) 
     model.save_pretrained(folder / "float")
     quantized = copy.deepcopy(model)
     report = quantize_(quantized, rules)
-    if inputs is not None:
-        got = forward(quantized, inputs)
-        dense = copy.deepcopy(quantized)
-        dequantize_(dense)
-        assert_close(got, forward(dense, inputs))
+    got = answer(quantized, inputs)
     quantized.save_pretrained(folder / "saved")
     again = load(folder / "saved")
     assert_equal(again, quantized)
@@ -203,7 +210,7 @@ KNOWN = {
 }
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     if isinstance(error, ImportError) and (named := re.search(r"requires the (\w+) library", str(error))):
         return f"needs {named[1]}"
     if isinstance(error, MemoryError):
@@ -220,7 +227,7 @@ def find(kind: str, names: list[str]) -> dict:
             try:
                 model = build(kind, name, wide)
             except Exception as error:
-                why = why or _reason(error)
+                why = why or reason(error)
                 continue
             best = best or entry
             for i, inputs in enumerate(_trials(model)):
