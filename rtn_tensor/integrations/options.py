@@ -398,8 +398,13 @@ def is_saved(config: Mapping[str, Any]) -> bool:
     return config.get("quant_method") == "torchao" and ours is not None
 
 
-def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
+def saved_formats(path: str | os.PathLike, swapped: str | None = None) -> dict[str, RTNConfig]:
     """The format of each quantized weight of a folder, by its name there.
+
+    Args:
+        path: the folder.
+        swapped: a regular expression for the weights that the engine's plugin takes as [in_features,
+            out_features].
 
     Raises:
         FileNotFoundError: `path` is no folder on this machine, or holds no checkpoint.
@@ -411,7 +416,7 @@ def saved_formats(path: str | os.PathLike) -> dict[str, RTNConfig]:
         )
     formats = {}
     for name, about in saved_attributes(path, lambda: renaming(empty_model(path))).items():
-        if about["transposed"]:
+        if about["transposed"] and not (swapped and re.search(swapped, name)):
             raise ValueError(
                 f"{name} is saved as [in_features, out_features]; serve the float folder "
                 "instead, with quantization='rtn'"

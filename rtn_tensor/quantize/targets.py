@@ -38,7 +38,6 @@ from rtn_tensor.quantize.selection import (
     tensors_of,
     weights,
 )
-from rtn_tensor.reference import widened
 from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.wording import with_article
 
@@ -190,14 +189,6 @@ def too_large(w: Tensor, scale_method: str) -> str | None:
         f"has weights of up to {largest:.3g}, and the 8-bit scales of {scale_method!r} are for weights of at "
         f"most {LARGEST_OF_8_BITS:g}; use {SCALES_OF_8_BITS[scale_method]!r} for it"
     )
-
-
-def is_saturated(w: RTNQuantizedTensor) -> bool:
-    """Whether some of its 8-bit scales are the largest that there is, as where weights that were copied into
-    it were too large."""
-    if w.scale_method not in SCALES_OF_8_BITS or not w.scale.numel():
-        return False
-    return float(widened(w.scale).abs().max()) >= LARGEST_OF_8_BITS / 8  # what an int4 is of it at most
 
 
 def check_targets(targets: list[Target]) -> None:

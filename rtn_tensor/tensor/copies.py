@@ -140,6 +140,17 @@ def copy_op(func, types, args, kwargs):
     return dst
 
 
+@on_op([aten.zero_.default, aten.fill_.Scalar])
+def fill_op(func, types, args, kwargs):
+    """Zeros only, which are exact; loaders fill with them the rows that no token has."""
+    w, value = (*args, 0)[:2]
+    if value != 0:
+        raise named_error(
+            w, f"cannot fill_ a quantized weight with {value}, only with 0; copy_ a float tensor into it"
+        )
+    return w.copy_(torch.zeros(w.shape, dtype=w.dtype, device=w.device))
+
+
 @on_op(
     [
         *(aten.add_.Tensor, aten.add_.Scalar, aten.sub_.Tensor, aten.sub_.Scalar),

@@ -301,7 +301,7 @@ def test_formats_are_found_under_the_names_in_the_files(tmp_path):
     assert not any(".mlp." in name for name in names)
 
 
-def test_experts_whose_dims_are_swapped_are_refused(tmp_path):
+def test_experts_whose_dims_are_swapped_are_refused_unless_the_engine_takes_them(tmp_path):
     model = tiny_moe("GptOss")
     quantize_(model, rtn_int4(32))
     save(model, tmp_path / "saved")
@@ -309,6 +309,8 @@ def test_experts_whose_dims_are_swapped_are_refused(tmp_path):
         ValueError, match=r"is saved as \[in_features, out_features\]; serve the float folder " r"instead"
     ):
         saved_formats(tmp_path / "saved")
+    taken = saved_formats(tmp_path / "saved", swapped=r"\.experts\.(gate_up|down)_proj$")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in taken
 
 
 def but_the_ends(module, fqn):

@@ -31,7 +31,6 @@ def test_tokens(folder, calls, name):
 
 
 def test_weights_that_8_bit_scales_cannot_hold(folder, tmp_path):
-    """GPT-OSS's experts are quantized as they are copied into their parameters, and the rest after loading."""
     from safetensors.torch import load_file, save_file
 
     for name, weight in (

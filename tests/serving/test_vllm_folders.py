@@ -22,7 +22,8 @@ PARTS = FqnToConfig(
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [("llama", PARTS), ("qwen3_moe", BY_TURNS), ("mixtral", BY_TURNS)]
+    ("name", "config"),
+    [("llama", PARTS), ("qwen3_moe", BY_TURNS), ("mixtral", BY_TURNS), ("gpt_oss", BY_TURNS)],
 )
 def test_saved_and_reload_takes_another(folder, tmp_path, calls, name, config):
     """The second folder's weights land in the first one's memory."""

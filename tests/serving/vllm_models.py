@@ -31,11 +31,13 @@ def weights(llm) -> dict:
 
 
 def other(path, to):
-    """The folder `to` of the model at `path` with other weights."""
+    """The folder `to` of the model at `path` with other weights, but for GPT-OSS's attention sinks, which vLLM
+    does not reload, in float models neither."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.25).add_(0.01)
+        for name, p in model.named_parameters():
+            if not name.endswith("sinks"):
+                p.mul_(1.25).add_(0.01)
     model.save_pretrained(to)
     return to
 

@@ -270,3 +270,15 @@ double: dtype torch.float64 is not supported for a quantized weight; use torch.f
 integers: dtype torch.int8 is not supported for a quantized weight; use torch.float32, torch.bfloat16, torch.float16
 scale: a scale of 1.25e+08 overflows torch.float16; keep torch.float32, or use torch.bfloat16""",
     )
+
+
+@every_width
+@pytest.mark.parametrize("zeroed", [lambda w: w.zero_(), lambda w: w.fill_(0)], ids=["zero_", "fill_"])
+def test_zeros_in_some_rows(zeroed, bits):
+    w = gaussian(6, 300, bits=bits)
+    expected = w.dequantize()
+    part = zeroed(w[2:4])
+    expected[2:4] = 0
+    assert isinstance(part, RTNQuantizedTensor)
+    assert_same(w.dequantize(), expected)
+    assert zeroed(w[6:]).shape == (0, 300)

@@ -1,6 +1,7 @@
 # pyright: reportMissingImports=false
 """How the experts of vLLM's mixture-of-experts layers are loaded and run."""
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 
 from rtn_tensor.config import RTNConfig
-from rtn_tensor.formats import LARGEST_OF_8_BITS, SCALES_OF_8_BITS, format_of
 from rtn_tensor.integrations.experts import run
 from rtn_tensor.integrations.options import activation_of, check_cut, check_router
 from rtn_tensor.integrations.vllm.parameters import (
@@ -21,19 +21,32 @@ from rtn_tensor.integrations.vllm.parameters import (
     quantized_loaded,
     take_planes,
 )
-from rtn_tensor.quantize.targets import is_finite, is_saturated
-from rtn_tensor.reference import widened
-from rtn_tensor.tensor import RTNQuantizedTensor
+
+
+def is_gpt_oss(layer: Any) -> bool:
+    if layer.activation.value != "swigluoai":
+        return False
+    from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
+
+    return isinstance(layer, GptOssRoutedExperts)
+
+
+def load_stacked(layer: Any, param: nn.Parameter, loaded_weight: Tensor) -> None:
+    """A plane of all experts into a parameter of those that this rank has, of which it has a part of dim
+    `param.cut`."""
+    cut: Any = param.cut
+    size = param.shape[cut]
+    if loaded_weight.shape[cut] != size:
+        loaded_weight = loaded_weight.narrow(cut, layer.moe_config.tp_rank * size, size)
+    for expert, plane in enumerate(loaded_weight):
+        at = expert if layer.expert_map is None else int(layer.expert_map[expert])
+        if at >= 0:
+            param.data[at].copy_(plane)
 
 
 class RTNExpertsMethod(FusedMoEMethodBase):
     """The experts of a layer: `w13_weight [E, 2 I, H]` and `w2_weight [E, H, I]`, biases where the model has
-    them.
-
-    GPT-OSS's code copies into its parameters without asking their loaders, past vLLM's layerwise loading.
-    There they are quantized from the start, and what is copied into them is on the way; such a model cannot
-    be reloaded.
-    """
+    them."""
 
     def __init__(self, parent: Any, configs: tuple[RTNConfig, RTNConfig], layer: Any, name: str):
         super().__init__(layer.moe_config)
@@ -44,8 +57,9 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         )
         check_router(name, layer.apply_router_weight_on_input, layer.top_k)
         self.saved = parent.options.default is None
-        self.at_once = layer.activation.value == "swigluoai"
-        self.uses_meta_device = not self.saved and not self.at_once
+        self.uses_meta_device = not self.saved
+        # Its code would transpose planes that are called as it calls weights.
+        self.loads_planes = self.saved and is_gpt_oss(layer)
 
     def create_weights(
         self,
@@ -66,16 +80,8 @@ class RTNExpertsMethod(FusedMoEMethodBase):
                 self.name, config, shape[0] * shape[1] * shape[2], shape[0] * shape[1], params_dtype.itemsize
             )
             device = "meta" if self.uses_meta_device else None
-            if self.at_once:
-                put(
-                    layer,
-                    f"{w}_weight",
-                    RTNQuantizedTensor.empty(*shape, **format_of(config), dtype=params_dtype),
-                    self._fqn(w),
-                )
-                parameters = [getattr(layer, f"{w}_weight")]
-            elif self.saved:
-                planes = add_planes(layer, f"{w}_weight", shape, config, params_dtype)
+            if self.saved:
+                planes = add_planes(layer, self._begin(w), shape, config, params_dtype)
                 kind = "CHANNEL" if config.group_size == -1 else "GROUP"
                 parameters = list(planes.values())
                 for of_groups in parameters[1:]:  # the scale, and the zero where there is one
@@ -88,11 +94,18 @@ class RTNExpertsMethod(FusedMoEMethodBase):
                 layer.register_parameter(f"{w}_bias", parameters[-1])
             for parameter in parameters:
                 set_weight_attrs(parameter, extra_weight_attrs)
+            if self.loads_planes:
+                for parameter in planes.values():
+                    parameter.cut = 1 if w == "w13" else 2
+                    parameter.weight_loader = MethodType(load_stacked, layer)
         if self.uses_meta_device:
             initialize_online_processing(layer)
 
     def _fqn(self, w: str) -> str:
         return f"{self.name}.{'gate_up_proj' if w == 'w13' else 'down_proj'}"
+
+    def _begin(self, w: str) -> str:
+        return f"_{w}_weight" if self.loads_planes else f"{w}_weight"
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if getattr(layer, "_already_called_process_weights_after_loading", False):
@@ -100,20 +113,8 @@ class RTNExpertsMethod(FusedMoEMethodBase):
         self.parent.tell()
         for w, config in self.configs.items():
             fqn = self._fqn(w)
-            if self.at_once:
-                if not is_finite(widened(getattr(layer, f"{w}_weight").scale)):
-                    raise ValueError(
-                        f"{fqn} holds NaN or inf, or nothing was loaded; repair the checkpoint, "
-                        "or name the layer in ignore"
-                    )
-                if is_saturated(getattr(layer, f"{w}_weight")):
-                    raise ValueError(
-                        f"{fqn} has weights of {LARGEST_OF_8_BITS:g} or more, past 8-bit scales; "
-                        f"use {SCALES_OF_8_BITS[config.scale_method]!r} for it"
-                    )
-                continue
             if self.saved:
-                q = take_planes(layer, f"{w}_weight", self.shapes[w][-1], config, self.dtype, fqn)
+                q = take_planes(layer, self._begin(w), self.shapes[w][-1], config, self.dtype, fqn)
             else:
                 q = quantized_loaded(layer, getattr(layer, f"{w}_weight").data, config, fqn)
             put(layer, f"{w}_weight", q, fqn, weight_loader=self.weight_loader)

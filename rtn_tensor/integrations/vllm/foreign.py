@@ -103,21 +103,38 @@ class ForeignFolder:
             yield f"{begin}_{IN_FILES[plane]}", data
 
 
+def each_expert(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """`weights` with the experts of GPT-OSS, float weights and biases, one by one, as its code takes them,
+    too; what it takes stacked it copies past vLLM's layerwise loading."""
+    for name, t in weights:
+        if stacked := re.fullmatch(r"(.*\.experts)\.((gate_up|down)_proj(_bias)?)", name):
+            for i, expert in enumerate(t):
+                yield f"{stacked[1]}.{i}.{stacked[2]}", expert
+        else:
+            yield name, t
+
+
 @dataclass
-class TurningMapper(WeightsMapper):
-    """A mapper of names that lets a folder turn its planes first; it stays one when vLLM adds it to
-    others."""
+class LoadedMapper(WeightsMapper):
+    """A mapper of names that first lets a folder turn its planes, or takes stacked experts apart; it stays
+    one when vLLM adds it to others."""
 
     folder: ForeignFolder | None = None
+    apart: bool = False
+
+    def _with(self, names: WeightsMapper) -> WeightsMapper:
+        return LoadedMapper(**vars(names), folder=self.folder, apart=self.apart)
 
     def __or__(self, other: WeightsMapper) -> WeightsMapper:
-        return TurningMapper(**vars(super().__or__(other)), folder=self.folder)
+        return self._with(super().__or__(other))
 
     def __ror__(self, other: WeightsMapper) -> WeightsMapper:
-        return TurningMapper(**vars(WeightsMapper.__or__(other, self)), folder=self.folder)
+        return self._with(WeightsMapper.__or__(other, self))
 
     def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        return super().apply(weights if self.folder is None else self.folder.turned(weights))
+        if self.folder is not None:
+            weights = self.folder.turned(weights)
+        return super().apply(each_expert(weights) if self.apart else weights)
 
 
 def is_ours_at(path: str | os.PathLike) -> bool:

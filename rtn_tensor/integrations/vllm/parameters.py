@@ -19,7 +19,7 @@ from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import format_of, pack_gptq, unpack
 from rtn_tensor.integrations.options import KeptConfig
 from rtn_tensor.quantize.targets import is_finite, too_large
-from rtn_tensor.reference import widened
+from rtn_tensor.reference import narrowed, widened
 from rtn_tensor.tensor import RTNQuantizedTensor
 
 
@@ -35,6 +35,8 @@ def add_planes(
     scale_dtype = config.scale_dtype if isinstance(config, KeptConfig) else dtype
     w = RTNQuantizedTensor.empty(*shape, **format_of(config), dtype=dtype, scale_dtype=scale_dtype)
     planes: dict[str, Any] = {}
+    # So that what is never loaded is not silently garbage.
+    w.scale.copy_(narrowed(torch.full(w.scale.shape, torch.nan), w.scale.dtype))
     for plane, data in w.planes.items():
         planes[plane] = nn.Parameter(data, requires_grad=False)
         layer.register_parameter(f"{name}_{IN_FILES[plane]}", planes[plane])
@@ -48,11 +50,11 @@ def take_planes(
     loaded = {plane: layer._parameters.pop(f"{name}_{end}", None) for plane, end in IN_FILES.items()}
     planes = {plane: parameter.data for plane, parameter in loaded.items() if parameter is not None}
     if not is_finite(widened(planes["scale"])):
-        why = "is NaN or inf" if isinstance(config, KeptConfig) else f"does not fit {dtype}"
+        why = "is NaN or inf" if isinstance(config, KeptConfig) else f"is NaN, or does not fit {dtype}"
         way_out = (
             "repair the checkpoint" if isinstance(config, KeptConfig) else "serve it with dtype='bfloat16'"
         )
-        raise ValueError(f"{fqn}: a scale {why}; {way_out}")
+        raise ValueError(f"{fqn}: a scale {why}, or was not loaded; {way_out}")
     return RTNQuantizedTensor(**planes, **format_of(config), in_features=k, float_dtype=dtype)
 
 

@@ -17,10 +17,10 @@ from vllm.model_executor.models.utils import WeightsMapper
 from rtn_tensor.checkpoint.foreign.reading import READERS
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.integrations.options import Options, has_own_output, is_saved, saved_formats
-from rtn_tensor.integrations.vllm.experts import RTNExpertsMethod
+from rtn_tensor.integrations.vllm.experts import RTNExpertsMethod, is_gpt_oss
 from rtn_tensor.integrations.vllm.foreign import (
     ForeignFolder,
-    TurningMapper,
+    LoadedMapper,
     foreign_folder,
     is_ours_at,
 )
@@ -28,6 +28,8 @@ from rtn_tensor.integrations.vllm.linear import RTNLinearMethod
 
 logger = init_logger(f"vllm.{__package__}")  # vLLM shows no others
 
+# What its code calls the stacked weights of experts is another name than in files; here they keep the latter.
+OF_GPT_OSS = r"\.experts\.(gate_up|down)_proj$"
 ENGINE_KERNELS = {
     "rtn": "this library's",
     "vllm": "vLLM's for mixed precision: Machete or Marlin on CUDA, its own int4 on a CPU; --linear-backend "
@@ -52,6 +54,7 @@ class RTNQuantizationConfig(QuantizationConfig):
         self.embedding: RTNConfig | None = None
         # What the model calls its experts' weights where they are fused.
         self.experts_names = ("gate_up_proj", "down_proj")
+        self.apart = False  # stacked weights of experts are given to the model's code one by one
         self.told = False
 
     def get_name(self) -> str:
@@ -98,14 +101,18 @@ class RTNQuantizationConfig(QuantizationConfig):
             if hf_config is not None and "lm_head.weight" in self.folder.formats:
                 hf_config.get_text_config().tie_word_embeddings = False
         elif self.options.default is None:
-            self.options.saved = saved_formats(model_name)
+            gpt_oss = getattr(hf_config, "model_type", None) == "gpt_oss"
+            self.options.saved = saved_formats(model_name, OF_GPT_OSS if gpt_oss else None)
             # Else vLLM takes the embedding in its stead.
             if hf_config is not None and has_own_output(model_name):
                 hf_config.get_text_config().tie_word_embeddings = False
         self.tied = hf_config is not None and bool(hf_config.get_text_config().tie_word_embeddings)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        self.options.saved = hf_to_vllm_mapper.apply_dict(self.options.saved)
+        saved = hf_to_vllm_mapper.apply_dict(self.options.saved)
+        names = {".experts.w13_weight": ".experts.gate_up_proj", ".experts.w2_weight": ".experts.down_proj"}
+        of_files = WeightsMapper(orig_to_new_suffix=names)
+        self.options.saved = of_files.apply_dict(saved)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Experts' planes are named as vLLM's own loader names fused experts, and then what our parameters
@@ -121,7 +128,7 @@ class RTNQuantizationConfig(QuantizationConfig):
         # Our own folder's experts, where they are modules of their own.
         names[r"\.experts\.(\d+)\.(\w+)\._weight_(qdata|scale|zero_point)$"] = r".experts.\1.\2.weight_\3"
         by_name = {regex.compile(old): new for old, new in names.items()}
-        return TurningMapper(orig_to_new_regex=by_name, folder=self.folder)
+        return LoadedMapper(orig_to_new_regex=by_name, folder=self.folder, apart=self.apart)
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
@@ -173,7 +180,9 @@ class RTNQuantizationConfig(QuantizationConfig):
                 f"{prefix}: quantized experts of this model cannot be loaded; serve the float "
                 "folder, with quantization='rtn'"
             )
-        if layer.ckpt_gate_proj_name == "w1":
+        if is_gpt_oss(layer):
+            self.apart, self.experts_names = True, ("routed_experts._w13_weight", "routed_experts._w2_weight")
+        elif layer.ckpt_gate_proj_name == "w1":
             self.experts_names = ("w13", "w2")
         return RTNExpertsMethod(self, configs, layer, prefix)
 
