@@ -21,6 +21,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16
 # One file an instruction set; which of them runs is chosen when the library is loaded.
 FLAGS = {
     "x86_64": {
+        "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
         "isa_avx512bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
         "isa_avx512vnni.cpp": [*AVX512, "-mavx512vnni"],
         "isa_avx512.cpp": AVX512,

@@ -138,7 +138,7 @@ def isa() -> str | None:
 
 
 def set_isa(name: str) -> None:
-    """Forces one of "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neoni8mm", "neonbf16",
+    """Forces one of "amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "neoni8mm", "neonbf16",
     "neondot" and "generic", for tests and benchmarks.
 
     Raises:

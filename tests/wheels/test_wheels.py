@@ -88,7 +88,7 @@ def test_the_kernels_run_where_there_is_no_compiler(tmp_path):
     file, version, isa = run(python, "-c", PROGRAM, cwd=tmp_path, env=environment).split()
     assert Path(file) == site / "rtn_tensor/__init__.py"
     assert version == wheel("x86_64").stem.split("-")[1]
-    assert isa in ("avx512bf16", "avx512", "avx2", "generic")
+    assert isa in ("amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "generic")
     command = run(home / "bin/rtn-tensor", "--help", cwd=tmp_path, env=environment)
     assert command.startswith("usage: rtn-tensor")
 

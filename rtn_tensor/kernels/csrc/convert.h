@@ -107,6 +107,7 @@ inline scale8 from_float<scale8>(float x) {
 
 // Eight activations as four pairs of neighbours, in the two forms that instruction sets multiply.
 struct FloatPairs {
+  static constexpr int COLUMNS = 8;
   float even[4], odd[4];
 
   template <class T>
@@ -116,6 +117,7 @@ struct FloatPairs {
 };
 
 struct Bf16Pairs {
+  static constexpr int COLUMNS = 8;
   uint32_t pair[4];
 
   explicit Bf16Pairs(const bf16* from) { memcpy(pair, from, sizeof(pair)); }

@@ -20,32 +20,38 @@ namespace {
 template <class I>
 struct FloatProduct {
   static constexpr int L = I::L, V = I::V;
-  static constexpr int COLUMNS = 8;  // that an X has
   // Columns of a block of rows that are decoded into L2 (64 KiB, as bf16). At M = 256 half of it costs 2 %, and twice is no faster.
   static constexpr int64_t K_BLOCK = 1024;
   using F = typename I::F;
   using D = typename I::D;
   using W = typename I::W;
   using X = typename I::X;
+  static constexpr int COLUMNS = X::COLUMNS;
+  static constexpr int64_t BLOCKS = 4;  // of rows, at most, to which a thread applies the same tokens in one go
+  static constexpr bool ALWAYS_DECODED = false;
 
   template <int BITS>
   static constexpr int per_chunk() {  // decoded pairs of a row
     return 64 / BITS;
   }
+  template <int BITS>
+  static constexpr int chunks_together() {  // that are decoded at least
+    return 1;
+  }
 
   // ------------------------------------------------------------------------------------------------ activations
 
-  // A tile's tokens, interleaved by pieces of eight: out[piece * tokens + token]. Zero past K.
+  // A tile's tokens, interleaved by pieces: out[piece * tokens + token]. Zero past K.
   template <class T, class Frame>
   static void pack(const Frame& l, const typename Frame::Tile& tile, X* out) {
     const T* x = l.template row_of<T>(tile.row);
-    const int64_t whole = l.a.k / 8, pieces = l.x_pieces();
+    const int64_t whole = l.a.k / COLUMNS, pieces = l.x_pieces();
     for (int64_t p = 0; p < whole; ++p)
-      for (int64_t c = 0; c < tile.tokens; ++c) *out++ = I::piece(x + c * l.a.x_stride + 8 * p);
+      for (int64_t c = 0; c < tile.tokens; ++c) *out++ = I::piece(x + c * l.a.x_stride + COLUMNS * p);
     for (int64_t p = whole; p < pieces; ++p) {
       for (int64_t c = 0; c < tile.tokens; ++c) {
-        T some[8] = {};
-        for (int64_t j = 0; 8 * p + j < l.a.k; ++j) some[j] = x[c * l.a.x_stride + 8 * p + j];
+        T some[COLUMNS] = {};
+        for (int64_t j = 0; COLUMNS * p + j < l.a.k; ++j) some[j] = x[c * l.a.x_stride + COLUMNS * p + j];
         *out++ = I::piece(some);
       }
     }

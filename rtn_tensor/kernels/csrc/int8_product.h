@@ -32,6 +32,8 @@ template <class I>
 struct Int8Product {
   static constexpr int L = I::L, V = I::V;
   static constexpr int COLUMNS = 32;
+  static constexpr int64_t BLOCKS = 4;
+  static constexpr bool ALWAYS_DECODED = false;
   static constexpr int64_t K_BLOCK = 2048;  // 64 KiB, as bytes
   using F = typename I::F;
   using D = typename I::D;
@@ -42,6 +44,10 @@ struct Int8Product {
   template <int BITS>
   static constexpr int per_chunk() {  // operands of a row
     return 32 / BITS;
+  }
+  template <int BITS>
+  static constexpr int chunks_together() {
+    return 1;
   }
 
   // ------------------------------------------------------------------------------------------------ activations

@@ -294,7 +294,8 @@ struct Linear {
         // What is decoded next: the rows below, or the first rows further on; at the last, the rows below again.
         const int64_t below = R * a.qdata_stride;
         const int64_t next = b + 1 < end ? below + c * 16 : stop < chunks ? stop * 16 - (b - begin) * below : below;
-        decode_block<BITS>(r, c, stop, decoded);
+        constexpr int TOGETHER = Product::template chunks_together<BITS>();
+        decode_block<BITS>(r, c, (stop + TOGETHER - 1) / TOGETHER * TOGETHER, decoded);
         const int64_t count = (stop - 1) / group_chunks + 1 - group;
         widen_scales(r, group, count, scales);
         float* to = sums + (b - begin) * tokens * R;
@@ -326,8 +327,8 @@ struct Linear {
   template <int BITS>
   void run_blocks(const Run& run, int64_t begin, int64_t end) {
     bool done = true;
-    if (run.last - run.first > 1) done = many<BITS>(run.first, run.last, begin, end);
-    else
+    if (Product::ALWAYS_DECODED || run.last - run.first > 1) done = many<BITS>(run.first, run.last, begin, end);
+    else if constexpr (!Product::ALWAYS_DECODED)
       for (int64_t b = begin; b < end; ++b) done &= few<BITS>(tile_list[run.first], b);
     if (!done) failed = true;
   }
@@ -368,8 +369,8 @@ struct Linear {
       }
     }
     parallel_for(a.m * a.k < 32768 ? 1 : a.threads, tiles, pack_tile, this);
-    // Turns of 4 blocks or fewer, such that every thread gets as many.
-    const int64_t turns = a.threads * ((row_blocks + 4 * a.threads - 1) / (4 * a.threads));
+    // Turns of BLOCKS or fewer, such that every thread gets as many.
+    const int64_t turns = a.threads * ((row_blocks + Product::BLOCKS * a.threads - 1) / (Product::BLOCKS * a.threads));
     at_once = (row_blocks + turns - 1) / turns;
     parallel_for(a.threads, runs * ((row_blocks + at_once - 1) / at_once), run_turn, this);
     const int64_t size = a.dtype == RTN_FLOAT32 ? 4 : 2;

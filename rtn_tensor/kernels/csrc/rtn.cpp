@@ -7,13 +7,13 @@
 
 namespace rtn {
 
-extern const Isa avx512bf16, avx512vnni, avx512, avxvnni, avx2, neoni8mm, neonbf16, neondot, generic;
+extern const Isa amx, avx512bf16, avx512vnni, avx512, avxvnni, avx2, neoni8mm, neonbf16, neondot, generic;
 
 namespace {
 // Fastest first; the last runs anywhere.
 const Isa* const ISAS[] = {
 #ifdef __x86_64__
-    &avx512bf16, &avx512vnni, &avx512, &avxvnni, &avx2,
+    &amx, &avx512bf16, &avx512vnni, &avx512, &avxvnni, &avx2,
 #elif defined(__aarch64__) && defined(__linux__)
     &neoni8mm, &neonbf16, &neondot,
 #endif
