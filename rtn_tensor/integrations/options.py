@@ -32,7 +32,14 @@ from rtn_tensor.quantize.selection import (
 )
 from rtn_tensor.reference import SwiGLU
 
-KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules", "targets")
+SECTIONS = ("linear", "moe")
+KEYS = ("quant_method", *FORMAT_KEYS, "ignore", "rules", "targets", *SECTIONS)
+# Of the names that vLLM's own online quantization has for formats, those of weights of integers.
+ONLINE = {
+    "int4_per_group_32": {"bits": 4, "group_size": 32},
+    "int8_per_channel_static": {"bits": 8, "group_size": -1},
+    "int8_per_channel_weight_only": {"bits": 8, "group_size": -1},
+}
 ROUTERS = ("gate", "router", "shared_expert_gate")  # what engines call the linears that choose among experts
 # Of a layer with fewer inputs or outputs nothing is saved: it has less than a group, or a handful of rows.
 SMALLEST = 32
@@ -41,18 +48,51 @@ SMALLEST = 32
 # ----------------------------------------------------------------------- what is asked for
 
 
+def _format(given: Any, where: str) -> Any:
+    """`given`, with what vLLM's own online quantization calls a format as the format that it means."""
+    if isinstance(given, Mapping) and "weight" in given:
+        if beside := [key for key, value in given.items() if key != "weight" and value is not None]:
+            raise ValueError(
+                f"{where} has {', '.join(map(repr, beside))} beside 'weight', which is not supported; "
+                f"give a format, as in {{'bits': 4, 'activations': 'int8'}}"
+            )
+        given = given["weight"]
+    if isinstance(given, str):
+        if given not in ONLINE:
+            raise ValueError(
+                f"{where} is {given!r}, which is not supported; use {', '.join(map(repr, ONLINE))}, "
+                'or a format, as in {"bits": 4, "group_size": 64}'
+            )
+        return ONLINE[given]
+    return given
+
+
 def _of_targets(
     targets: Any, config: Mapping[str, Any], default: RTNConfig | None
 ) -> list[tuple[str, RTNConfig | None]]:
     """The rules that `targets` says, as vLLM's own online quantization spells them: a format for each
     pattern, and all other layers stay float."""
-    if not isinstance(targets, Mapping) or config.get("rules"):
-        said = "there beside rules" if config.get("rules") else repr(targets)
+    beside = [key for key in ("rules", *SECTIONS) if config.get(key)]
+    if not isinstance(targets, Mapping) or beside:
+        said = f"there beside {', '.join(beside)}" if beside else repr(targets)
         raise ValueError(
             f"quantization_config: targets is {said}; give the one or the other, and targets as in "
             '{"re:.*down_proj": {"bits": 8}}, which leaves other layers float'
         )
-    return [*rules_from_json(list(map(list, targets.items())), default), ("*", None)]
+    rules = [[pattern, _format(given, f"targets[{pattern!r}]")] for pattern, given in targets.items()]
+    return [*rules_from_json(rules, default), ("*", None)]
+
+
+def _of_sections(config: Mapping[str, Any], default: RTNConfig) -> dict[str, RTNConfig | None]:
+    """What `linear` and `moe` say of linear layers and of experts, as vLLM's own online quantization spells
+    them: where one is there and the other is not, the other's layers stay float."""
+    sections: dict[str, RTNConfig | None] = {}
+    if any(config.get(kind) is not None for kind in SECTIONS):
+        for kind in SECTIONS:
+            where = f"quantization_config: {kind}"
+            given = _format(config.get(kind), where)
+            sections[kind] = None if given is None else config_from_json(given, default, where)
+    return sections
 
 
 def _from_environment(name: str, default: int) -> int:
@@ -97,11 +137,13 @@ class Options:
         default: the format of what no rule names; None for a folder that is quantized already.
         rules: (pattern, format or None for float), of which the first that matches a layer's name counts; as
             in `quantize_`, wildcards that ask for bits reach only what is quantized by default.
+        sections: in the place of `default`, that of linear layers and that of experts, None for float.
         saved: of a folder that is quantized already, the format of each weight by its name.
     """
 
     default: RTNConfig | None
     rules: Rules = field(default_factory=list)
+    sections: dict[str, RTNConfig | None] = field(default_factory=dict)
     saved: dict[str, RTNConfig] = field(default_factory=dict)
     matched: set[str] = field(default_factory=set)
     _formats: Counter[str] = field(default_factory=Counter)
@@ -147,24 +189,28 @@ class Options:
         )
         if (targets := config.get("targets")) is not None:
             rules += _of_targets(targets, config, default)
-        for config_of in (default, *(given for _, given in rules)):
+        sections = _of_sections(config, default)
+        for config_of in (default, *sections.values(), *(given for _, given in rules)):
             _check_served(config_of, unserved)
-        return cls(default, rules)
+        return cls(default, rules, sections)
 
     # -------------------------------------------------------------- what becomes of a layer
 
-    def of(self, name: str, parts: Sequence[str] = (), by_default: bool = True) -> RTNConfig | None:
+    def of(
+        self, name: str, parts: Sequence[str] = (), by_default: bool = True, section: str = "linear"
+    ) -> RTNConfig | None:
         """The format of the layer `name`, or None where it stays float.
 
         Args:
             name: the engine's name of the layer.
             parts: the names of those that it is made of, where the engine fuses several (q, k and v, say).
             by_default: whether it is quantized where no rule names it.
+            section: which of `SECTIONS` speaks of it.
 
         Raises:
             ValueError: its parts would be different.
         """
-        found = {part: self._of_part(part, name, by_default) for part in parts or (name,)}
+        found = {part: self._of_part(part, name, by_default, section) for part in parts or (name,)}
         if len(set(found.values())) > 1:
             texts = [f"{part.rpartition('.')[2]} {format_text(config)}" for part, config in found.items()]
             each = ", ".join(dict.fromkeys(texts))  # once of many experts
@@ -214,7 +260,7 @@ class Options:
 
         def of(whole: str, each: Sequence[str]) -> RTNConfig | None:
             apart = any(f"{module}.weight" in self.saved for module in each)
-            return self.of(name, each if apart else [f"{name}.{whole}"])
+            return self.of(name, each if apart else [f"{name}.{whole}"], section="moe")
 
         up_config, down_config = of("gate_up_proj", gate_up), of("down_proj", down)
         if up_config is None and down_config is None:
@@ -226,13 +272,15 @@ class Options:
             )
         return up_config, down_config
 
-    def _of_part(self, part: str, name: str, by_default: bool) -> RTNConfig | None:
+    def _of_part(self, part: str, name: str, by_default: bool, section: str) -> RTNConfig | None:
         if self.default is None:
             weight = f"{part}.weight" if f"{part}.weight" in self.saved else part
             self.matched.add(weight)
             return self.saved.get(weight)
         named, config = self.rule(part, name, by_default=by_default)
-        return config if named else self.default if by_default else None
+        if named:
+            return config
+        return self.sections.get(section, self.default) if by_default else None
 
     def rule(self, *names: str, by_default: bool) -> tuple[bool, RTNConfig | None]:
         """Whether a rule reaches one of `names`, which all mean one layer, or the name of its weight, and

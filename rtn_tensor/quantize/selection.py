@@ -186,7 +186,9 @@ def config_from_json(given: Any, default: RTNConfig | None, where: str) -> RTNCo
         got = (
             f"has {', '.join(map(repr, sorted(unknown)))}" if isinstance(given, Mapping) else f"is {given!r}"
         )
-        raise ValueError(f"{where} {got}; it takes {', '.join(map(repr, FORMAT_KEYS))}")
+        near = difflib.get_close_matches(min(unknown), FORMAT_KEYS, 1) if isinstance(given, Mapping) else []
+        meant = f" (for {min(unknown)!r}, is {near[0]!r} meant?)" if near else ""
+        raise ValueError(f"{where} {got}; it takes {', '.join(map(repr, FORMAT_KEYS))}{meant}")
     try:
         others = {} if default is None else {key: getattr(default, key) for key in FORMAT_KEYS}
         return RTNConfig(**others | dict(given))

@@ -232,7 +232,44 @@ def test_targets_leave_all_other_layers_float():
     for given, said in (
         ({"targets": ["*"]}, r"targets is \['\*'\]; give the one or the other"),
         ({"targets": {"*": {}}, "rules": [["*", {}]]}, "targets is there beside rules"),
+        ({"targets": {"*": {}}, "moe": {"bits": 4}}, "targets is there beside moe"),
         ({"targets": {"*": {"bits": 5}}}, r"rules\[0\]: bits=5 is not supported"),
+        (
+            {"targets": {"*": "fp8_per_tensor"}},
+            r"targets\['\*'\] is 'fp8_per_tensor', which is not supported",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Options.read(given)
+
+
+def test_sections_of_linear_layers_and_experts():
+    """As vLLM's own online quantization spells them: one that is left out leaves its layers float."""
+    linear, experts = "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.experts"
+    weight_only = {"weight": "int8_per_channel_static", "activation": None}
+    for given, expected in (
+        ({"linear": {"bits": 4}}, (rtn_int4(128, "absmax"), None)),
+        ({"moe": "int4_per_group_32"}, (None, rtn_int4(32, "absmax"))),
+        ({"linear": weight_only, "moe": {"group_size": 64}, "bits": 4}, (rtn(8, -1), rtn_int4(64, "absmax"))),
+        ({"linear": None, "bits": 4}, (rtn_int4(128, "absmax"),) * 2),
+    ):
+        options = Options.read(given)
+        both = options.of_experts(experts)
+        assert (options.of_linear(linear, {}, 512, 512, 2), both and both[0]) == expected
+    options = Options.read({"moe": {"bits": 4}, "rules": [["*.o_proj", {"bits": 8}], ["lm_head", {}]]})
+    assert options.of_linear(linear, {}, 512, 512, 2) == rtn(8, 128)
+    assert options.of("lm_head", by_default=False) == rtn(8, 128)
+    for given, said in (
+        (
+            {"linear": "fp8_per_tensor"},
+            "linear is 'fp8_per_tensor', which is not supported; use 'int4_per_group_32'",
+        ),
+        ({"moe": {"bits": 5}}, "moe: bits=5 is not supported"),
+        ({"moe": {"bitz": 4}}, r"moe has 'bitz'; .* \(for 'bitz', is 'bits' meant\?\)"),
+        (
+            {"linear": {"weight": "int4_per_group_32", "activation": "mxfp8"}},
+            "has 'activation' beside 'weight'",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             Options.read(given)
@@ -240,7 +277,7 @@ def test_targets_leave_all_other_layers_float():
 
 def test_an_unknown_option_is_told_the_nearest():
     with pytest.raises(
-        ValueError, match=r"has 'groupsize', 'x'; it takes .*'targets' \(for 'groupsize', is 'group_size'"
+        ValueError, match=r"has 'groupsize', 'x'; it takes .*'moe' \(for 'groupsize', is 'group_size'"
     ):
         Options.read({"groupsize": 64, "x": 1})
 

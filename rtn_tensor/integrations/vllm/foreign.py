@@ -5,7 +5,7 @@ become this library's."""
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,25 @@ class ForeignFolder:
             yield f"{begin}_{IN_FILES[plane]}", data
 
 
-def each_expert(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """`weights` with the experts of GPT-OSS, float weights and biases, one by one, as its code takes them,
-    too; what it takes stacked it copies past vLLM's layerwise loading."""
+def each_expert(
+    weights: Iterable[tuple[str, Tensor]], modules: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """`weights` with stacked experts one by one, as some models' code takes them only.
+
+    Those of GPT-OSS, which has no `modules`, are float weights and biases, which its code would else copy
+    past vLLM's layerwise loading; those of other models are planes, of gate and up, and of down, whose
+    `modules` are called so.
+    """
     for name, t in weights:
-        if stacked := re.fullmatch(r"(.*\.experts)\.((gate_up|down)_proj(_bias)?)", name):
+        if modules and (planes := re.fullmatch(r"(.*\.experts)\._(gate_up|down)_proj_(\w+)", name)):
+            experts, part, plane = planes.groups()
             for i, expert in enumerate(t):
-                yield f"{stacked[1]}.{i}.{stacked[2]}", expert
+                parts = (expert,) if part == "down" else expert.chunk(2)
+                for module, data in zip(modules[2:] if part == "down" else modules[:2], parts, strict=True):
+                    yield f"{experts}.{i}.{module}.weight_{plane}", data
+        elif not modules and (floats := re.fullmatch(r"(.*\.experts)\.((gate_up|down)_proj(_bias)?)", name)):
+            for i, expert in enumerate(t):
+                yield f"{floats[1]}.{i}.{floats[2]}", expert
         else:
             yield name, t
 
@@ -120,10 +132,10 @@ class LoadedMapper(WeightsMapper):
     one when vLLM adds it to others."""
 
     folder: ForeignFolder | None = None
-    apart: bool = False
+    modules: Sequence[str] | None = None
 
     def _with(self, names: WeightsMapper) -> WeightsMapper:
-        return LoadedMapper(**vars(names), folder=self.folder, apart=self.apart)
+        return LoadedMapper(**vars(names), folder=self.folder, modules=self.modules)
 
     def __or__(self, other: WeightsMapper) -> WeightsMapper:
         return self._with(super().__or__(other))
@@ -134,7 +146,7 @@ class LoadedMapper(WeightsMapper):
     def apply(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         if self.folder is not None:
             weights = self.folder.turned(weights)
-        return super().apply(each_expert(weights) if self.apart else weights)
+        return super().apply(weights if self.modules is None else each_expert(weights, self.modules))
 
 
 def is_ours_at(path: str | os.PathLike) -> bool:

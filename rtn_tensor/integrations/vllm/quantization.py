@@ -1,6 +1,7 @@
 # pyright: reportMissingImports=false
 """What vLLM asks, layer by layer, how to quantize."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,9 +53,8 @@ class RTNQuantizationConfig(QuantizationConfig):
         self.kernel = kernel
         self.tied = False
         self.embedding: RTNConfig | None = None
-        # What the model calls its experts' weights where they are fused.
-        self.experts_names = ("gate_up_proj", "down_proj")
-        self.apart = False  # stacked weights of experts are given to the model's code one by one
+        # What files call the modules of an expert, gate, up and down; GPT-OSS has none. None: no experts.
+        self.modules: Sequence[str] | None = None
         self.told = False
 
     def get_name(self) -> str:
@@ -115,20 +115,19 @@ class RTNQuantizationConfig(QuantizationConfig):
         self.options.saved = of_files.apply_dict(saved)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """Experts' planes are named as vLLM's own loader names fused experts, and then what our parameters
+        """Experts' planes are named as vLLM's own loader names experts' weights, and then what our parameters
         are called beyond that."""
         import regex  # vLLM's own
 
         self.tell()  # all layers are made, and loading begins
-        up, down = self.experts_names
-        names = {
-            r"\.experts\._gate_up_proj_(qdata|scale|zero_point)$": rf".experts.{up}_\1",
-            r"\.experts\._down_proj_(qdata|scale|zero_point)$": rf".experts.{down}_\1",
+        names = {  # GPT-OSS's
+            r"\.experts\._gate_up_proj_(qdata|scale|zero_point)$": r".experts.routed_experts._w13_weight_\1",
+            r"\.experts\._down_proj_(qdata|scale|zero_point)$": r".experts.routed_experts._w2_weight_\1",
         }
         # Our own folder's experts, where they are modules of their own.
         names[r"\.experts\.(\d+)\.(\w+)\._weight_(qdata|scale|zero_point)$"] = r".experts.\1.\2.weight_\3"
         by_name = {regex.compile(old): new for old, new in names.items()}
-        return LoadedMapper(orig_to_new_regex=by_name, folder=self.folder, apart=self.apart)
+        return LoadedMapper(orig_to_new_regex=by_name, folder=self.folder, modules=self.modules)
 
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
@@ -180,10 +179,7 @@ class RTNQuantizationConfig(QuantizationConfig):
                 f"{prefix}: quantized experts of this model cannot be loaded; serve the float "
                 "folder, with quantization='rtn'"
             )
-        if is_gpt_oss(layer):
-            self.apart, self.experts_names = True, ("routed_experts._w13_weight", "routed_experts._w2_weight")
-        elif layer.ckpt_gate_proj_name == "w1":
-            self.experts_names = ("w13", "w2")
+        self.modules = () if is_gpt_oss(layer) else (*gate_up, layer.ckpt_down_proj_name)
         return RTNExpertsMethod(self, configs, layer, prefix)
 
     def tell(self) -> None:
