@@ -25,6 +25,7 @@ from rtn_tensor.checkpoint.foreign.reading import (
     put_together,
 )
 from rtn_tensor.checkpoint.foreign.words import quantizes_activations
+from rtn_tensor.checkpoint.hub import NAME, local
 from rtn_tensor.checkpoint.sources import IN_FILES, sources, state_sources, tensor_names
 from rtn_tensor.config import RTNConfig
 from rtn_tensor.formats import ASYMMETRIC, GIVEN, GIVEN_ASYMMETRIC
@@ -147,6 +148,27 @@ class LoadedMapper(WeightsMapper):
         if self.folder is not None:
             weights = self.folder.turned(weights)
         return super().apply(weights if self.modules is None else each_expert(weights, self.modules))
+
+
+def folder_of(model_name: str, revision: str | None = None) -> Path:
+    """The folder of a model that vLLM was given by that name: of one on the hub, what huggingface_hub has in
+    its cache, where vLLM finds the files afterwards.
+
+    Of a quantized one the weights, too, are fetched if they are not there yet, as only they say how they are
+    quantized; of others config.json is enough, which vLLM has read.
+    """
+    name = NAME.fullmatch(model_name)
+    if os.path.lexists(model_name) or not name:
+        return Path(model_name)
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name[1], "config.json", revision=revision)
+    if not isinstance(config, str):
+        return Path(model_name)
+    folder = Path(config).parent
+    if not configs_in(read_json(Path(config))) and not any((folder / file).is_file() for file in FILES):
+        return folder
+    return local(f"{name[1]}@{revision}" if revision else name[1])
 
 
 def is_ours_at(path: str | os.PathLike) -> bool:

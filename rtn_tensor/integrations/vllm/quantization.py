@@ -22,6 +22,7 @@ from rtn_tensor.integrations.vllm.experts import RTNExpertsMethod, is_gpt_oss
 from rtn_tensor.integrations.vllm.foreign import (
     ForeignFolder,
     LoadedMapper,
+    folder_of,
     foreign_folder,
     is_ours_at,
 )
@@ -89,9 +90,10 @@ class RTNQuantizationConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        self.folder = foreign_folder(model_name)
+        path = folder_of(model_name, revision)
+        self.folder = foreign_folder(path)
         by = "this library" if self.folder is None else self.folder.how.kind
-        if self.given and self.options.default is not None and (self.folder or is_ours_at(model_name)):
+        if self.given and self.options.default is not None and (self.folder or is_ours_at(path)):
             raise ValueError(
                 f"{model_name}: the weights are quantized by {by} already, and the quantization_config that "
                 "was given asks for others; leave it out, to serve them so, or serve the float folder"
@@ -102,9 +104,9 @@ class RTNQuantizationConfig(QuantizationConfig):
                 hf_config.get_text_config().tie_word_embeddings = False
         elif self.options.default is None:
             gpt_oss = getattr(hf_config, "model_type", None) == "gpt_oss"
-            self.options.saved = saved_formats(model_name, OF_GPT_OSS if gpt_oss else None)
+            self.options.saved = saved_formats(path, OF_GPT_OSS if gpt_oss else None)
             # Else vLLM takes the embedding in its stead.
-            if hf_config is not None and has_own_output(model_name):
+            if hf_config is not None and has_own_output(path):
                 hf_config.get_text_config().tie_word_embeddings = False
         self.tied = hf_config is not None and bool(hf_config.get_text_config().tie_word_embeddings)
 
