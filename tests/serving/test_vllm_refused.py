@@ -131,6 +131,13 @@ def test_tied_lm_head_alone_is_refused(folder):
         pass
 
 
+def test_adapters_of_quantized_experts_are_refused(folder):
+    """Which vLLM would make room for in every layer of experts, unless it is told the layers to adapt."""
+    said = r"layers\.0\.mlp\.experts: LoRA over quantized experts is not supported; .*lora_target_modules"
+    with pytest.raises(ValueError, match=said), engine(folder("qwen3_moe"), enable_lora=True, **rtn(bits=4)):
+        pass
+
+
 def test_nan_is_refused_by_name(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder("llama"), dtype=torch.float32)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -170,6 +171,15 @@ class RTNQuantizationConfig(QuantizationConfig):
         )
         if configs is None:
             return UnquantizedFusedMoEMethod(layer.moe_config)
+        if (lora := get_current_vllm_config().lora_config) is not None:
+            from vllm.lora.utils import is_in_target_modules
+
+            if is_in_target_modules(prefix, lora.target_modules, self.packed_modules_mapping):
+                raise ValueError(
+                    f"{prefix}: LoRA over quantized experts is not supported; name the layers to adapt "
+                    "without them, by lora_target_modules (as in ['q_proj', 'k_proj', 'v_proj', 'o_proj']), "
+                    f"or name {prefix!r} in ignore to keep them float"
+                )
         if self.kernel == "vllm":
             raise ValueError(
                 f"{prefix}: kernel='vllm' is not supported for experts; drop it, as this library's kernels "
