@@ -2,82 +2,38 @@
 
     python -m benchmarks.pictures [NAME ...] [--results benchmarks/results] [--to docs/pictures]
 
-The same numbers give the same file, byte for byte. What `benchmarks/gpu.py` wrote is drawn as soon as a
-`gpu-*.json` is there.
+The same numbers give the same file, byte for byte. What `benchmarks/gpu.py` and `benchmarks/serving_load.py`
+wrote is drawn as soon as a `gpu-*.json` or `serving-load*.json` is there.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
-
-matplotlib.use("svg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.gpu_peers import CUBLAS, KERNELS
+from benchmarks.picture_style import (
+    ABSMAX,
+    DENSE,
+    INT4,
+    INT8,
+    PEER,
+    PLAN,
+    REFINED,
+    SIGNED,
+    STYLE,
+    apart,
+    figure,
+    machine,
+    ticks,
+)
 from rtn_tensor.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
-STYLE = {
-    "svg.hashsalt": "rtn-tensor",  # the same file from the same numbers
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.labelsize": 10,
-    "legend.fontsize": 9,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
-WIDTH = 6.25  # inches of 96 pixels: 600 pixels
-DENSE, INT4, INT8, PLAN, SIGNED, ABSMAX, PEER, REFINED = (
-    "#555555",
-    "#1f6fb2",
-    "#d9822b",
-    "#2a8f57",
-    "#6aa6d6",
-    "#a9cbe8",
-    "#8b5fbf",
-    "#c0392b",
-)
-
-
-def figure(height: float, *shape: int) -> tuple[Figure, Any]:
-    made, axes = plt.subplots(*(shape or (1, 1)), figsize=(WIDTH, height), squeeze=not shape)
-    return made, axes
-
-
-def ticks(axis: Axes, x: Iterable[float] = (), y: Iterable[float] = ()) -> None:
-    """Logarithmic scales with these numbers written out."""
-    for which, values in (("x", list(x)), ("y", list(y))):
-        if values:
-            getattr(axis, f"set_{which}scale")("log")
-            getattr(axis, f"set_{which}ticks")(values, [f"{value:g}" for value in values])
-    axis.minorticks_off()
-
-
-def apart(values: Iterable[float]) -> list[float]:
-    """Those of them whose numbers have room beside one another on a logarithmic scale."""
-    kept: list[float] = []
-    for value in sorted(values):
-        if not kept or value >= 4 * kept[-1]:
-            kept.append(value)
-    return kept
-
-
-def machine(data: dict) -> str:
-    about = data["machine"]
-    return f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, torch {about['torch']}"
-
 
 # -------------------------------------------------------------------------------- accuracy
 
@@ -333,6 +289,36 @@ def gpu(data: dict) -> Figure:
     return made
 
 
+def serving_load(data: dict) -> Figure:
+    """Requests per second, and the times of tokens, by how many users a server has."""
+    colors = {"bf16": DENSE, "int8": INT8, "int4": INT4, "int4, int8 activations": SIGNED}
+    made, axes = figure(3.4, 1, 3)
+    titles = {
+        "requests_per_second": "requests per second",
+        "first_token": "first token, s",
+        "next_token": "each token after it, ms",
+    }
+    for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
+        for weights in data["servers"]:
+            rows = [row for row in data["rows"] if row["weights"] == weights]
+            users, times = [row["users"] for row in rows], 1e3 if name == "next_token" else 1
+            style = {"color": colors.get(weights, PEER), "markersize": 4}
+            if name == "requests_per_second":
+                axis.plot(users, [row[name] for row in rows], "o-", label=weights, **style)
+            else:
+                axis.plot(users, [times * row[f"{name}_p50"] for row in rows], "o-", **style)
+                axis.plot(users, [times * row[f"{name}_p99"] for row in rows], "o:", linewidth=1, **style)
+        ticks(axis, sorted({row["users"] for row in data["rows"]}))
+        axis.set(title=title, xlabel="users", ylim=0)
+    axes.flat[1].plot([], [], "-", color=DENSE, label="median")
+    axes.flat[1].plot([], [], ":", color=DENSE, label="99th percentile")
+    axes.flat[1].legend(loc="upper left")
+    made.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    about = data["machine"]
+    made.suptitle(f"{data['model']}, {about['cpu']}, {about['cores']} cores", fontsize=9)
+    return made
+
+
 # ---------------------------------------------------------------------------------- layout
 
 
@@ -367,6 +353,13 @@ PICTURES: dict[str, tuple[Callable[..., Figure], str | None]] = {  # name -> wha
     "loading": (loading, "memory.json"),
     "layout": (layout, None),
 }
+LATER: dict[str, Callable[..., Figure]] = {"gpu-*.json": gpu, "serving-load*.json": serving_load}
+
+
+def known(results: Path) -> dict[str, tuple[Callable[..., Figure], str | None]]:
+    """`PICTURES`, and those of the results that are not there on every machine."""
+    later = {path.stem: (draw, path.name) for names, draw in LATER.items() for path in results.glob(names)}
+    return PICTURES | dict(sorted(later.items()))
 
 
 def write(draw: Callable[..., Figure], results: Path | None, to: Path) -> None:
@@ -384,17 +377,17 @@ def main() -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"of {', '.join(PICTURES)}, or a gpu-*.json's; all by default",
+        help=f"of {', '.join(PICTURES)}, or that of a file {' or '.join(LATER)}; all by default",
     )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", metavar="FOLDER")
     parser.add_argument("--to", type=Path, default=ROOT / "docs/pictures", metavar="FOLDER")
     args = parser.parse_args()
-    known = PICTURES | {path.stem: (gpu, path.name) for path in sorted(args.results.glob("gpu-*.json"))}
-    if unknown := set(args.names) - set(known):
-        parser.error(f"there is no picture {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    pictures = known(args.results)
+    if unknown := set(args.names) - set(pictures):
+        parser.error(f"there is no picture {', '.join(sorted(unknown))}; there are {', '.join(pictures)}")
     args.to.mkdir(parents=True, exist_ok=True)
-    for name in args.names or known:
-        draw, results = known[name]
+    for name in args.names or pictures:
+        draw, results = pictures[name]
         write(draw, args.results / results if results else None, args.to / f"{name}.svg")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving_report import markdown
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -265,6 +267,17 @@ def test_serving():
         weights = "int4 by vLLM (GPTQ)" if "vLLM" in name else name
         assert is_rounded(cells["1 prompt"], rows[weights, 1]), name
         assert is_rounded(cells["4 prompts"], rows[weights, 4]), name
+
+
+UNDER_LOAD = sorted((ROOT / "benchmarks/results").glob("serving-load*.json"))
+
+
+@pytest.mark.parametrize("path", UNDER_LOAD, ids=lambda path: path.stem)
+def test_serving_under_load(path):
+    """The page has what `benchmarks/serving_load.py` printed."""
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    for table in markdown(json.loads(path.read_text())).split("\n\n"):
+        assert table in page
 
 
 def test_experts():

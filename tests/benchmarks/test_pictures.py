@@ -1,5 +1,6 @@
 """The pictures of README and docs are drawn from the results that lie beside them."""
 
+import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +15,17 @@ pictures = pytest.importorskip(
 )
 
 DRAWN = pictures.ROOT / "docs/pictures"
+KNOWN = pictures.known(pictures.ROOT / "benchmarks/results")
 PINNED = re.search(r"^matplotlib==(\S+)", (pictures.ROOT / "requirements.txt").read_text(), re.M)[1]
 
 
 def drawn(name: str, to: Path) -> bytes:
-    draw, results = pictures.PICTURES[name]
+    draw, results = KNOWN[name]
     pictures.write(draw, pictures.ROOT / "benchmarks/results" / results if results else None, to)
     return to.read_bytes()
 
 
-@pytest.mark.parametrize("name", pictures.PICTURES)
+@pytest.mark.parametrize("name", KNOWN)
 def test_a_picture_is_600_pixels_wide_and_current(name, tmp_path):
     found = drawn(name, tmp_path / "a.svg")
     assert re.search(rb'width="450pt"', found)  # of 96 pixels per 72 points
@@ -35,11 +37,7 @@ def test_a_picture_is_600_pixels_wide_and_current(name, tmp_path):
 
 
 def test_no_picture_is_left_over():
-    known = {
-        *pictures.PICTURES,
-        *(path.stem for path in (pictures.ROOT / "benchmarks/results").glob("gpu-*.json")),
-    }
-    assert {path.stem for path in DRAWN.iterdir()} == known
+    assert {path.stem for path in DRAWN.iterdir()} == KNOWN.keys()
 
 
 def test_the_speed_of_every_kernel_is_drawn(tmp_path):
@@ -66,6 +64,29 @@ def test_the_speed_of_every_kernel_is_drawn(tmp_path):
     made.savefig(tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     for part in ("rtn int4 g128", "weight [96, 64]", "a processor, 2 threads, generic, torch 2"):
+        assert part in text
+
+
+def test_a_server_under_load_is_drawn(tmp_path):
+    times = {"first_token_p50": 0.1, "first_token_p99": 0.2, "next_token_p50": 0.03, "next_token_p99": 0.04}
+    rows = [
+        {"weights": weights, "users": users, "requests_per_second": 2.0, **times}
+        for weights in ("int4", "int4 by vLLM")
+        for users in (1, 16)
+    ]
+    about = {"machine": {"cpu": "a processor", "cores": 2}, "model": "a model"}
+    about |= {"servers": {row["weights"]: {} for row in rows}, "rows": rows}
+    (tmp_path / "serving-load.json").write_text(json.dumps(about))
+    draw, name = pictures.known(tmp_path)["serving-load"]
+    pictures.write(draw, tmp_path / name, tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    for part in (
+        "a model, a processor, 2 cores",
+        "first token, s",
+        "99th percentile",
+        "<!-- 16 -->",
+        "<!-- int4 by vLLM -->",
+    ):
         assert part in text
 
 
