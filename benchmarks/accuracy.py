@@ -119,6 +119,7 @@ def main() -> None:
             "weights": name,
             "bits_per_weight": bits,
             "limit": args.limit,
+            "cpu": about["machine"]["cpu"],
             "scores": rows(scores, reference),
         }
         row["seconds"] = time.perf_counter() - started

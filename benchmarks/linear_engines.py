@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -167,6 +168,8 @@ def check(name: str, layers: Layers, weight: Weight, x: np.ndarray) -> None:
     exact = weight.product(x)
     error = np.abs(layers.output() - exact).mean() / np.abs(exact).mean()
     least, most = (0, LEAST_OF_INT8) if "bf16" in name else (LEAST_OF_INT8, MOST_OF_INT8)
+    if "OpenVINO" in name and "amx_bf16" in Path("/proc/cpuinfo").read_text():
+        least = 0  # there OpenVINO 2026.4 multiplies by AMX in bf16 by default, too
     if not least <= error < most:
         raise RuntimeError(
             f"{name} differs from the exact product by {error:.4f} of it, where its activations should make "

@@ -51,6 +51,7 @@ def formats(data: dict) -> Figure:
     }
     made, axis = figure(3.9)
     bf16 = found.pop("bf16")[1]
+    del found["bf16 with AMX"]
     axis.axhline(bf16, color=DENSE, linestyle="--", linewidth=1.2, label="bf16, 16 bits")
     lines = {
         "absmax": ("int4 absmax, the paper's formula", ABSMAX, "o-"),
@@ -68,7 +69,7 @@ def formats(data: dict) -> Figure:
             point
             for name, point in found.items()
             if wanted <= (words := {*name.replace(",", "").split()})
-            and ("refined" in words) == ("refined" in wanted)
+            and all((word in words) == (word in wanted) for word in ("refined", "search8"))
         )
         peer = {"markerfacecolor": "none", "markersize": 10, "markeredgewidth": 1.8} if color == PEER else {}
         axis.plot(*zip(*points, strict=True), style, color=color, label=label, **peer)
