@@ -1,5 +1,5 @@
 // The blocked product, written once over an instruction set `I` and a `Product`, which packs activations, decodes weights and multiplies
-// (float_product.h, int8_product.h):
+// (float_product.h, int8_product.h, amx.h):
 //
 //   I::L             rows of the weight in one vector of 32-bit lanes
 //   I::V             vectors of rows in a block
