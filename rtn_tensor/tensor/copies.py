@@ -143,10 +143,10 @@ def copy_op(func, types, args, kwargs):
 @on_op([aten.zero_.default, aten.fill_.Scalar])
 def fill_op(func, types, args, kwargs):
     """Zeros only, which are exact; loaders fill with them the rows that no token has."""
-    w, value = (*args, 0)[:2]
-    if value != 0:
+    w = args[0]
+    if any(value != 0 for value in args[1:]):
         raise named_error(
-            w, f"cannot fill_ a quantized weight with {value}, only with 0; copy_ a float tensor into it"
+            w, f"cannot fill_ a quantized weight with {args[1]}, only with 0; copy_ a float tensor into it"
         )
     return w.copy_(torch.zeros(w.shape, dtype=w.dtype, device=w.device))
 

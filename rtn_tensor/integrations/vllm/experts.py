@@ -31,10 +31,10 @@ def is_gpt_oss(layer: Any) -> bool:
     return isinstance(layer, GptOssRoutedExperts)
 
 
-def load_stacked(layer: Any, param: nn.Parameter, loaded_weight: Tensor) -> None:
+def load_stacked(layer: Any, param: Any, loaded_weight: Tensor) -> None:
     """A plane of all experts into a parameter of those that this rank has, of which it has a part of dim
     `param.cut`."""
-    cut: Any = param.cut
+    cut = param.cut
     size = param.shape[cut]
     if loaded_weight.shape[cut] != size:
         loaded_weight = loaded_weight.narrow(cut, layer.moe_config.tp_rank * size, size)
