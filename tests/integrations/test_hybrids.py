@@ -9,7 +9,7 @@ from torch import nn
 
 from rtn_tensor import RTNQuantizedTensor, dequantize_, load, quantize_, rtn_int4, rtn_int8, save
 
-IDS = torch.randint(3, 90, (2, 12))
+IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
 TEXT = {
     "vocab_size": 128,
     "hidden_size": 64,

@@ -116,7 +116,7 @@ class Bare(nn.Module):
         return x @ self.proj.T
 
 
-X, Y = torch.randn(3, 5, 64), torch.randn(3, 7, 64)
+X, Y = torch.randn(3, 12, 64, generator=torch.Generator().manual_seed(0)).split([5, 7], 1)
 ATTENTION = ["in_proj_weight", "out_proj.weight"]
 FIT = {
     "attention": (lambda: nn.MultiheadAttention(64, 4, batch_first=True), ATTENTION, lambda m: m(X, X, X)[0]),
