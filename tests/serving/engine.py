@@ -24,6 +24,11 @@ PROMPTS = [[5, 77, 130, 9, 201, 64, 33, 21], [99, 98, 97]]
 ROUNDING = {"float32": 2e-4, "float16": 0.02, "bfloat16": 0.5}
 
 
+def memory() -> int:
+    """Bytes of this process, without what files and shared libraries take."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+
 @contextmanager
 def engine(folder: Path, **options):
     """An LLM of the model at `folder`, gone at the end, whether or not it came to be."""

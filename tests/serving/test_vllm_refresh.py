@@ -4,11 +4,10 @@ import ctypes
 import gc
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from engine import ROUNDING, difference, engine, greedy, rtn
+from engine import ROUNDING, difference, engine, greedy, memory, rtn
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torchao.quantization import FqnToConfig
@@ -77,11 +76,10 @@ def transfer(llm, sent):
     llm.finish_weight_update()
 
 
-def memory() -> int:
-    """Of this process, without what files and shared libraries take."""
+def settled_memory() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+    return memory()
 
 
 def compilations() -> tuple:
@@ -121,7 +119,7 @@ def test_fifty_refreshes(folder, tmp_path):
             if by_weights[i % 2] is None:
                 by_weights[i % 2] = generated
             assert generated == by_weights[i % 2]
-            taken.append(memory())
+            taken.append(settled_memory())
         assert where == places(llm)
     assert compilations() == compiled
     counts = {event.key: event.count for event in profile.key_averages()}

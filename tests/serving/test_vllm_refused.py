@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine import engine, rtn
+from engine import engine, memory, rtn
 from torch import nn
 from torchao.quantization import FqnToConfig
 from transformers import AutoModelForCausalLM
@@ -38,16 +38,13 @@ def test_one_layer_at_a_time_is_float(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], check=True, timeout=300)
     peaks = []
 
-    def anonymous():
-        return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
-
     def watched(*args, **kwargs):
-        before, stop = anonymous(), threading.Event()
+        before, stop = memory(), threading.Event()
         peaks.append(before)
 
         def watch():
             while not stop.wait(0.001):
-                peaks[-1] = max(peaks[-1], anonymous())
+                peaks[-1] = max(peaks[-1], memory())
 
         watcher = threading.Thread(target=watch)
         watcher.start()
