@@ -1,7 +1,7 @@
 """What `export` is to write of a model, all of it checked before the first byte is written."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ class FolderFormat:
     Attributes:
         tensors: those of one weight, by name.
         config: the quantization_config of config.json, of the weights, the names of the float linears, and
-            that of the output layer.
+            that of the output layer, all as the files have them, and the model's own names where it has
+            others.
         engines: which programs read what is written of such weights and float linears.
         refuses: why a weight cannot be written, and the way out; None where it can.
         planes: of a weight that it has.
@@ -37,7 +38,7 @@ class FolderFormat:
     """
 
     tensors: Callable[[Weight], dict[str, Lazy]]
-    config: Callable[[Sequence[Weight], Collection[str], str | None], dict[str, Any]]
+    config: Callable[[Sequence[Weight], Collection[str], str | None, Mapping[str, str]], dict[str, Any]]
     engines: Callable[[Sequence[Weight], Collection[str]], list[Engine]]
     refuses: Callable[[Weight], str | None]
     planes: frozenset[str] = SYMMETRIC
@@ -151,14 +152,17 @@ def plan(model: Any, format_name: str) -> Plan:
         nbytes[fqn] += sum(lazy.nbytes for lazy in made.values())
         by_name[fqn] = weight
     nbytes.update({of[name]: tensors[name].nbytes for name in of if of[name] in why_float})
+    owners = ((name.rpartition("."), fqn.rpartition(".")) for name, fqn in of.items())
+    own = {there[0]: here[0] for there, here in owners if there[2] == here[2] == "weight"}
     output = next((name for name, m in model.named_modules() if m is ends(model)[1]), None)
+    output = next((there for there, here in own.items() if here == output), output)
     if output is not None and output not in chosen and output not in floats:  # tied
         floats.append(output)
     engines = how.engines(weights, floats)
     formats = Counter(in_words(w, sizes[module]) for module, w in chosen.items())
     return Plan(
         tensors,
-        how.config(weights, floats, output),
+        how.config(weights, floats, output, {there: here for there, here in own.items() if there != here}),
         engines,
         _report(model, format_name, by_name, why_float, nbytes, engines),
         [f"{text} ({count} matrices)" for text, count in formats.items()],

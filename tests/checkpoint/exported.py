@@ -7,7 +7,13 @@ import torch
 from safetensors import safe_open
 from tiny_llama import tiny_llama
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from rtn_tensor import (
     dequantize_,
@@ -28,6 +34,15 @@ def llama(config=None, filter_fn=but_the_ends, **kwargs):
     model = tiny_llama(dtype=torch.bfloat16, **kwargs)
     quantize_(model, config if config is not None else rtn_int4(32), filter_fn)
     return model
+
+
+def llava():
+    """Whose files have `language_model.lm_head` and `language_model.model` for the model's own `lm_head` and
+    `model.language_model`."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = LlamaConfig(**shape, num_key_value_heads=2, vocab_size=128)
+    vision = CLIPVisionConfig(**shape, image_size=32, patch_size=8, projection_dim=64)
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).eval()
 
 
 def read(folder):

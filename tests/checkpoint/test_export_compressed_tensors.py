@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from exported import assert_same, but_the_ends, from_transformers, llama, read
+from exported import assert_same, but_the_ends, from_transformers, llama, llava, read
 from tiny_llama import tiny_llama
 from tiny_moe import tiny_moe
 from torch import nn
@@ -278,3 +278,22 @@ def test_scales_of_any_kind(tmp_path):
         scale = found["model.layers.0.mlp.up_proj.weight_scale"]
         assert torch.equal((u - 8) * scale.float().repeat_interleave(32, -1), w.dequantize(torch.float32))
         assert math.prod(found["model.layers.0.mlp.up_proj.weight_shape"]) == w.numel()
+
+
+@pytest.mark.parametrize(
+    ("make", "rules"),
+    [
+        (llava, rtn_int4(32)),
+        (llava, [("*lm_head", None), ("*vision*", rtn_int8(-1)), ("*", rtn_int4(32))]),
+        (lambda: tiny_moe("Phimoe"), rtn_int4(32)),
+    ],
+    ids=["an output layer", "names of several formats", "a router that is a linear layer"],
+)
+def test_names_that_files_have_and_the_model_has_not(tmp_path, make, rules, monkeypatch):
+    """transformers looks them up by the model's names, and made what it did not find anew."""
+    model = make()
+    quantize_(model, rules)
+    export(model, tmp_path / "a")
+    kind = type(model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", kind.from_pretrained)
+    assert_same(from_transformers(tmp_path / "a", monkeypatch), model)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from exported import but_the_ends, llama, read
+from exported import but_the_ends, llama, llava, read
 from tiny_llama import tiny_llama
 from tiny_moe import tiny_moe
 from torch import nn
@@ -147,3 +147,21 @@ def test_gptq_words_that_are_not_whole(tmp_path):
         export(model, tmp_path / "a", format="gptq")
     assert list(tmp_path.iterdir()) == []
     export(model, tmp_path / "b")
+
+
+def test_names_that_files_have_and_the_model_has_not(tmp_path):
+    """GPTQModel asks by the model's names, vLLM by those in files."""
+    model = llava()
+    quantize_(
+        model, [("*lm_head", rtn_int4(32)), ("*vision*", None), ("*.down_proj", None), ("*", rtn_int4(32))]
+    )
+    export(model, tmp_path / "a", format="gptq")
+    found, about = read(tmp_path / "a")
+    assert "language_model.lm_head.qweight" in found
+    assert about["lm_head"] is True
+    for name in (
+        "language_model.model.layers.0.mlp.down_proj",
+        "model.language_model.layers.0.mlp.down_proj",
+    ):
+        assert f"-:^{re.escape(name)}$" in about["dynamic"]
+    assert not [pattern for pattern in about["dynamic"] if "lm_head" in pattern]

@@ -83,18 +83,20 @@ def tensors(weight: Weight) -> dict[str, Lazy]:
     return {f"{weight.module}.weight_{plane}": lazy for plane, lazy in made.items()}
 
 
-def config(weights: Sequence[Weight], floats: Collection[str], output: str | None) -> dict[str, Any]:
+def config(
+    weights: Sequence[Weight], floats: Collection[str], output: str | None, names: Mapping[str, str]
+) -> dict[str, Any]:
     """What config.json says of the weights, beside the float linears `floats`; `output` is the output layer,
-    to which the name of a class does not reach in vLLM."""
+    to which the name of a class does not reach in vLLM. `names` are the model's of what files have under
+    others: vLLM asks by these, and transformers by the model's."""
     by_format: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
     for weight in weights:
         by_format[weight.format].append(weight.module)
     everything = {weight.module for weight in weights} | set(floats)
     groups = {}
     for i, ((bits, group_size, symmetric), modules) in enumerate(sorted(by_format.items())):
-        targets = (
-            ["Linear", *({output} & set(modules))] if len(by_format) == 1 else _names(modules, everything)
-        )
+        ends = _with_own(({output} if output else set()) & set(modules), names)
+        targets = ["Linear", *ends] if len(by_format) == 1 else _names(modules, everything, names)
         groups[f"group_{i}"] = {
             "targets": targets,
             "input_activations": None,
@@ -115,16 +117,23 @@ def config(weights: Sequence[Weight], floats: Collection[str], output: str | Non
         "quantization_status": "compressed",
         "kv_cache_scheme": None,
         "config_groups": groups,
-        "ignore": _names(floats, everything),
+        "ignore": _names(floats, everything, names),
     }
 
 
-def _names(modules: Iterable[str], everything: Iterable[str]) -> list[str]:
+def _names(modules: Iterable[str], everything: Iterable[str], names: Mapping[str, str]) -> list[str]:
     """`modules` in full, but the experts by one pattern where they are all of `everything`'s: transformers
     finds their format by it, and there may be tens of thousands."""
     experts = {module for module in everything if re.match(EXPERT, module)}
     together = experts and experts <= set(modules)
-    return [*([f"re:{EXPERT}"] if together else []), *(m for m in modules if not (together and m in experts))]
+    others = [m for m in modules if not (together and m in experts)]
+    return [*([f"re:{EXPERT}"] if together else []), *_with_own(others, names)]
+
+
+def _with_own(modules: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """`modules`, and the names that the model itself has for them."""
+    modules = list(modules)
+    return list(dict.fromkeys([*modules, *(names[module] for module in modules if module in names)]))
 
 
 def engines(weights: Sequence[Weight], floats: Collection[str]) -> list[Engine]:

@@ -79,14 +79,19 @@ def tensors(weight: Weight) -> dict[str, Lazy]:
     return {f"{weight.module}.{end}": lazy for end, lazy in made.items()}
 
 
-def config(weights: Sequence[Weight], floats: Collection[str], output: str | None) -> dict[str, Any]:
+def config(
+    weights: Sequence[Weight], floats: Collection[str], output: str | None, names: Mapping[str, str]
+) -> dict[str, Any]:
     """What config.json says of the weights, beside the float linears `floats`; the output layer `output` is
-    float unless it says otherwise."""
+    float unless it says otherwise. `names` are the model's of what files have under others: GPTQModel asks by
+    these."""
     formats = formats_of(weights, floats)
+    formats |= {names[module]: fmt for module, fmt in formats.items() if module in names}
     (bits, group_size, _), _ = Counter(sorted(weight.format for weight in weights)).most_common(1)[0]
     others = {module: fmt for module, fmt in formats.items() if fmt is None or fmt[:2] != (bits, group_size)}
     if output is not None and others.get(output, output) is None:
         del others[output]
+        others.pop(names.get(output, output), None)
     dynamic = {}
     for pattern, fmt in _patterns(others, formats).items():
         if fmt is None:
