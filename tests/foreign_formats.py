@@ -63,15 +63,22 @@ def awq(n, k, group_size=32, symmetric=False, dtype=torch.float16):
     return {"qweight": packed(u.t()), "qzeros": packed(zero.t()), "scales": scale.t().contiguous()}, w
 
 
-def compressed(n, k, bits=4, group_size=32, symmetric=True, act_order=False, dtype=torch.bfloat16):
+def compressed(
+    n, k, bits=4, group_size=32, symmetric=True, act_order=False, dtype=torch.bfloat16, tensor=False
+):
     order = torch.randperm(k) if act_order else None
     u, scale, zero, group_of, w = integers(n, k, bits, group_size, symmetric, dtype, order)
+    if tensor:
+        scale, zero = scale[:1, 0], zero[:1, 0]
+        w = (u - zero).float() * scale.float()
     planes = {
         "weight_packed": words_along_rows(u, bits),
-        "weight_scale": scale,
+        "weight_scale": scale.clone(),
         "weight_shape": torch.tensor([n, k]),
     }
-    if not symmetric:
+    if tensor and not symmetric:
+        planes["weight_zero_point"] = (zero - 2 ** (bits - 1)).to(torch.int8)
+    elif not symmetric:
         planes["weight_zero_point"] = words_along_rows(zero.t(), bits).t().contiguous()
     if act_order:
         planes["weight_g_idx"] = group_of.int()

@@ -198,6 +198,7 @@ def test_options_that_are_not_known(tmp_path, kind):
     assert "'rotated_by' (hadamard), which load does not know" in refused(folder, kind)
 
 
+AUTO_ROUND = {"quant_method": "auto-round", "data_type": "fp", "packing_format": "auto_round:fp8"}
 LIES = {
     "GPTQ of other bits": ("GPTQ", {"bits": 8}),
     "GPTQ of other groups": ("GPTQ", {"group_size": 64}),
@@ -214,6 +215,10 @@ LIES = {
     "rotated": ("compressed-tensors", {"transform_config": {"config_groups": {}, "u": 1}}),
     "sparse": ("compressed-tensors", {"sparsity_config": {"format": "sparse-24-bitmask"}}),
     "of no group": ("compressed-tensors", {"config_groups": {}}),
+    "auto-round of packed fp8": ("fp8", AUTO_ROUND | {"packing_format": "auto_round:llm_compressor"}),
+    "auto-round of fp8 integers": ("fp8", AUTO_ROUND | {"data_type": "int"}),
+    "auto-round of FP4 in fp8": ("NVFP4", AUTO_ROUND | {"data_type": "fp"}),
+    "auto-round of FP4 in integers": ("compressed-tensors", AUTO_ROUND | {"data_type": "mx_fp"}),
     "another format": ("compressed-tensors", {"format": "marlin-24"}),
 }
 

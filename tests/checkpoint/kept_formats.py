@@ -105,6 +105,18 @@ FORMATS = {
         BF16,
         (8, -1),
     ),
+    "compressed-tensors, packed, one scale": (
+        partial(made.compressed, group_size=-1, tensor=True),
+        CT(group_size=None, strategy="tensor"),
+        BF16,
+        (4, -1),
+    ),
+    "compressed-tensors, packed, one scale and one zero point": (
+        partial(made.compressed, bits=8, group_size=-1, symmetric=False, tensor=True),
+        CT(bits=8, group_size=None, symmetric=False, strategy="tensor"),
+        BF16,
+        (8, -1),
+    ),
     "bitsandbytes, int8": (made.bnb8, made.BNB8_CONFIG, F32, (8, -1)),
 }
 

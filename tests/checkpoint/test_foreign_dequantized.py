@@ -15,6 +15,9 @@ from tiny_moe import tiny_moe
 from rtn_tensor import RTNQuantizedTensor, load, quantize_, rtn_int4, rtn_int8
 
 CT = made.ct_config
+BY_AUTO_ROUND = {"act_bits": 16, "autoround_version": "0.16.1", "bits": 8, "data_type": "fp", "sym": True}
+AUTO_ROUND = BY_AUTO_ROUND | {"quant_method": "auto-round", "regex_config": {}}
+AUTO_ROUND_FP4 = AUTO_ROUND | {"bits": 4, "packing_format": "auto_round:llm_compressor"}
 FORMATS = {
     "fp8 of blocks": (made.fp8, made.FP8_CONFIG),
     "fp8 of small blocks": (
@@ -83,6 +86,21 @@ FORMATS = {
     "auto-round": (
         partial(made.gptq, symmetric=False),
         {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_gptq"},
+    ),
+    "auto-round, fp8 of blocks": (
+        partial(made.fp8, dtype=torch.bfloat16),
+        AUTO_ROUND | {"packing_format": "auto_round:fp8", "weight_block_size": [128, 128]},
+    ),
+    "auto-round, fp8 of rows": (
+        partial(made.fp8, kind="vector", end="_scale"),
+        AUTO_ROUND | {"packing_format": "auto_round:fp8_static", "activation_scheme": "static"},
+    ),
+    "auto-round, MXFP4": (made.ct_mxfp4, AUTO_ROUND_FP4 | {"data_type": "mx_fp"}),
+    "auto-round, NVFP4": (partial(made.nvfp4, compressed=True), AUTO_ROUND_FP4 | {"data_type": "nv_fp"}),
+    "fp8 of blocks, by auto-round": (made.fp8, BY_AUTO_ROUND | made.FP8_CONFIG | {"group_size": [128, 128]}),
+    "compressed-tensors, MXFP4, by auto-round": (
+        made.ct_mxfp4,
+        CT("mxfp4-pack-quantized", 4, 32, kind="float") | {"provider": "auto-round"},
     ),
     "AWQ": (made.awq, made.AWQ_CONFIG),
 }

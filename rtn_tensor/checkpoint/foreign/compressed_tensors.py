@@ -239,6 +239,11 @@ def _groups(
     return size, (n, groups(k, size))
 
 
+def _check_by_group(plane: Source, shape: tuple[int, int], *dtypes: torch.dtype) -> None:
+    """`check_plane` of scales or zero points, of which a single one for all of the weight may be a vector."""
+    check_plane(plane, (1,) if shape == (1, 1) and plane.shape == (1,) else shape, *dtypes)
+
+
 def _order(
     found: Mapping[str, Source],
     weight: Source,
@@ -269,28 +274,30 @@ def _packed(
         raise given.error(f"says that the weight is {[n, k]}; download the checkpoint again")
     check_plane(packed, (n, -(-k * bits // 32)), torch.int32)
     group_size, shape = _groups(packed, scale, about, n, k)
-    check_plane(scale, shape, *FLOAT_DTYPES)
+    _check_by_group(scale, shape, *FLOAT_DTYPES)
     group_of = _order(found, packed, module, about, k, group_size, shape[1])
     zeros = found.get(f"{module}.weight_zero_point")
     if not about.get("symmetric", True):
         zeros = beside(found, packed, f"{module}.weight_zero_point")
     packed_zeros = zeros is not None and zeros.dtype == torch.int32
     if zeros is not None:
-        rows = -(-n * bits // 32) if packed_zeros else n
-        check_plane(zeros, (rows if shape[0] == n else 1, shape[1]), torch.int32, torch.int8)
+        rows = -(-n * bits // 32) if packed_zeros and shape[0] == n else shape[0]
+        _check_by_group(zeros, (rows, shape[1]), torch.int32, torch.int8)
 
     def all_zeros() -> Tensor | None:
         if zeros is None:
             return None
         zero = zeros.view()
-        return (signed(fields(zero.t(), bits), bits)[:, :n].t() if packed_zeros else zero).expand(n, -1)
+        return (signed(fields(zero.t(), bits), bits)[:, :n].t() if packed_zeros else zero.view(shape)).expand(
+            n, -1
+        )
 
     asymmetric = (zero_points := all_zeros()) is not None and bool(zero_points.any())
     kept = kept_format(bits, group_size, shape[1], scale, asymmetric) if group_of is None else None
 
     def compute(_: tuple[int, ...], start: int, stop: int) -> Tensor:
         q = signed(fields(packed.view()[start:stop], bits), bits)[:, :k]
-        scales, zero = scale.view().expand(n, -1)[start:stop], all_zeros()
+        scales, zero = scale.view().view(shape).expand(n, -1)[start:stop], all_zeros()
         zero = zero if zero is None else zero[start:stop]
         return rows_of(q, scales, zero, kept, group_size, group_of)
 
@@ -305,14 +312,13 @@ def _integers(
         raise weight.error(f"has shape {list(weight.shape)}; an int-quantized weight must be [N, K]")
     n, k = weight.shape
     group_size, shape = _groups(weight, scale, about, n, k)
-    if scale.shape != (1,) or shape != (1, 1):
-        check_plane(scale, shape, *FLOAT_DTYPES)
+    _check_by_group(scale, shape, *FLOAT_DTYPES)
     group_of = _order(found, weight, module, about, k, group_size, shape[1])
     zeros = found.get(f"{module}.weight_zero_point")
     if not about.get("symmetric", True):
         zeros = beside(found, weight, f"{module}.weight_zero_point")
-    if zeros is not None and not (zeros.shape == (1,) and shape == (1, 1)):
-        check_plane(zeros, shape, torch.int8)
+    if zeros is not None:
+        _check_by_group(zeros, shape, torch.int8)
     asymmetric = zeros is not None and bool(zeros.view().any())
     # In a byte each there may be any number.
     kept = kept_format(8, group_size, shape[1], scale, asymmetric) if group_of is None else None

@@ -14,6 +14,7 @@ FORMATS_READ = (
 OPTIONS = (
     *("quant_method", "format", "config_groups", "ignore", "quantization_status", "kv_cache_scheme"),
     *("global_compression_ratio", "sparsity_config", "transform_config", "version", "run_compressed"),
+    *("provider", "autoround_version"),  # of auto-round
 )
 GROUP_OPTIONS = ("targets", "weights", "input_activations", "output_activations", "format")
 WEIGHT_OPTIONS = (

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtn_tensor.checkpoint.foreign.words import check_options, computed, ending, option, put
+from rtn_tensor.checkpoint.foreign.words import (
+    ABOUT_THE_SEARCH,
+    check_options,
+    computed,
+    ending,
+    option,
+    put,
+)
 from rtn_tensor.checkpoint.sources import Source
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -18,6 +25,8 @@ SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 OPTIONS = (
     *("quant_method", "fmt", "activation_scheme", "weight_block_size", "modules_to_not_convert", "scale_fmt"),
     *("ignored_layers", "kv_cache_scheme", "activation_scale_ub", "dequantize", "weight_per_tensor"),
+    *("bits", "group_size", "sym", "data_type"),  # of auto-round, as the others
+    *ABOUT_THE_SEARCH,
 )
 
 

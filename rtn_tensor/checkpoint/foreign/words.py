@@ -219,7 +219,7 @@ def warn_of_activations(how: Mapping[str, Any], where: str) -> None:
 
 def check_options(how: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     """Raises ValueError where a config says something by an option that nobody here knows the meaning of."""
-    if unknown := sorted(key for key in set(how) - set(known) if how[key] is not None):
+    if unknown := sorted(key for key in set(how) - set(known) if how[key] not in (None, {}, [])):
         raise ValueError(
             f"{where} has the option {unknown[0][:100]!r} ({str(how[unknown[0]])[:100]}), which load does "
             "not know; give the float model, or remove the option where it says nothing of the weights"
