@@ -76,6 +76,7 @@ LAYERS = [
     "checkpoint.foreign.awq",
     "checkpoint.foreign.gptq",
     "checkpoint.foreign.*",
+    "checkpoint.foreign.auto_round",
     "checkpoint.foreign.reading",
     "checkpoint.foreign",
     "integrations.experts",

@@ -220,7 +220,8 @@ def plan_gguf(model: Any, file: Path) -> tuple[gguf.Like, dict[str, gguf.Written
     )
     engines = [
         Engine("llama.cpp (of xllamacpp 2026.10)", True, note),
-        Engine("Ollama and LM Studio", True, "by llama.cpp"),
+        Engine("Ollama", True, "by llama.cpp"),
+        Engine("LM Studio", True, "by llama.cpp"),
     ]
     return (
         like,

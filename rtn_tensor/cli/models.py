@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from rtn_tensor.checkpoint import hub
+from rtn_tensor.checkpoint.files import check_regular
 from rtn_tensor.checkpoint.load import load
 from rtn_tensor.cli.screen import named, say
 from rtn_tensor.formats import FLOAT_DTYPES
@@ -33,12 +34,16 @@ def load_model(path: str, activations: str | None = None) -> Any:
 def tokenizer_of(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    place = local(path)
-    check_model_folder(place)
-    read_config(place)  # else a damaged one would be told as a tokenizer that cannot be read
+    place, inside = local(path), {}
+    if place.suffix == ".gguf":
+        check_regular(place)
+        place, inside = place.parent, {"gguf_file": place.name}
+    else:
+        check_model_folder(place)
+        read_config(place)  # else a damaged one would be told as a tokenizer that cannot be read
     try:
         # None would ask on stdout whether to run what the folder brings along.
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **inside)
     except Exception as error:  # the kinds of tokenizers fail in as many ways, of no common class
         if "trust_remote_code" in str(error):
             raise ValueError(

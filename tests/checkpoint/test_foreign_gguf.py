@@ -1,5 +1,6 @@
 """GGUF files, made here by gguf's own writer and quantizer."""
 
+import json
 import re
 
 import gguf
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
-from tiny_llama import tiny_llama
+from tiny_llama import TEXT, tiny_llama, tiny_tokenizer
 from tiny_moe import tiny_moe
 
 from rtn_tensor import RTNQuantizedTensor, export, load, quantize_, rtn_int4, rtn_int8, save
@@ -28,7 +29,7 @@ def permuted(t, heads):
     return t.reshape(heads, 2, t.shape[0] // heads // 2, *t.shape[1:]).swapaxes(1, 2).reshape(t.shape)
 
 
-def write(file, model, kind, architecture="llama", change=lambda name, t: t):
+def write(file, model, kind, architecture="llama", change=lambda name, t: t, tokenizer=None):
     """`model` as a GGUF file with weights of a `kind`; gives what they stand for, by the model's names."""
     about = model.config
     names = gguf.get_tensor_name_map(
@@ -49,7 +50,14 @@ def write(file, model, kind, architecture="llama", change=lambda name, t: t):
         writer.add_key_length(about.head_dim)
         writer.add_value_length(about.head_dim)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"<{i}>" for i in range(about.vocab_size)])
+    tokens = [f"<{i}>" for i in range(about.vocab_size)]
+    if tokenizer is not None:
+        tokens[: len(tokenizer)] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_token_list(tokens)
     stacked, stands_for = {}, {}
     for name, t in tensors_in_files(model)[0].items():
         if part := re.match(r"(.*\.experts)\.(\d+)\.(.*)$", name):
@@ -214,3 +222,19 @@ def test_tensors_that_are_missing_or_of_another_shape(tmp_path):
     write(tmp_path / "a.gguf", model, KINDS.Q8_0, change=lambda name, t: t[:64] if "ffn_up" in name else t)
     with pytest.raises(ValueError, match=r"a.gguf: model.layers.0.mlp.up_proj.weight has shape \[64, 96\]"):
         load(tmp_path / "a.gguf")
+
+
+def test_the_commands(tmp_path, run):
+    """A file holds its tokenizer; a folder is not made of it by the command line."""
+    file, text = tmp_path / "a.gguf", tmp_path / "text.txt"
+    tokenizer = tiny_tokenizer()
+    write(file, tiny_llama(), KINDS.Q8_0, tokenizer=tokenizer)
+    text.write_text(TEXT)
+    save(load(file), tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    found = [run("perplexity", place, "--text", text)[:2] for place in (file, tmp_path / "ours")]
+    assert found[0] == found[1]
+    assert found[0][0] == 0
+    status, _, err = run("quantize", file, tmp_path / "b")
+    assert status == 1
+    assert "it is a GGUF file; load() reads it, and save() or export() writes" in err

@@ -41,6 +41,7 @@ METHODS = {
     "quanto": ({"quant_method": "quanto"}, "quanto"),
     "something new": ({"quant_method": "vapour"}, "vapour"),
     "nothing": ({"bits": 4}, "None"),
+    "MLX, which gives itself no name": ({"group_size": 64, "bits": 4, "mode": "affine"}, "MLX"),
 }
 
 
@@ -87,6 +88,7 @@ NAMES = {
     "fp8 with a scale for each block": ["weight", "weight_scale_inv"],
     "compressed-tensors": ["weight_packed", "weight_scale", "weight_shape"],
     "HQQ": ["W_q", "meta"],
+    "MLX": ["weight", "scales", "biases"],
 }
 
 

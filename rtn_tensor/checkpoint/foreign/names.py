@@ -16,6 +16,7 @@ FOREIGN = {
     "compressed-tensors": "compressed-tensors",
     "modelopt": "NVIDIA's ModelOpt",
     "hqq": "HQQ",
+    "mlx": "MLX",
     "quanto": "quanto",
     "auto-round": "AutoRound",
     "gguf": "GGUF",
@@ -31,6 +32,7 @@ FOREIGN_NAMES = {
     r"\.quant_state\.bitsandbytes__": "bitsandbytes",
     r"\.(weight|input)_scale$": "fp8",
     r"\.W_q$": "HQQ",
+    r"\.biases$": "MLX",
 }
 
 

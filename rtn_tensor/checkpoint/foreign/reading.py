@@ -66,7 +66,8 @@ def check_method(how: Any, where: str, key: str) -> str:
     if not isinstance(how, dict):
         raise ValueError(f"{where}: {key} is {str(how)[:100]}; it must be an object, or not there")
     old = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(how) else None
-    method = how.get("quant_method", old)
+    unnamed = "mlx" if {"bits", "group_size"} <= set(how) else old
+    method = how.get("quant_method", unnamed)
     if method == "modelopt_fp4":
         method = "modelopt"
     if not isinstance(method, str) or (method != OURS and method not in READERS):

@@ -191,7 +191,9 @@ def check_model_folder(path: Path) -> None:
     """Raises FileNotFoundError, which says what there is instead, unless `path` is a transformers folder."""
     if not ((path / "config.json").exists() or (path / "config.json").is_symlink()):
         there = (
-            "it is a file; give the folder that it lies in, or to load() the module to fill, as model="
+            "it is a GGUF file; load() reads it, and save() or export() writes of that what this reads"
+            if path.is_file() and path.suffix == ".gguf"
+            else "it is a file; give the folder that it lies in, or to load() the module to fill, as model="
             if path.is_file()
             else "it holds an adapter; merge that into its model, and give the folder of that"
             if (path / "adapter_config.json").exists()
