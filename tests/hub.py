@@ -48,7 +48,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append(path)
         if path.startswith("api/models/"):
             name = "/".join(path.split("/")[2:4])
-            if folder := self.folder(name):
+            if path.split("/")[5:6] not in ([], ["main"], [COMMIT]):
+                self.answer({"error": "Revision not found"}, 404, **{"X-Error-Code": "RevisionNotFound"})
+            elif folder := self.folder(name):
                 files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
                 if "/tree/" in path:
                     self.answer([self.entry(folder, file) for file in files])

@@ -1,6 +1,5 @@
 """The model card, README.md, of a quantized folder."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,14 +34,6 @@ from transformers import KIND
 
 model = KIND.from_pretrained("PATH")
 ```"""  # by transformers, of a model that is no language model
-
-
-def hub_name(name_or_path: str) -> str | None:
-    """The name on the hub of a model that was read from there, or from the hub's cache."""
-    if cached := re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots", name_or_path):
-        return f"{cached[1]}/{cached[2]}"
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) and not Path(name_or_path).exists()
-    return name_or_path if is_name else None
 
 
 def about_source(source: Path | None) -> dict[str, Any]:

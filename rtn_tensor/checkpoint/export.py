@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtn_tensor.checkpoint.card import card, hub_name
+from rtn_tensor.checkpoint.card import card
 from rtn_tensor.checkpoint.companions import companions, copy_companions
 from rtn_tensor.checkpoint.export_plan import FORMATS, ExportReport, Plan, plan, plan_gguf
 from rtn_tensor.checkpoint.folders import new_file, new_folder
 from rtn_tensor.checkpoint.foreign import gguf
+from rtn_tensor.checkpoint.hub import hub_name
 from rtn_tensor.checkpoint.shards import write_shards
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
 from rtn_tensor.quantize.selection import check_module

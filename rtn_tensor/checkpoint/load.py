@@ -29,7 +29,7 @@ from rtn_tensor.checkpoint.foreign.blocks import File
 from rtn_tensor.checkpoint.foreign.names import foreign
 from rtn_tensor.checkpoint.foreign.reading import Description, put_together
 from rtn_tensor.checkpoint.gguf import READ, empty_of_gguf, load_by_transformers, pieces_of
-from rtn_tensor.checkpoint.hub import local
+from rtn_tensor.checkpoint.hub import hub_name, local
 from rtn_tensor.checkpoint.kept import kept_targets
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.config import RTNConfig
@@ -206,7 +206,7 @@ def load(
             targets,
             scale_dtypes,
             device,
-            lambda total: _bar(path.name, total, progress),
+            lambda total: _bar(hub_name(str(path)) or path.name, total, progress),
         )
     put(places, new, configs, fqns if config is not None else {}, apart)
     if is_pretrained(model):
@@ -391,13 +391,20 @@ def _bar(what: str, total: int, show: bool | None) -> Iterator[Callable[[str, in
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.table import Column
 
     console = Console(stderr=True)
-    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    layer = TextColumn("{task.fields[layer]}", markup=False)
+    one, rest = Column(no_wrap=True), Column(no_wrap=True, ratio=1)
+    columns = (
+        BarColumn(16),
+        DownloadColumn(table_column=one),
+        TransferSpeedColumn(one),
+        TimeRemainingColumn(table_column=one),
+    )
+    layer = TextColumn("{task.fields[layer]}", markup=False, table_column=rest)
     started = time.perf_counter()
     shown = console.is_terminal if show is None else show
-    with Progress(*columns, layer, console=console, disable=not shown, transient=True) as bar:
+    with Progress(*columns, layer, console=console, expand=True, disable=not shown, transient=True) as bar:
         task = bar.add_task(what, total=total, layer="")
         yield lambda name, size: bar.update(task, advance=size, layer=name)
     if shown:

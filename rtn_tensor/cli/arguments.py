@@ -1,7 +1,7 @@
 """The arguments of `rtn-tensor` and of its subcommands."""
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -108,10 +108,55 @@ examples:
 example:
   rtn-tensor plan Qwen/Qwen3-0.6B --bits-per-weight 4.5 -o rules.json --draw map.png
   rtn-tensor quantize Qwen/Qwen3-0.6B out --rules rules.json""",
+    "export": """\
+examples:
+  rtn-tensor export qwen3-int4 qwen3-ct
+  rtn-tensor export qwen3-int4 qwen3.gguf --format gguf --like a-gguf-of-the-same-model.gguf""",
+    "inspect": """\
+examples:
+  rtn-tensor inspect qwen3-int4
+  rtn-tensor inspect Qwen/Qwen3-0.6B --verbose""",
+    "perplexity": """\
+example:
+  rtn-tensor perplexity qwen3-int4 --text a-text-of-yours.txt --max-tokens 4096""",
     "compare": """\
 example:
   rtn-tensor compare qwen3-int4 Qwen/Qwen3-0.6B --text a-text-of-yours.txt --draw compared.png""",
+    "evaluate": """\
+examples:
+  rtn-tensor evaluate qwen3-int4 --tasks piqa,arc_easy --limit 200
+  rtn-tensor evaluate qwen3-int4 --against Qwen/Qwen3-0.6B""",
+    "generate": """\
+examples:
+  rtn-tensor generate qwen3-int4 "Why is the sky blue?" --max-new-tokens 200
+  rtn-tensor generate qwen3-int4 "Once upon a time" --raw --temperature 0.8 --top-p 0.95""",
+    "chat": """\
+/clear begins anew, and /bye or the end of the input leaves; Ctrl-C ends a reply, and at the prompt leaves.
+
+examples:
+  rtn-tensor chat qwen3-int4
+  rtn-tensor chat qwen3-int4 --system "You answer in one sentence." --temperature 0.7""",
+    "serve": """\
+The model has the name that it is given here. Ctrl-C ends the server.
+
+example:
+  rtn-tensor serve qwen3-int4 --port 8000
+  curl http://localhost:8000/v1/chat/completions -H "Content-Type: application/json" \\
+    -d '{"model": "qwen3-int4", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'""",
+    "explain": """\
+example:
+  rtn-tensor explain --bits 4 --m 16 --n 4096 --k 4096""",
+    "tune": """\
+example:
+  rtn-tensor tune --model Qwen/Qwen3-0.6B""",
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells of a mistake where the examples are, too."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(f"{message}; `{self.prog} --help` has examples")
 
 
 class _Completion(argparse.Action):
@@ -131,7 +176,7 @@ class _Completion(argparse.Action):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="rtn-tensor",
         description="Round-to-nearest int4 and int8 weights: no data, no calibration, seconds.",
         epilog=EXAMPLES,

@@ -163,4 +163,4 @@ def _silence_transformers() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # also huggingface_hub's; `cli.models.local` shows those of downloads

@@ -13,7 +13,7 @@ import torch
 
 from rtn_tensor.checkpoint.sources import sources
 from rtn_tensor.cli.models import ids_of, load_model, local, read_text, tokenizer_of
-from rtn_tensor.cli.screen import progress
+from rtn_tensor.cli.screen import is_terminal, progress, say
 from rtn_tensor.cli.summary import summary
 from rtn_tensor.evaluation.comparison import compare
 from rtn_tensor.evaluation.decoding import positions
@@ -60,7 +60,7 @@ def run_evaluate(args: argparse.Namespace) -> tuple[Any, str]:
     if others:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         check_tasks(others, args.limit, args.data, args.batch_size)
-        if not sys.stderr.isatty():
+        if not is_terminal(sys.stderr):
             from datasets import disable_progress_bars
 
             disable_progress_bars()
@@ -107,6 +107,7 @@ def run_compare(args: argparse.Namespace) -> tuple[Any, str]:
         )
     model, reference = load_model(args.path, args.activations), load_model(args.reference)
     found = compare(model, reference, ids, args.window, progress=progress("Comparing"))
+    say("Measuring the speed of both")
     about = [_about(model, ids, found.perplexity), _about(reference, ids, found.reference_perplexity)]
     if args.draw:
         _draw(args.draw, paths, about)

@@ -1,5 +1,6 @@
 """The models, tokenizers and texts that subcommands are given."""
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,29 @@ import torch
 from rtn_tensor.checkpoint import hub
 from rtn_tensor.checkpoint.files import check_regular
 from rtn_tensor.checkpoint.load import load
-from rtn_tensor.cli.screen import named, say
+from rtn_tensor.cli.screen import is_terminal, named, say
 from rtn_tensor.formats import FLOAT_DTYPES
 from rtn_tensor.integrations.transformers.folders import check_model_folder, read_config
 from rtn_tensor.integrations.transformers.models import but_the_output, ends
 from rtn_tensor.quantize.activations import set_activations_
 
-local = cache(hub.local)  # a name on the hub is asked for once a command, and not by each that reads there
 CHARACTERS = 40  # more than a token has on average in any text
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+
+
+@cache  # a name on the hub is asked for once a command, and not by each that reads there
+def local(path: str) -> Path:
+    """As `checkpoint.hub.local`; says what is downloaded, with huggingface_hub's bars on a terminal."""
+
+    def on_download(files: int, size: int) -> None:
+        from huggingface_hub.utils import enable_progress_bars
+        from rich.filesize import decimal
+
+        say(f"Downloading {path}: {files} {'file' if files == 1 else 'files'}, {decimal(size)}")
+        if is_terminal(sys.stderr):
+            enable_progress_bars()
+
+    return hub.local(path, on_download)
 
 
 def load_model(path: str, activations: str | None = None) -> Any:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from rtn_tensor.checkpoint.card import hub_name, own_card
+from rtn_tensor.checkpoint.card import own_card
 from rtn_tensor.checkpoint.companions import companions, copy_companions
 from rtn_tensor.checkpoint.export import GGUF, check_destination, destination, prepare
 from rtn_tensor.checkpoint.files import parse_json
+from rtn_tensor.checkpoint.hub import hub_name
 from rtn_tensor.checkpoint.load import is_kept, load, without_place
 from rtn_tensor.checkpoint.save import write
 from rtn_tensor.cli import recipe
@@ -97,15 +98,15 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
         raise ValueError(
             "--push-to-hub uploads a folder, and --format gguf writes a file; upload that by hand"
         )
-    source, tokens = local(args.src), None
-    if args.refine_on:
-        text = read_text(args.refine_on, "--refine-on takes a UTF-8 text file")
-        tokens = _sequences(tokenizer_of(args.src), text)
-    if not args.dry_run:
+    if not args.dry_run:  # before anything is downloaded
         _check_free(args)
+        _check_login(args.push_to_hub)
+    text = read_text(args.refine_on, "--refine-on takes a UTF-8 text file") if args.refine_on else ""
+    source = local(args.src)
+    tokens = _sequences(tokenizer_of(args.src), text) if args.refine_on else None
     model = empty_model(source)
     if getattr(model.config, "quantization_config", None):
-        raise ValueError(f"{source} is already quantized; give the float model")
+        raise ValueError(f"{args.src} is already quantized; give the float model")
     if args.language_model_only:
         rules = [*language_model_only(model), *rules]
     if args.refine or args.bits_per_weight:  # before the weights are read
@@ -117,7 +118,9 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
     expected = None if kept else estimate(empty := empty_model(source), rules, selects(empty, args.embedding))
     if args.dry_run:
         if expected is None:
-            raise ValueError(f"{source} would keep the integers and scales that it has; leave out --dry-run")
+            raise ValueError(
+                f"{args.src} would keep the integers and scales that it has; leave out --dry-run"
+            )
         return expected.to_dict(), _shown(expected, args.verbose)
     with destination(args.dst, args.format, args.force, source) as place:
         beside, left_out = companions(source)
@@ -151,7 +154,7 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
             if isinstance(result, Refinement):
                 data, text = result.to_dict() | data, f"{text}\n{result.summary}"
         if args.format != GGUF:
-            recipe.beside(place, recipe.written(args, in_file))
+            recipe.beside(place, recipe.written(args, in_file, None if kept else rest))
     for name, count in Counter(map(_any_layer, unused)).items():
         say(
             f"Left out {name}{f' ({count} such)' if count > 1 else ''}: {type(model).__name__} has no place "
@@ -253,6 +256,14 @@ def run_export(args: argparse.Namespace) -> tuple[Any, str]:
 
 def _any_layer(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _check_login(name: str | None) -> None:
+    """Before the work of minutes that is to be pushed."""
+    from huggingface_hub import get_token
+
+    if name and not get_token():
+        raise ValueError(f"--push-to-hub {name} needs a login; `hf auth login`, or set HF_TOKEN")
 
 
 def _push(folder: str, name: str) -> str:

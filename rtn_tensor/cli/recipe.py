@@ -25,11 +25,19 @@ OF_FORMAT = (
 KEYS = (*OF_FORMAT, "refine", "format")  # of a recipe, each as the option of its name
 
 
-def written(args: argparse.Namespace, rules: Sequence[tuple[str, RTNConfig | None]]) -> str:
-    """The recipe that does again what `args` did, `rules` being those of the file that --rules named."""
+def written(
+    args: argparse.Namespace, rules: Sequence[tuple[str, RTNConfig | None]], rest: RTNConfig | None
+) -> str:
+    """The recipe that does again what `args` did, `rules` being those of the file that --rules named, and
+    `rest` the format of what no rule names, whose defaults are written out: a later release may have others.
+    """
     import yaml
 
     about: dict[str, Any] = {key: value for key in KEYS if (value := getattr(args, key))}
+    if rest is not None and not args.bits_per_weight:
+        about = {"bits": rest.bits, "group_size": rest.group_size, "scale_method": rest.scale_method} | about
+        if args.scheme:
+            del about["bits"]
     if rules:
         about["rule"] = [*about.get("rule", []), *(as_text(pattern, config) for pattern, config in rules)]
     said = "# rtn-tensor quantize SRC DST --recipe FILE does this again."

@@ -18,6 +18,10 @@ def say(text: str) -> None:
         discard(sys.stderr)
 
 
+def is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()
+
+
 def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -60,16 +61,29 @@ def run_chat(args: argparse.Namespace) -> tuple[Any, str]:
     model = load_model(args.path, args.activations)
     begin = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(begin)
-    say(f"/clear begins anew; {LEAVE[0]}, or the end of the input, leaves")
+    said: list[str] = []
+
+    def on_text(piece: str) -> None:
+        said.append(piece)
+        _write(piece)
+
+    say(f"/clear begins anew; {LEAVE[0]}, or the end of the input, leaves; Ctrl-C ends a reply")
     while (line := _ask()) is not None and line.strip() not in LEAVE:
         if line.strip() == "/clear":
             messages = list(begin)
         elif line.strip():
             messages.append({"role": "user", "content": line})
+            said.clear()
             try:
                 reply = generate(
-                    model, tokenizer, messages, args.max_new_tokens, sampling=how, on_text=_write
+                    model, tokenizer, messages, args.max_new_tokens, sampling=how, on_text=on_text
                 )
+            except KeyboardInterrupt as stop:  # a reply that is too long
+                if not sys.stdin.isatty() or stop.args != (signal.SIGINT,):
+                    raise
+                _write("\n")
+                messages.append({"role": "assistant", "content": "".join(said)})
+                continue
             except ValueError as error:  # such as a chat that has become too long, which can be cleared
                 messages.pop()
                 say(f"rtn-tensor: {error}")

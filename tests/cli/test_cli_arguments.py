@@ -63,7 +63,8 @@ import pytest
     ],
 )
 def test_usage(run_at_home, command, message):
-    assert run_at_home(*command) == (2, "", f"rtn-tensor {message}\n")
+    told = f"rtn-tensor {message}; `rtn-tensor {command[0]} --help` has examples\n"
+    assert run_at_home(*command) == (2, "", told)
 
 
 A_FILE = "it is a file; give the folder that it lies in, or to load() the module to fill, as model="

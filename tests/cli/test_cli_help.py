@@ -154,6 +154,10 @@ options:
   -h, --help  show this help message and exit
   --json      print JSON
   --verbose   a line for each weight, and not for each kind of layer
+
+examples:
+  rtn-tensor inspect qwen3-int4
+  rtn-tensor inspect Qwen/Qwen3-0.6B --verbose
 """,
     )
 
@@ -181,6 +185,9 @@ options:
   --stride STRIDE       tokens from one window to the next (default: 512)
   --activations {int8}  what a quantized model rounds its activations to (default: as it was
                         saved)
+
+example:
+  rtn-tensor perplexity qwen3-int4 --text a-text-of-yours.txt --max-tokens 4096
 """,
     )
 
@@ -214,6 +221,10 @@ options:
   --max-tokens T        use only the first tokens of the text
   --activations {int8}  what a quantized model rounds its activations to (default: as it was
                         saved); of path, not of --against
+
+examples:
+  rtn-tensor evaluate qwen3-int4 --tasks piqa,arc_easy --limit 200
+  rtn-tensor evaluate qwen3-int4 --against Qwen/Qwen3-0.6B
 """,
     )
 
@@ -246,6 +257,10 @@ options:
   --compile             compile the decoding step first, which takes about a minute
   --activations {int8}  what a quantized model rounds its activations to (default: as it was
                         saved)
+
+examples:
+  rtn-tensor generate qwen3-int4 "Why is the sky blue?" --max-new-tokens 200
+  rtn-tensor generate qwen3-int4 "Once upon a time" --raw --temperature 0.8 --top-p 0.95
 """,
     )
 
@@ -275,5 +290,8 @@ options:
   --m M                 rows of activations (default: 1)
   --n N                 out_features (default: 4096)
   --k K                 in_features (default: 4096)
+
+example:
+  rtn-tensor explain --bits 4 --m 16 --n 4096 --k 4096
 """,
     )
