@@ -1,6 +1,7 @@
 """Folders that other libraries quantized in ways that this library can hold: their integers and scales are kept,
 and run packed."""
 
+import json
 from contextlib import nullcontext
 from functools import partial
 
@@ -188,6 +189,34 @@ def test_config_groups(tmp_path):
     formats = [(w.bits, w.group_size) for w in (layer.mlp.down_proj.weight for layer in layers)]
     assert formats == [(8, 64), (4, -1)]
     assert (layers[1].mlp.up_proj.weight.bits, layers[1].mlp.up_proj.weight.group_size) == (4, 32)
+
+
+def test_config_groups_that_name_modules_as_the_model_does(tmp_path):
+    """As llm-compressor writes of LLaVA, whose files have other names: the one group that fits the planes."""
+    config = CT(targets=["re:model.language_model.layers.*down_proj"])
+    one = config["config_groups"]["group_0"]
+    about = {"num_bits": 8, "strategy": "channel", "group_size": None}
+    config["config_groups"]["group_1"] = one | {
+        "targets": ["model.language_model.layers.0.mlp.up_proj"],
+        "weights": one["weights"] | about,
+    }
+    model = tiny_llama(layers=1, dtype=BF16)
+    model.save_pretrained(tmp_path)
+    due = {}
+    for name, make in (
+        ("down_proj.weight", made.compressed),
+        ("up_proj.weight", partial(made.compressed, bits=8, group_size=-1)),
+    ):
+        due |= made.rewrite(tmp_path, make, config, lambda n, end=name: n.endswith(end))
+    loaded = load(tmp_path)
+    for name, w in due.items():
+        assert torch.equal(loaded.get_parameter(name).dequantize(F32), w)
+    # Which are as many groups of 160 columns as those of 32 are.
+    config["config_groups"]["group_2"] = one | {"weights": one["weights"] | {"group_size": 33}}
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(about | {"quantization_config": config}))
+    with pytest.raises(ValueError, match="down_proj.weight_packed .* not one alone fits its planes"):
+        load(tmp_path)
 
 
 def test_activations_that_were_quantized(tmp_path):

@@ -14,12 +14,13 @@ Of a linear `P`, by the format of its config group:
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rtn_tensor.checkpoint.foreign.config_groups import scheme_of, schemes_of
+from rtn_tensor.checkpoint.foreign.config_groups import by_scheme, schemes_of
 from rtn_tensor.checkpoint.foreign.fp4 import MX_BLOCK, nvfp4, powers
 from rtn_tensor.checkpoint.foreign.fp8 import block_size, read_fp8
 from rtn_tensor.checkpoint.foreign.words import (
@@ -188,7 +189,7 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
         scale = beside(found, packed, f"{module}.weight_scale")
         name = f"{module}.weight"
         if packed.dtype != torch.uint8:
-            source = _packed(found, module, packed, scale, scheme_of(schemes, module, packed))
+            source = by_scheme(schemes, module, packed, partial(_packed, found, module, packed, scale))
         elif scale.dtype == torch.uint8:
             source = _mxfp4(name, packed, scale)
         else:
@@ -199,7 +200,7 @@ def read(found: dict[str, Source], how: Mapping[str, Any], where: str) -> None:
     for module, weight in ending(found, ".weight"):
         if weight.dtype == torch.int8 and weight.rows is None:
             scale = beside(found, weight, f"{module}.weight_scale")
-            source = _integers(found, module, weight, scale, scheme_of(schemes, module, weight))
+            source = by_scheme(schemes, module, weight, partial(_integers, found, module, weight, scale))
             _take(found, module, source)
     blocks = {block_size(about.get("block_structure"), where) for _, about in schemes} - {None}
     read_fp8(found, blocks.pop() if blocks else None)

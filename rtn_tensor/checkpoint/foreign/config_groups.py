@@ -1,7 +1,8 @@
 """What a compressed-tensors config says of each weight."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from rtn_tensor.checkpoint.foreign.words import check_options, option
@@ -67,11 +68,18 @@ def schemes_of(how: Mapping[str, Any], where: str) -> list[tuple[list[str], Mapp
     return schemes
 
 
-def scheme_of(
-    schemes: list[tuple[list[str], Mapping[str, Any]]], module: str, source: Source
-) -> Mapping[str, Any]:
-    """What the config says of the weight of `module`: a name in full counts for more than a pattern, and that
-    for more than the name of a class."""
+def by_scheme(
+    schemes: list[tuple[list[str], Mapping[str, Any]]],
+    module: str,
+    source: Source,
+    make: Callable[[Mapping[str, Any]], Source],
+) -> Source:
+    """What `make` makes of that which the config says of the weight of `module`: a name in full counts for
+    more than a pattern, and that for more than the name of a class.
+
+    Where none fits, the config may name modules as the model does, and the file otherwise (LLaVA): then it is
+    the one group, by bits and groups, that the planes are of.
+    """
 
     def rank(target: str) -> int:
         if target == module:
@@ -82,9 +90,15 @@ def scheme_of(
 
     ranked = [(min(map(rank, targets), default=3), i) for i, (targets, _) in enumerate(schemes)]
     best = min(ranked, default=(3, 0))
-    if best[0] == 3:
-        raise source.error(
-            f"is quantized, and no config group of config.json has {module} among its targets; "
-            "mend config.json, or download the checkpoint again"
-        )
-    return schemes[best[1]][1]
+    if best[0] < 3:
+        return make(schemes[best[1]][1])
+    fitting: dict[tuple[Any, ...], Source] = {}
+    for _, about in schemes:
+        with suppress(ValueError):
+            fitting[tuple(map(str, map(about.get, ("num_bits", "strategy", "group_size"))))] = make(about)
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    raise source.error(
+        f"is quantized, and no config group of config.json has {module} among its targets, and not one alone "
+        "fits its planes; mend config.json, or download the checkpoint again"
+    )
