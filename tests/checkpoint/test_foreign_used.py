@@ -111,3 +111,28 @@ def test_fused_by_the_caller(tmp_path):
     loaded = load(tmp_path, model=model, fuse={"qk": ["q", "k"]})
     due = torch.cat([w for _, w in parts.values()])
     assert torch.equal(loaded["qk"].weight.dequantize(F32), due)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["AWQ", "GPTQ", "compressed-tensors, asymmetric", "bitsandbytes, int8"])
+def test_adapters_train_over_them_and_merge(tmp_path, name):
+    """Of float16 scales in a bfloat16 model, or float32 ones, and with zero points."""
+    peft = pytest.importorskip("peft")
+    make, config, _, _ = FORMATS[name]
+    stands_for = made.write(tmp_path, tiny_llama(layers=1, dtype=BF16), make, config)
+    model = load(tmp_path)
+    about = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, about)
+    ids = torch.tensor([[5, 77, 30, 9]])
+    adapted(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for n, p in adapted.named_parameters() if "lora_" in n)
+    key = "model.layers.0.mlp.down_proj"
+    layer = adapted.get_submodule(f"base_model.model.{key}")
+    base = layer.base_layer.weight
+    assert torch.equal(base.dequantize(F32), stands_for[f"{key}.weight"])
+    due = stands_for[f"{key}.weight"] + layer.get_delta_weight("default").detach()
+    merged = adapted.merge_and_unload().get_parameter(f"{key}.weight")
+    assert isinstance(merged, RTNQuantizedTensor)
+    assert (merged.bits, merged.zero is None) == (base.bits, base.zero is None)
+    off = (merged.dequantize(F32) - due).norm() / due.norm()
+    assert off < (0.15 if base.bits == 4 else 0.02)
