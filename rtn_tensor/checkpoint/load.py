@@ -403,7 +403,7 @@ def _bar(what: str, total: int, show: bool | None) -> Iterator[Callable[[str, in
     )
     layer = TextColumn("{task.fields[layer]}", markup=False, table_column=rest)
     started = time.perf_counter()
-    shown = console.is_terminal if show is None else show
+    shown = total > 0 and (console.is_terminal if show is None else show)  # else it is all taken as it lies
     with Progress(*columns, layer, console=console, expand=True, disable=not shown, transient=True) as bar:
         task = bar.add_task(what, total=total, layer="")
         yield lambda name, size: bar.update(task, advance=size, layer=name)

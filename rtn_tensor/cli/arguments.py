@@ -49,6 +49,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 6) or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 1 to 65535")
+    return int(text)
+
+
 def _device_argument(text: str) -> torch.device:
     try:
         return device_of(text)
@@ -444,7 +450,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("serve", run_serve, "Serve a model by transformers, as OpenAI's API has it.")
     sub.add_argument("path", type=_path, help=MODEL)
     sub.add_argument("--host", default="localhost", help="address to listen at")
-    sub.add_argument("--port", type=_positive, default=8000, help="port to listen at")
+    sub.add_argument("--port", type=_port, default=8000, help="port to listen at")
 
     sub = command("explain", run_explain, "Say which kernel runs a layer, and why each other does not.")
     add_format(sub)

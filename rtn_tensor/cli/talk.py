@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -106,10 +107,22 @@ def _ask() -> str | None:
         return None
 
 
+def _check_free(host: str, port: int) -> None:
+    """Before the model is looked at: uvicorn tells it last, and in a log."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ValueError(
+            f"cannot listen at {host}:{port} ({why}); choose another --port or --host"
+        ) from error
+
+
 def run_serve(args: argparse.Namespace) -> tuple[Any, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.cli.serve import Serve
 
+    _check_free(args.host, args.port)
     place = local(args.path)
     check_model_folder(place)
     tokenizer_of(args.path)

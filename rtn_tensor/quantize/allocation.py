@@ -126,7 +126,7 @@ def plan(
         sequences: that the model writes; more measure more finely, and take longer.
         length: tokens a sequence.
         seed: of what it writes, and of the labels that are drawn.
-        progress: wraps the list of sequences to come, for instance `tqdm.tqdm`.
+        progress: wraps the list of tokens to write, and that of sequences to come, for instance `tqdm.tqdm`.
 
     Raises:
         ValueError: the model is in training mode; a budget below what the smallest of `options` takes; a
@@ -151,7 +151,7 @@ def plan(
     found = targets_of(model, options[0], filter_fn or but_the_output(model))
     targets, sizes = _sizes(found, options, fuse or {})
     Plan(bits_per_weight, sizes)  # what it raises, it raises before all is measured
-    ids = written(model, sequences, length, seed) if text is None else text.long()
+    ids = written(model, sequences, length, seed, progress) if text is None else text.long()
     tokens = f"{ids.numel()} {'tokens of its own' if text is None else 'given tokens'}"
     parameters: list[Any] = [t.parameter for t in targets]
     with _only(model, parameters):

@@ -27,7 +27,7 @@ from rtn_tensor.quantize.kinds import FilterFn
 from rtn_tensor.quantize.report import Report, report
 from rtn_tensor.quantize.selection import Rules, check_module, tensors_of
 from rtn_tensor.quantize.targets import Target, targets_of
-from rtn_tensor.quantize.written import check_tokens, written
+from rtn_tensor.quantize.written import Progress, check_tokens, written
 from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.wording import with_article
 
@@ -117,7 +117,7 @@ def refine_(
         sequences, length: that a causal language model of transformers writes; more are better, and take
             longer.
         seed: of what it writes.
-        progress: wraps the list of modules to come, for instance `tqdm.tqdm`.
+        progress: wraps the list of tokens to write, and that of modules to come, for instance `tqdm.tqdm`.
 
     Returns:
         A `Refinement`: `report(model)`, and what refining did.
@@ -147,7 +147,7 @@ def refine_(
         unless_it_fails(model, targets) if source is None else nullcontext(),
         _products_seen(),
     ):
-        inputs = _inputs(model, tokens, batches, sequences, length, seed)
+        inputs = _inputs(model, tokens, batches, sequences, length, seed, progress)
         # With `source`, of the float model nothing runs.
         cost = Cost(model, inputs.held_out if source is None else [])
         refining = Refining(targets, weights, [_mask(call) for call in inputs.calls], progress)
@@ -204,7 +204,13 @@ class _Inputs:
 
 
 def _inputs(
-    model: Any, tokens: Tensor | None, batches: Batches | None, sequences: int, length: int, seed: int
+    model: Any,
+    tokens: Tensor | None,
+    batches: Batches | None,
+    sequences: int,
+    length: int,
+    seed: int,
+    progress: Progress | None,
 ) -> _Inputs:
     if batches is not None:
         if tokens is not None:
@@ -222,7 +228,7 @@ def _inputs(
         return _Inputs([((), dict(batch)) for batch in batches], f"{len(batches)} given batches")
     check_tokens(model, tokens, sequences, length, "tokens", "tokens, or batches of its keyword arguments")
     if tokens is None:
-        own = written(model, sequences + SEQUENCES, length, seed)
+        own = written(model, sequences + SEQUENCES, length, seed, progress)
         ids, held_out = own[:sequences], list(own[sequences:])
         told, measured = f"{ids.numel()} tokens of its own", f"{SEQUENCES * length} more of its own"
     else:

@@ -1,5 +1,6 @@
 """Text that a causal language model writes itself, in the place of data."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from rtn_tensor.integrations.transformers.models import is_pretrained
 from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.wording import with_article
+
+Progress = Callable[[list], Iterable]
 
 
 def check_tokens(model: Any, given: Any, sequences: int, length: int, name: str, instead: str) -> None:
@@ -39,9 +42,23 @@ def check_tokens(model: Any, given: Any, sequences: int, length: int, name: str,
         )
 
 
-def written(model: Any, sequences: int, length: int, seed: int) -> Tensor:
+class _Steps:
+    """For `generate`, a streamer that goes on by one in `steps` with each token of every sequence."""
+
+    def __init__(self, steps: Iterable[Any]) -> None:
+        self.steps = iter(steps)
+
+    def put(self, value: Tensor) -> None:
+        next(self.steps, None)
+
+    def end(self) -> None:
+        for _ in self.steps:
+            pass
+
+
+def written(model: Any, sequences: int, length: int, seed: int, progress: Progress | None = None) -> Tensor:
     """What the model writes, drawn from its own distribution: after its first token, or where it has none,
-    after any."""
+    after any. `progress` wraps the list of tokens of a sequence to come."""
     from transformers import GenerationConfig
 
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +80,9 @@ def written(model: Any, sequences: int, length: int, seed: int) -> Tensor:
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            return model.generate(start, attention_mask=torch.ones_like(start))
+            # The first that a streamer is given is what there is already.
+            streamer = _Steps(progress(list(range(1, length)))) if progress else None
+            return model.generate(start, attention_mask=torch.ones_like(start), streamer=streamer)
     finally:
         model.generation_config = before
 

@@ -59,6 +59,10 @@ import pytest
             ["explain", "--device", "banana"],
             "explain: error: argument --device: device='banana' is no device; cpu and cuda are",
         ),
+        (
+            ["serve", "model", "--port", "70000"],
+            "serve: error: argument --port: '70000' is no port; give a number from 1 to 65535",
+        ),
         (["explain", "--m", "1.5"], "explain: error: argument --m: invalid int value: '1.5'"),
     ],
 )

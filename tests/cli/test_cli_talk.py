@@ -100,6 +100,16 @@ def test_a_chat_needs_a_template(run, source):
     assert err == f"rtn-tensor: error: {source} has no chat template; use generate, which continues a text\n"
 
 
+def test_serve_where_it_cannot_listen(run, chatty):
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, out, err = run("serve", chatty, "--host", "127.0.0.1", "--port", port)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"rtn-tensor: error: cannot listen at 127.0.0.1:{port} (Address already in use")
+    assert err.endswith("choose another --port or --host\n")
+
+
 @pytest.mark.slow
 def test_serve(run, chatty, tmp_path):
     pytest.importorskip("uvicorn")
