@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rtn_tensor import reference
 from rtn_tensor.formats import ASYMMETRIC, SCALE8, SCALE_METHODS, embedding_dtype, new_planes
-from rtn_tensor.kernels.problem import Kernel, Problem
+from rtn_tensor.kernels.problem import TAKE_ACTIVATIONS, Kernel, Problem
 
 LIBRARY = Path(__file__).with_name("librtn.so")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,7 +23,7 @@ SCALE_CODES = DTYPE_CODES | {SCALE8: 3}
 
 # RTN_ABI, rtn_linear_args and rtn_planes_args of csrc/rtn.h. Packing a string of bytes costs 0.5 us, filling
 # a ctypes.Structure 4.
-ABI = 7
+ABI = 8
 _LINEAR = struct.Struct("=36q")
 _PLANES = struct.Struct("=23q")
 _NO_MEMORY, _REFUSED = -1, -2
@@ -31,7 +31,7 @@ _NONE = (0, 0, 0)  # the strides and sizes of a plane that is not there
 
 _FUNCTIONS = (
     *("rtn_abi", "rtn_isa", "rtn_set_isa", "rtn_has_threads"),
-    *("rtn_linear", "rtn_quantize", "rtn_dequantize", "rtn_register", "rtn_direct"),
+    *("rtn_linear", "rtn_quantize", "rtn_dequantize", "rtn_register", "rtn_direct", "rtn_rounds_weight"),
 )
 # e_machine of the processors that have instruction sets of their own here.
 _MACHINES = {62: "x86_64", 183: "aarch64"}
@@ -376,10 +376,19 @@ def why_not(problem: Problem) -> str | None:
     return None if library() is not None else _load()[1]
 
 
+def rounds_weight(problem: Problem) -> bool:
+    """With AMX, from some tokens on."""
+    lib = library()
+    if lib is None or problem.op not in TAKE_ACTIVATIONS:
+        return False
+    sizes = (problem.M, problem.experts or 1, problem.group_size, DTYPE_CODES[problem.dtype], problem.int8_x)
+    return bool(lib.rtn_rounds_weight(*map(ctypes.c_int64, sizes)))
+
+
 KERNEL = Kernel(
     name="cpu",
     why_not=why_not,
-    rounds_weight=lambda problem: False,
+    rounds_weight=rounds_weight,
     linear=linear,
     grouped=grouped,
     routed=routed,

@@ -115,9 +115,9 @@ class Kernel:
         name: unique; what `RTN_KERNEL` and `explain` call it.
         why_not: given a `Problem`, None where the kernel can run it, else one sentence that says why it
             cannot.
-        rounds_weight: given a `Problem`, whether q * S is rounded to the activation dtype before the product
-            (as a dequantized weight would be); otherwise integer weights stay exact and fp32 partial sums are
-            scaled.
+        rounds_weight: given a `Problem`, whether q * S, and that of int8 activations, is rounded to the
+            activation dtype before the product (as a dequantized weight would be); otherwise integers stay
+            exact and fp32 partial sums are scaled.
     """
 
     name: str

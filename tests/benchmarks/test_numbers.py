@@ -190,12 +190,17 @@ KERNELS = {
     "&nbsp; ONNX Runtime (int8 activations)": "ONNX Runtime",
     "&nbsp; OpenVINO, bf16 activations": "OpenVINO, bf16 activations",
     "&nbsp; torch's int4": "aten int4 g128",
+    "&nbsp; int8 weights": "rtn int8 g128",
+    "&nbsp; int8 weights and activations": "rtn int8 g128, int8 activations",
 }
 
 
-def test_a_layer_on_a_cpu():
-    rows = results("cpu_linear.json")["rows"]
-    found = next(rows for rows in tables("docs/speed.md") if rows[0][:2] == ["weight", "1"])
+@pytest.mark.parametrize(
+    ("file", "heading"), [("cpu_linear.json", "weight"), ("cpu_linear_amx.json", "weight, with AMX")]
+)
+def test_a_layer_on_a_cpu(file, heading):
+    rows = results(file)["rows"]
+    found = next(rows for rows in tables("docs/speed.md") if rows[0][:2] == [heading, "1"])
     names, shape = found[0][1:], ""
     for name, *cells in found[1:]:
         kernel = KERNELS.get(name, "rtn int4 g128")

@@ -2,7 +2,8 @@
 // a byte too far is seen; each call runs three times at once, in other places and on other numbers of threads, and must agree bit for bit.
 //
 // A request is the function's index, the call's fields (a buffer's size in bytes in place of its address, -1 for null), then the buffers.
-// The answer is the status, then the buffers that the function writes. First of all comes the status of choosing argv[1].
+// The answer is the status, then the buffers that the function writes. First of all comes the status of choosing argv[1]. An index past the
+// functions asks for rtn_rounds_weight, whose five numbers follow.
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <iterator>
 #include <thread>
 #include <vector>
 
@@ -104,6 +106,14 @@ int main(int, char** argv) {
   write(&number, 8);
   fflush(stdout);
   while (read(&number, 8)) {
+    if (number == std::end(FUNCTIONS) - std::begin(FUNCTIONS)) {
+      int64_t of[5];
+      if (!read(of, sizeof(of))) return 1;
+      number = rtn_rounds_weight(of[0], of[1], of[2], of[3], of[4]);
+      write(&number, 8);
+      fflush(stdout);
+      continue;
+    }
     const Function& function = FUNCTIONS[number];
     std::vector<int64_t> fields(function.fields);
     if (!read(fields.data(), 8 * fields.size())) return 1;

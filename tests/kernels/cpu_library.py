@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bounds import apart
 
 from rtn_tensor.formats import FORMATS, groups
 from rtn_tensor.kernels import cpu
+from rtn_tensor.kernels.problem import make_problem
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
@@ -120,6 +122,11 @@ class Driver:
         ]
         return self._call(function, fields, extents, written)
 
+    def rtn_rounds_weight(self, *numbers):
+        self.process.stdin.write(struct.pack("=6q", 3, *(number.value for number in numbers)))
+        self.process.stdin.flush()
+        return struct.unpack("=q", self._read(8))[0]
+
     def rtn_quantize(self, arguments):
         fields = cpu._PLANES.unpack(arguments)
         return self._planes(1, arguments, [1, 2, *([3] if fields[3] else [])])
@@ -161,6 +168,14 @@ def assert_same(got, expected):
     as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[got.itemsize]
     same = (got.view(as_integers) == expected.view(as_integers)) | (got.isnan() & expected.isnan())
     assert same.all(), f"{got[~same][:4]} instead of {expected[~same][:4]}"
+
+
+def what_is_multiplied(op, x, w, int8_x=False):
+    """Whether the library rounds what it multiplies to x's dtype; the weight in fp64, so rounded where it does;
+    and the sizes of the terms that it sums, where they are not those of the products."""
+    sizes = (w.k, w.qdata, w.scale, w.bits, w.group_size, w.zero)
+    rounded = cpu.rounds_weight(make_problem(op, x.dtype, x.shape[0], *sizes, int8_x=int8_x))
+    return (True, w.exact(x.dtype), None) if rounded else (False, w.exact(), apart(w))
 
 
 def run_python(script, cwd=ROOT, **environment):

@@ -4,8 +4,8 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from bounds import activations, apart, assert_linear_close, random_planes
-from cpu_library import DTYPES, assert_same, each_bits, each_dtype, need_library
+from bounds import activations, assert_linear_close, random_planes
+from cpu_library import DTYPES, assert_same, each_bits, each_dtype, need_library, what_is_multiplied
 
 from rtn_tensor import reference
 from rtn_tensor.formats import FORMATS, SCALE8, SCALE_DTYPES, groups
@@ -32,7 +32,8 @@ def _poisoned():
 
 def check(x, w, bias=None):
     y = cpu.linear(x, w.qdata, w.scale, bias, w.bits, w.group_size, w.zero)
-    assert_linear_close(y, x, w.exact(), bias, apart(w))
+    _, exact, terms = what_is_multiplied("linear", x, w)
+    assert_linear_close(y, x, exact, bias, terms)
 
 
 @each_group_size
@@ -106,9 +107,10 @@ def test_grouped(library, dtype, bits, group_size, method):
         offs = torch.tensor(ends, dtype=torch.int32)
         x = activations(m, 100, dtype)
         y = cpu.grouped(x, w.qdata, w.scale, offs, bits, group_size, w.zero)
+        _, exact, terms = what_is_multiplied("grouped", x, w)
         for e, (start, end) in enumerate(pairwise([0, *ends])):
-            terms = None if w.zero is None else apart(w)[e]
-            assert_linear_close(y[start:end], x[start:end], w.exact()[e], terms=terms)
+            of_expert = None if terms is None else terms[e]
+            assert_linear_close(y[start:end], x[start:end], exact[e], terms=of_expert)
         assert torch.equal(y[ends[-1] :], torch.zeros_like(y[ends[-1] :]))
 
 

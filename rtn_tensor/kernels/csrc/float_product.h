@@ -29,6 +29,8 @@ struct FloatProduct {
   static constexpr int COLUMNS = X::COLUMNS;
   static constexpr int64_t BLOCKS = 4;  // of rows, at most, to which a thread applies the same tokens in one go
   static constexpr bool ALWAYS_DECODED = false;
+  static constexpr bool SCALED = false;
+  struct Session {};
 
   template <int BITS>
   static constexpr int per_chunk() {  // decoded pairs of a row

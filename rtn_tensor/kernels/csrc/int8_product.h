@@ -28,12 +28,54 @@ struct Int8Piece {
   float scale;
 };
 
+// Of 32 activations the integers, as floats, and their scale: NaN where one of them is NaN or inf.
+template <class T>
+float round_piece(const T* from, float (&q)[32]) {
+  uint32_t largest = 0;  // as bits, of which those of NaN are above those of inf
+  for (int j = 0; j < 32; ++j) q[j] = to_float(from[j]);
+  for (int j = 0; j < 32; ++j) {
+    const uint32_t magnitude = as_bits(q[j]) & 0x7FFFFFFF;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (largest >= 0x7F800000) {
+    memset(q, 0, sizeof(q));
+    return as_float(0x7FC00000);
+  }
+  float most = as_float(largest);
+  const float scale = most / 127.0f;
+  if (most < 0x1p-60f) {  // or the inverse would overflow
+    for (int j = 0; j < 32; ++j) q[j] *= 0x1p60f;
+    most *= 0x1p60f;
+  }
+  const float inverse = most > 0 ? 127.0f / most : 0.0f;
+  for (int j = 0; j < 32; ++j) q[j] = __builtin_rintf(q[j] * inverse);
+  return scale;
+}
+
+// fn(32 activations, piece, token) for each of a tile's tokens, by pieces. Zero past K.
+template <class T, class Frame, class Fn>
+void each_piece(const Frame& l, const typename Frame::Tile& tile, Fn fn) {
+  const T* x = l.template row_of<T>(tile.row);
+  const int64_t pieces = l.x_pieces();
+  for (int64_t p = 0; p < pieces; ++p) {
+    for (int64_t c = 0; c < tile.tokens; ++c) {
+      const int64_t left = l.a.k - 32 * p;
+      const T* from = x + c * l.a.x_stride + 32 * p;
+      T some[32] = {};
+      if (left < 32) memcpy(some, from, left * sizeof(T)), from = some;
+      fn(from, p, c);
+    }
+  }
+}
+
 template <class I>
 struct Int8Product {
   static constexpr int L = I::L, V = I::V;
   static constexpr int COLUMNS = 32;
   static constexpr int64_t BLOCKS = 4;
   static constexpr bool ALWAYS_DECODED = false;
+  static constexpr bool SCALED = false;
+  struct Session {};
   static constexpr int64_t K_BLOCK = 2048;  // 64 KiB, as bytes
   using F = typename I::F;
   using D = typename I::D;
@@ -54,47 +96,28 @@ struct Int8Product {
 
   template <class T, class Frame>
   static void pack(const Frame& l, const typename Frame::Tile& tile, X* out) {
-    const T* x = l.template row_of<T>(tile.row);
-    const int64_t pieces = l.x_pieces(), group = l.group_chunks * l.chunk_k;
+    const int64_t group = l.group_chunks * l.chunk_k;
     if (l.minus_sums)
       for (int64_t g = 0; g < l.groups; ++g)
         for (int64_t c = 0; c < tile.tokens; ++c) l.minus_sum(tile, g, c) = 0;
-    for (int64_t p = 0; p < pieces; ++p) {
-      for (int64_t c = 0; c < tile.tokens; ++c, ++out) {
-        const int64_t left = l.a.k - 32 * p;
-        const T* from = x + c * l.a.x_stride + 32 * p;
-        T some[32] = {};
-        if (left < 32) memcpy(some, from, left * sizeof(T)), from = some;
-        const int32_t sum = l.a.bits == 4 ? round<4>(from, *out) : round<8>(from, *out);
-        if (l.minus_sums) l.minus_sum(tile, 32 * p / group, c) -= out->scale * float(sum);
-      }
-    }
+    each_piece<T>(l, tile, [&](const T* from, int64_t p, int64_t c) {
+      const int32_t sum = l.a.bits == 4 ? round<4>(from, *out) : round<8>(from, *out);
+      if (l.minus_sums) l.minus_sum(tile, 32 * p / group, c) -= out->scale * float(sum);
+      ++out;
+    });
   }
 
   // The sum of the integers.
   template <int BITS, class T>
   static int32_t round(const T* from, X& out) {
-    float x[32];
-    uint32_t largest = 0;  // as bits, of which those of NaN are above those of inf
-    for (int j = 0; j < 32; ++j) x[j] = to_float(from[j]);
-    for (int j = 0; j < 32; ++j) {
-      const uint32_t magnitude = as_bits(x[j]) & 0x7FFFFFFF;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const bool finite = largest < 0x7F800000;
-    float most = finite ? as_float(largest) : 0;
-    out.scale = finite ? most / 127.0f : as_float(0x7FC00000);
-    if (most < 0x1p-60f) {  // or the inverse would overflow
-      for (int j = 0; j < 32; ++j) x[j] *= 0x1p60f;
-      most *= 0x1p60f;
-    }
-    const float inverse = most > 0 ? 127.0f / most : 0.0f;
+    float floats[32];
+    out.scale = round_piece(from, floats);
     int8_t q[32];
     int32_t sum = 0;
     for (int j = 0; j < 32; ++j) {
-      const int32_t rounded = int32_t(__builtin_rintf(finite ? x[j] * inverse : 0.0f));
-      sum += rounded;
-      q[j] = int8_t(rounded);
+      const int32_t integer = int32_t(floats[j]);
+      sum += integer;
+      q[j] = int8_t(integer);
     }
     // Bytes as `operand` has the weights: of int4 each of the first half beside its like of the second, of int8 so in each half.
     int8_t ordered[32];

@@ -8,7 +8,10 @@
 //   transpose(rows, offset, dwords, out)   out[d] = dword d of every row, zero from `dwords` on
 //   all(x)           x in every lane
 //
-// Where there are zero points, the sums begin at -(S zero) (the sum of x over the group), summed over the groups; the last is found once for
+// A Product's decoded weights are integers, whose sums over a group are scaled in fp32; or, where it is SCALED, (q - zero) S, rounded. What it
+// sets up for a thread's blocks of rows is a Session.
+//
+// Where there are zero points and integers, the sums begin at -(S zero) (the sum of x over the group), summed over the groups; the last is found once for
 // all rows.
 #pragma once
 #include <string.h>
@@ -161,10 +164,14 @@ struct Linear {
 
   // ------------------------------------------------------------------------------------------------ zero points
 
-  // What a zero point stands for, S zero, of groups [first, first + count), after their scales: out[group - first][row].
-  void widen_zeros(const Rows& r, int64_t first, int64_t count, const float* scales, float* out) const {
+  // Zero points of groups [first, first + count): out[group - first][row].
+  void widen_zeros(const Rows& r, int64_t first, int64_t count, float* out) const {
     widen(a.zero + r.expert * a.zero_expert_stride, a.zero_stride, r, first, count, out);
-    for (int64_t i = 0; i < count * R; ++i) out[i] *= scales[i];
+  }
+
+  // What zero points stand for, S zero.
+  static void times_scales(float* zeros, const float* scales, int64_t count) {
+    for (int64_t i = 0; i < count * R; ++i) zeros[i] *= scales[i];
   }
 
   // sums[token][v] -= (S zero) . (the sums of x) over groups [begin, begin + count) of a tile; `zeros` begin with the first of them.
@@ -190,14 +197,27 @@ struct Linear {
     RTN_UNROLL for (int v = 0; v < V; ++v) I::transpose(r.q + v * L, chunk * 16, left < L ? int(left) : L, dwords[v]);
   }
 
+  // `scales` and `zeros` (null: there are none) begin with those of the first chunk's group.
   template <int BITS>
-  void decode_block(const Rows& r, int64_t begin, int64_t end, W* out) const {
+  void decode_block(const Rows& r, int64_t begin, int64_t end, const float* scales, const float* zeros, W* out) const {
     constexpr int EACH = Product::template per_chunk<BITS>() * V;
     D dwords[V][L];
+    int64_t left = group_chunks - begin % group_chunks;  // of the chunk's group
     for (int64_t c = begin; c < end; ++c) {
       const int at = int((c - begin) % CHUNKS_AT_ONCE);
       if (at == 0) transpose(r, c, dwords);
-      for (int v = 0; v < V; ++v) Product::template decode<BITS>(dwords[v] + 4 * at, out + v);
+      if constexpr (Product::SCALED) {
+        if (left-- == 0) {
+          left = group_chunks - 1;
+          scales += R;
+          if (zeros) zeros += R;
+        }
+        if (c >= chunks) memset(out, 0, EACH * sizeof(W));  // past the end of the row, where there are no scales
+        else
+          for (int v = 0; v < V; ++v) Product::template decode<BITS>(dwords[v] + 4 * at, scales + v * L, zeros ? zeros + v * L : nullptr, out + v);
+      } else {
+        for (int v = 0; v < V; ++v) Product::template decode<BITS>(dwords[v] + 4 * at, out + v);
+      }
       out += EACH;
     }
   }
@@ -269,7 +289,8 @@ struct Linear {
     widen_scales(r, 0, groups, scales);
     if (a.zero) {
       float* zeros = scales + groups * R;
-      widen_zeros(r, 0, groups, scales, zeros);
+      widen_zeros(r, 0, groups, zeros);
+      times_scales(zeros, scales, groups);
       shift(t, 0, groups, zeros, sums);
     }
     pick<BITS, false>(t.tokens, make_ints<C>())(*this, r, nullptr, scales, 0, chunks, packed + t.row * x_pieces(), sums, Next{});
@@ -286,7 +307,7 @@ struct Linear {
     float* sums = static_cast<float*>(scratch(SUMS, (end - begin) * tokens * R * sizeof(float)));
     W* decoded = static_cast<W*>(scratch(WEIGHTS, STEP * Product::template per_chunk<BITS>() * V * sizeof(W)));
     if (!scales || !sums || !decoded) return false;
-    memset(sums, 0, (end - begin) * tokens * R * sizeof(float));
+    if (!Product::SCALED || !chunks) memset(sums, 0, (end - begin) * tokens * R * sizeof(float));
     for (int64_t c = 0; c < chunks; c += STEP) {
       const int64_t stop = c + STEP < chunks ? c + STEP : chunks, group = c / group_chunks;
       for (int64_t b = begin; b < end; ++b) {
@@ -295,13 +316,14 @@ struct Linear {
         const int64_t below = R * a.qdata_stride;
         const int64_t next = b + 1 < end ? below + c * 16 : stop < chunks ? stop * 16 - (b - begin) * below : below;
         constexpr int TOGETHER = Product::template chunks_together<BITS>();
-        decode_block<BITS>(r, c, (stop + TOGETHER - 1) / TOGETHER * TOGETHER, decoded);
         const int64_t count = (stop - 1) / group_chunks + 1 - group;
         widen_scales(r, group, count, scales);
+        float* zeros = a.zero ? scales + count * R : nullptr;
+        if (zeros) widen_zeros(r, group, count, zeros);
+        decode_block<BITS>(r, c, (stop + TOGETHER - 1) / TOGETHER * TOGETHER, scales, zeros, decoded);
         float* to = sums + (b - begin) * tokens * R;
-        if (a.zero) {
-          float* zeros = scales + count * R;
-          widen_zeros(r, group, count, scales, zeros);
+        if (zeros && !Product::SCALED) {
+          times_scales(zeros, scales, count);
           const int64_t begun = c > group * group_chunks;  // in the step before, which had its part for the whole of it
           for (int64_t t = first; t < last; ++t) shift(tile_list[t], group + begun, count - begun, zeros + begun * R, to + (tile_list[t].row - row) * R);
         }
@@ -327,6 +349,7 @@ struct Linear {
   template <int BITS>
   void run_blocks(const Run& run, int64_t begin, int64_t end) {
     bool done = true;
+    [[maybe_unused]] const typename Product::Session session;
     if (Product::ALWAYS_DECODED || run.last - run.first > 1) done = many<BITS>(run.first, run.last, begin, end);
     else if constexpr (!Product::ALWAYS_DECODED)
       for (int64_t b = begin; b < end; ++b) done &= few<BITS>(tile_list[run.first], b);
@@ -348,13 +371,13 @@ struct Linear {
     // At most one tile and one run more than full ones would need, an expert.
     const int64_t most = a.m / I::MANY + experts + a.m / M_BLOCK + 1;
     const int64_t x_bytes = (a.m * x_pieces() * int64_t(sizeof(X)) + 63) / 64 * 64;
-    const int64_t sum_bytes = a.zero ? a.m * groups * int64_t(sizeof(float)) : 0;
+    const int64_t sum_bytes = a.zero && !Product::SCALED ? a.m * groups * int64_t(sizeof(float)) : 0;
     char* memory = static_cast<char*>(scratch(PACKED_X, x_bytes + (most + 1) * (sizeof(Tile) + sizeof(Run)) + sum_bytes));
     if (!memory) return RTN_NO_MEMORY;
     packed = reinterpret_cast<X*>(memory);
     tile_list = reinterpret_cast<Tile*>(memory + x_bytes);
     run_list = reinterpret_cast<Run*>(tile_list + most + 1);
-    if (a.zero) minus_sums = reinterpret_cast<float*>(run_list + most + 1);
+    if (sum_bytes) minus_sums = reinterpret_cast<float*>(run_list + most + 1);
     int64_t runs = 0;
     int64_t row = 0;
     for (int64_t e = 0; e < experts; ++e) {

@@ -84,6 +84,10 @@ int rtn_set_isa(const char* name) {
 }
 
 int64_t rtn_abi(void) { return RTN_ABI; }
+int rtn_rounds_weight(int64_t m, int64_t experts, int64_t group_size, int64_t dtype, int64_t int8_x) {
+  const rtn::Isa& isa = *rtn::chosen.load();
+  return isa.rounds_weight && isa.rounds_weight(m, experts, group_size, dtype, int8_x);
+}
 int rtn_linear(const rtn_linear_args* a) {
   if (!rtn::fits(*a)) return RTN_REFUSED;
   // More activations than any memory holds: what is packed of them could not be counted.

@@ -12,7 +12,7 @@ enum { RTN_OK = 0, RTN_NO_MEMORY = -1, RTN_REFUSED = -2 };  // the last: the arg
 
 // Of the two structs below and of what the functions do. A caller compares it, as a library may be older or newer than what calls it: raise it
 // with every change, here and in kernels/cpu.py.
-enum { RTN_ABI = 7 };
+enum { RTN_ABI = 8 };
 
 // y[rows of expert e] = x[rows of expert e] @ w'[e]^T + bias, w' = (q - zero) * S. Strides count elements; the last dim of every array is dense.
 // Every field is 8 bytes, so that the caller can pack them without padding.
@@ -60,6 +60,9 @@ int64_t rtn_abi(void);                    // RTN_ABI
 const char* rtn_isa(void);                // the instruction set in use
 int rtn_set_isa(const char* name);        // forces one; 0, or -1 where this build or machine lacks it
 int rtn_has_threads(void);                // whether the process's OpenMP runtime was found
+// Whether rtn_linear rounds (q - zero) S, and activations of int8, to the dtype of x first; where not, it keeps integers exact and scales fp32
+// sums.
+int rtn_rounds_weight(int64_t m, int64_t experts, int64_t group_size, int64_t dtype, int64_t int8_x);
 int rtn_linear(const rtn_linear_args*);   // each returns RTN_OK, RTN_NO_MEMORY or RTN_REFUSED
 int rtn_quantize(const rtn_planes_args*);
 int rtn_dequantize(const rtn_planes_args*);
@@ -79,6 +82,7 @@ struct Isa {
   int (*linear)(const rtn_linear_args&);
   int (*quantize)(const rtn_planes_args&);
   int (*dequantize)(const rtn_planes_args&);
+  bool (*rounds_weight)(int64_t m, int64_t experts, int64_t group_size, int64_t dtype, int64_t int8_x) = nullptr;  // null: never
 };
 
 // Runs fn(context, i) for i in [0, n) on at most `threads` threads, each of them taking neighbours in turn.
