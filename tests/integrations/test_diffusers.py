@@ -324,15 +324,40 @@ def test_group_offloading(flux):
     assert planes(flux)
 
 
-def test_offloading_of_models(flux):
-    """What `enable_model_cpu_offload` puts around each model; itself it refuses without an accelerator."""
-    from accelerate import cpu_offload_with_hook
+@torch.no_grad()
+def test_group_offloading_moves_weights():
+    """What group offloading does to a parameter as it comes and goes, between the CPU and meta in place of an
+    accelerator."""
+    from diffusers.hooks import group_offloading
 
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    quantize_(model, INT4)
+    w, x = model[0].weight, torch.randn(3, 64)
+    expected, kept = model(x), w.clone()
+    assert group_offloading._is_torchao_tensor(w)
+    group_offloading._swap_torchao_tensor(w, w.to("meta"))
+    assert w.device.type == w.qdata.device.type == w.scale.device.type == "meta"
+    assert model(x.to("meta")).shape == expected.shape
+    group_offloading._restore_torchao_tensor(w, kept)
+    assert model[0].weight is w
+    assert w.qdata.device.type == w.scale.device.type == "cpu"
+    assert torch.equal(model(x), expected)
+    group_offloading._swap_torchao_tensor(w, w.to("cpu", copy=True))
+    assert w.device.type == "cpu"
+    assert torch.equal(model(x), expected)
+
+
+def test_offloading_of_models(flux):
+    """diffusers asks for an accelerator, unless it is told a device: its hooks then move each model before
+    its turn and after it, here from the CPU to the CPU."""
     quantize_(flux, INT4)
-    expected = output(flux)
-    _, hook = cpu_offload_with_hook(flux, torch.device("cpu"))
-    assert torch.equal(output(flux), expected)
-    hook.offload()
+    pipe = pipeline(flux)
+    expected = picture(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(picture(pipe), expected)
+    assert len(pipe._all_hooks) >= 3
+    pipe.maybe_free_model_hooks()
+    assert torch.equal(picture(pipe), expected)
     assert planes(flux)
 
 

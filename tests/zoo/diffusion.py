@@ -5,10 +5,12 @@ docs/models.md."""
 import copy
 import inspect
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -19,11 +21,15 @@ from zoo.sweep import (
     CONFIG,
     DIFFUSION,
     MOST,
+    Inputs,
     answer,
+    answers,
     assert_close,
     assert_equal,
     forward,
+    layers,
     left_float,
+    missing,
     reason,
     write_page,
 )
@@ -55,9 +61,22 @@ SPECIAL = {
     | {"out_channels": 8, "caption_channels": 64, "num_embeds_ada_norm": 1000, "use_additional_conditions": False},
     "DiTTransformer2DModel": PATCHES | {"num_embeds_ada_norm": 1000},
     "HunyuanDiT2DModel": {"in_channels": 4, "patch_size": 2, "sample_size": 16, "mlp_ratio": 2.0},
-    "LatteTransformer3DModel": PATCHES | {"caption_channels": 64, "cross_attention_dim": 64, "num_layers": 2},
+    "LatteTransformer3DModel": PATCHES | {"caption_channels": 64, "cross_attention_dim": 64, "num_layers": 2, "video_length": 2},
     "Transformer2DModel": {"in_channels": 32, "norm_num_groups": 8, "cross_attention_dim": 64},
     "LuminaNextDiT2DModel": {"num_kv_heads": 2, "in_channels": 4},
+    **dict.fromkeys(
+        ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+        {"sample_width": 16, "sample_height": 16, "sample_frames": 5, "max_text_seq_length": 7},
+    ),
+    "UNetSpatioTemporalConditionModel": {"projection_class_embeddings_input_dim": 192},
+    "DreamLiteTransformer2DModel": {"in_channels": 32, "norm_num_groups": 8, "cross_attention_dim": 64},
+    "TransformerTemporalModel": {"in_channels": 32, "norm_num_groups": 8, "cross_attention_dim": 64},
+    "EasyAnimateTransformer3DModel": {"in_channels": 4, "out_channels": 4, "patch_size": 2},
+    "HiDreamImageTransformer2DModel": {"in_channels": 4, "out_channels": 4, "patch_size": 2, "text_emb_dim": 64,
+        "caption_channels": [64, 64], "llama_layers": [0, 1]},
+    "OmniGenTransformer2DModel": {"pad_token_id": 0, "rope_scaling": {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+        "num_key_value_heads": 4},
+    "PRXTransformer2DModel": {"axes_dim": [8, 8]},
 }  # fmt: skip
 
 
@@ -70,13 +89,29 @@ def names() -> list[str]:
     return sorted(n for n, k in kinds.items() if inspect.isclass(k) and issubclass(k, diffusers.ModelMixin))
 
 
+HEAD = 16  # of the channels of a tiny head
+AXES = re.compile(r"(rope_)?axes?_dims?(_rope)?|axes_dims?_rope|rope_axes_dim|rope_dim(_list)?")
+
+
+def of_axes(count: int) -> list[int]:
+    """How many channels of a head each of so many axes turns: even numbers."""
+    each = HEAD // 2 // count
+    return [HEAD - 2 * each * (count - 1), *[2 * each] * (count - 1)]
+
+
 def make(name: str) -> nn.Module:
     kind = getattr(diffusers, name)
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for field, parameter in inspect.signature(kind.__init__).parameters.items():
-        most = limit(field)
-        if type(parameter.default) is int and most is not None and parameter.default > most:
+        value, most = parameter.default, limit(field)
+        if type(value) is int and most is not None and value > most:
             sizes[field] = most
+        elif isinstance(value, tuple | list) and AXES.fullmatch(field):
+            sizes[field] = type(value)(of_axes(len(value)))
+        elif isinstance(value, tuple | list) and field == "block_out_channels":
+            sizes[field] = tuple(min(v, 64) for v in value)
+        elif isinstance(value, tuple | list) and re.fullmatch(r"vace_layers|injection_layer_ids", field):
+            sizes[field] = type(value)([0])
     return kind(**sizes | SPECIAL.get(name, {}))
 
 
@@ -113,6 +148,7 @@ def trials(model: nn.Module) -> Iterator[dict]:
     width = next(n for n in text if isinstance(n, int))
     pooled = numbers(2, config.get("pooled_projection_dim") or 64)
     pooled = pooled[:, : config.get("projection_class_embeddings_input_dim") or pooled.shape[1]]
+    axes = next((len(v) for n, v in config.items() if AXES.fullmatch(n)), 3)
     others = {
         "timestep": torch.tensor([3.0, 7.0]),
         "encoder_hidden_states": numbers(2, 7, width),
@@ -120,8 +156,8 @@ def trials(model: nn.Module) -> Iterator[dict]:
         "encoder_attention_mask": torch.ones(2, 7, dtype=torch.int64),
         "encoder_hidden_states_mask": torch.ones(2, 7, dtype=torch.int64),
         "img_shapes": [[(1, 4, 4)]] * 2,
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(7, 3),
+        "img_ids": torch.zeros(16, axes),
+        "txt_ids": torch.zeros(7, axes),
         "guidance": torch.tensor([1.0, 1.0]),
         "class_labels": torch.tensor([1, 2]),
         "proj_embedding": numbers(2, 64),
@@ -132,6 +168,12 @@ def trials(model: nn.Module) -> Iterator[dict]:
         "r_timestep": torch.tensor([1.0, 2.0]),
         "image_rotary_emb": (numbers(64, 16), numbers(64, 16)),
         "position_ids": ids(2, 9),
+        "encoder_mask": torch.ones(2, 7, dtype=torch.int64),
+        "mask": torch.ones(2, 7, dtype=torch.int64),
+        "added_time_ids": numbers(2, 3),
+        "control_hidden_states": numbers(2, config.get("vace_in_channels") or channels, 2, 16, 16),
+        "timestep_ratio": torch.tensor([0.1, 0.2]),
+        "clip_text_pooled": numbers(2, 1, config.get("clip_text_pooled_in_channels") or 64),
         "num_frames": 1,
         "height": 4,
         "width": 4,
@@ -149,6 +191,7 @@ def trials(model: nn.Module) -> Iterator[dict]:
     ]
     wishes = [needed | usual | {n: given[n] for n in group if n in given} for group in groups]
     shapes = [(2, channels, 16, 16), (2, 16, channels), (2, channels, 2, 16, 16), (2, 2, channels, 16, 16)]
+    shapes += [(2, channels, 16), (2, channels)]
     for first in ("sample", "hidden_states"):
         if first in known:
             for more in (needed, needed | usual, *wishes, given):
@@ -157,7 +200,7 @@ def trials(model: nn.Module) -> Iterator[dict]:
                     yield {first: numbers(*shape)} | more | {"timestep": torch.tensor([3, 7])}
 
 
-def check(name: str, model: nn.Module, inputs: dict | None, folder: Path) -> list[str]:
+def check(name: str, model: nn.Module, inputs: Inputs, folder: Path) -> list[str]:
     """As `zoo.sweep.check`."""
     (folder / "float").mkdir()
     save_file(model.state_dict(), folder / "float" / "model.safetensors")
@@ -167,8 +210,7 @@ def check(name: str, model: nn.Module, inputs: dict | None, folder: Path) -> lis
     save(quantized, folder / "own")
     again = load(folder / "own", model=make(name).eval())
     assert_equal(again, quantized)
-    if inputs is not None:
-        assert_close(forward(again, inputs), got)
+    assert_close(answers(again, inputs), got)
     # `load` leaves float what the class keeps in fp32, too.
     loaded = load(folder / "float", CONFIG, make(name).eval())
     chosen = [fqn for fqn, w in loaded.named_parameters() if isinstance(w, RTNQuantizedTensor)]
@@ -189,13 +231,13 @@ def find(name: str) -> dict:
         except Exception:
             continue
         return {"class": name, "trial": i}
-    return {"class": name, "not run": "takes none of the inputs that the test makes"}
+    return {"class": name, "layers": missing(model, next(iter(trials(model)), {}))}
 
 
 def run(entry: dict, folder: Path) -> list[str]:
     model = build(entry["class"])
     inputs = next(x for i, x in enumerate(trials(model)) if i == entry["trial"]) if "trial" in entry else None
-    return check(entry["class"], model, inputs, folder)
+    return check(entry["class"], model, layers(model) if inputs is None else {"": inputs}, folder)
 
 
 def main() -> None:

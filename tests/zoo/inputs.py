@@ -64,6 +64,9 @@ def candidates(config: Any) -> dict[str, list]:
     times = found(config, "temporal_patch_size", default=1)
     times = times if isinstance(times, int) else times[0]
     h, w = (h, w) if h < 300 else (64, 64)
+    lags = found(config, "lags_sequence", default=[0])
+    past, ahead = (whole(config, n, default=8) for n in ("context_length", "prediction_length"))
+    past += max(lags) if isinstance(lags, list) else 0
     flat = c * patch * patch * times
     grid = torch.tensor([[1, 4, 4]])
     return {
@@ -113,6 +116,14 @@ def candidates(config: Any) -> dict[str, list]:
                 2, found(config, "context_length", default=64), found(config, "num_input_channels", default=1)
             ),
         ],
+        # Of forecasts: what is known of the time beside the values, and the values' continuation.
+        "past_time_features": [numbers(2, past, found(config, "num_time_features", default=0))],
+        "past_observed_mask": [torch.ones(2, past)],
+        "future_values": [numbers(2, ahead)],
+        "future_time_features": [numbers(2, ahead, found(config, "num_time_features", default=0))],
+        "series": [numbers(2, past)],
+        "task_inputs": [ids(2, 9)],
+        "state": [numbers(2, whole(config, "max_state_dim", "state_dim", default=32))],
         "audio_codes": [
             ids(2, found(config, "num_quantizers", "num_codebooks", default=1), 9),
             ids(2, 9, found(config, "num_codebooks", default=1)) % 8,
@@ -150,6 +161,8 @@ def trials(model: nn.Module) -> Iterator[dict[str, Any]]:
     """What may be given to the model's forward, the likeliest first."""
     given = candidates(model.config)
     needed, parameters = required(model)
+    if "past_time_features" in parameters:
+        given["past_values"] = given["series"]
     if any(n not in given for n in needed):
         needed = [n for n in needed if n in given]
     main = getattr(model, "main_input_name", "input_ids")
@@ -181,6 +194,8 @@ def trials(model: nn.Module) -> Iterator[dict[str, Any]]:
         ["states", "actions", "rewards", "returns_to_go", "timesteps"],
         ["input_ids", "visual_feats", "visual_pos"],
         [*first, "input_points"],
+        ["past_values", "past_time_features", "past_observed_mask", "future_values", "future_time_features"],
+        ["input_ids", "qformer_input_ids", "decoder_input_ids"],
     ]
     seen = []
     for names in sets:

@@ -39,7 +39,11 @@ LAYERED = re.compile(r".*layer_types|layers_block_type|.*_layers_types|hybrid_ov
 
 
 def shrunk(
-    config: PreTrainedConfig, ids: dict[int, int], only_layers: bool, keep_layers: bool = False
+    config: PreTrainedConfig,
+    ids: dict[int, int],
+    only_layers: bool,
+    keep_layers: bool = False,
+    keep_given: bool = False,
 ) -> dict[str, Any]:
     """The fields of a config tiny in place of those of `config`."""
     new: dict[str, Any] = {}
@@ -47,7 +51,8 @@ def shrunk(
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
             # What indexes the layers of a backbone lies beside it.
-            new[name] = tiny(type(value), value, ids, only_layers, keep_layers or name == "backbone_config")
+            keep = keep_layers or name == "backbone_config"
+            new[name] = tiny(type(value), value, ids, only_layers, keep, keep_given)
         elif isinstance(value, bool) or value is None:
             continue
         elif isinstance(value, int) and re.fullmatch(r".*token_(id|index)|.*_token_ids?|.*_id", name):
@@ -77,12 +82,16 @@ def tiny(
     ids: dict[int, int] | None = None,
     only_layers: bool = False,
     keep_layers: bool = False,
+    keep_given: bool = False,
 ) -> PreTrainedConfig:
-    """A tiny config of the class `kind`, made of a default one; `only_layers` leaves the widths."""
+    """A tiny config of the class `kind`, made of a default one; `only_layers` leaves the widths, and
+    `keep_given` what is no size, where the config around it gave another value than the default."""
     config = kind(**BEFORE.get(kind.model_type, {})) if config is None else config
-    new = shrunk(config, {} if ids is None else ids, only_layers, keep_layers) | SPECIAL.get(
-        kind.model_type, {}
-    )
+    new = shrunk(config, {} if ids is None else ids, only_layers, keep_layers, keep_given)
+    if keep_given:
+        given = {n: v for n, v in config.to_diff_dict().items() if n in vars(config) and n not in IGNORED}
+        new = {n: v for n, v in given.items() if not n.startswith("_")} | new
+    new |= SPECIAL.get(kind.model_type, {})
     for name in ("num_key_value_heads", "num_kv_heads"):
         if name in new and vars(config)[name] == getattr(config, "num_attention_heads", None):
             new[name] = new.get("num_attention_heads", 4)  # as latent attention has it
@@ -144,6 +153,19 @@ BEFORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "table-transformer"), resnet("stage4")),
     **dict.fromkeys(("deformable_detr",), resnet("stage2", "stage3", "stage4")),
     **dict.fromkeys(
+        (
+            "rt_detr",
+            "rt_detr_v2",
+            "d_fine",
+            "deimv2",
+            "pp_doclayout_v2",
+            "pp_doclayout_v3",
+            "pp_doclayout_v4",
+        ),
+        resnet("stage2", "stage3", "stage4"),
+    ),
+    "upernet": resnet("stage1", "stage2", "stage3", "stage4") | {"auxiliary_in_channels": 64},
+    **dict.fromkeys(
         ("depth_anything", "prompt_depth_anything", "chmv2"),
         {
             "backbone_config": {
@@ -159,18 +181,49 @@ BEFORE: dict[str, dict[str, Any]] = {
         },
     ),
     **dict.fromkeys(("chameleon", "emu3"), {"vocabulary_map": {"<image>": 100, "IMGIMGBSA": 101}}),
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
 }
 SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2, 3]}
 ZAMBA = {
     **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "mamba_d_conv": 4, "mamba_expand": 2},
 }
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 256},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "depth_pro": {"patch_size": 32},
+    "fun_asr_nano": {
+        "adaptor_config": {
+            "hidden_size": 64,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+    },
+    "lw_detr_vit": {
+        "num_windows": 4,
+        "num_hidden_layers": 4,
+        "window_block_indices": [0, 1],
+        "out_indices": [2, 4],
+    },
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "muse_spark_audio": {"num_hidden_layers": 4},
+    "tvp": {"visual_prompt_size": 8, "max_img_size": 32, "num_frames": 2},
+    "vitmatte": {"fusion_hidden_sizes": [64, 64, 32, 16], "convstream_hidden_sizes": [48, 96, 192]},
     "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 32},
-    **dict.fromkeys(
-        ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "nemotron", "ministral"), {"head_dim": 16}
-    ),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 16}),
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "mamba2": {"num_heads": 8},
     **dict.fromkeys(
         (
@@ -219,7 +272,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "mistral4": {
-        "head_dim": 16,
+        "head_dim": 32,
         "qk_rope_head_dim": 16,
         "qk_nope_head_dim": 16,
         "qk_head_dim": 32,
