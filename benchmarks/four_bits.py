@@ -18,7 +18,8 @@ for, so that no rounding of activations is in it.
 
 A method is one line of `METHODS`: a function that quantizes the model in place. It is given a function, too,
 that returns what the model can be refined on, as keywords: none for a causal language model, which writes its
-own text; `batches` for the others, of speech and text that are not measured. A peer is a transformers folder
+own text; `batches` for the others, of speech and text that are not measured. "On the peers' text" is on what
+`benchmarks.accuracy_peers` gives to methods that need some, which is of the kind that is measured. A peer is a transformers folder
 of the same model by another method, as `benchmarks.accuracy_peers` makes them; it is measured as it is. Needs
 mwparserfromhell.
 """
@@ -46,6 +47,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from benchmarks.accuracy_peers import runs
 from benchmarks.machine import add_kept_json, add_threads, machine
 from benchmarks.real_data import sentences, speech, state_of_the_union, wikipedia
 from benchmarks.real_model import gemma, minilm, smollm2, whisper
@@ -68,6 +70,12 @@ def refined(config: RTNConfig, seed: int = 0) -> Method:
     return lambda model, inputs: refine_(model, config, but_the_output(model), seed=seed, **inputs())
 
 
+def on_the_peers_text(config: RTNConfig) -> Method:
+    """Of SmolLM2 only, whose tokens they are."""
+    return lambda model, inputs: refine_(model, config, but_the_output(model), tokens=runs())
+
+
+AS_PEERS = {"int4 g64": rtn_int4(64), "int4 g32 search8": rtn_int4(32, "search8")}
 METHODS: dict[str, Method] = {
     "float": lambda model, inputs: None,
     **{
@@ -79,6 +87,7 @@ METHODS: dict[str, Method] = {
     **{f"int4 g{size} refined": refined(rtn_int4(size)) for size in (128, 64, 32)},
     "int4 g32 search8 refined": refined(rtn_int4(32, "search8")),
     "int4 g64 refined, another seed": refined(rtn_int4(64), seed=1),
+    **{f"{name} refined on the peers' text": on_the_peers_text(config) for name, config in AS_PEERS.items()},
 }
 WINDOW, TOKENS = 1024, 2048
 SENTENCES, CALIBRATION_SENTENCES, BATCH = 512, 256, 32
@@ -386,6 +395,8 @@ def main() -> None:
         print(f"\n{name}", flush=True)
         case = CASES[name]()
         for label, method in methods.items():
+            if label.endswith("peers' text") and name != "smollm2":
+                continue
             made = {"model": name, "method": label, **row(case, method)}
             numbers = [f"{key} {value:.4g}" for key, value in made.items() if isinstance(value, float)]
             print(f"  {label:20} {', '.join(numbers)}", flush=True)
