@@ -19,9 +19,9 @@ for, so that no rounding of activations is in it.
 A method is one line of `METHODS`: a function that quantizes the model in place. It is given a function, too,
 that returns what the model can be refined on, as keywords: none for a causal language model, which writes its
 own text; `batches` for the others, of speech and text that are not measured. "On the peers' text" is on what
-`benchmarks.accuracy_peers` gives to methods that need some, which is of the kind that is measured. A peer is a transformers folder
-of the same model by another method, as `benchmarks.accuracy_peers` makes them; it is measured as it is. Needs
-mwparserfromhell.
+`benchmarks.accuracy_peers` gives to methods that need some, which is of the kind that is measured. A peer is
+a transformers folder of the same model by another method, as `benchmarks.accuracy_peers` makes them; it is
+measured as it is. Needs mwparserfromhell.
 """
 
 import argparse
