@@ -120,7 +120,8 @@ class Prepared:
 
 
 def prepare(model: Any, name: str, format_name: str, like: str | os.PathLike | None) -> Prepared:
-    """Plans what `export` is to write of a model of transformers; `name` is that of its folder.
+    """Plans what `export` is to write of a model of transformers; `name` is that of its folder. Of a model on
+    meta it is what the shapes and formats tell, and nothing can be written.
 
     Raises:
         FileNotFoundError, ValueError: as `export`.

@@ -241,9 +241,9 @@ def _check_planes(name: str, w: RTNQuantizedTensor, format_name: str) -> None:
     known = FORMATS[format_name].planes if format_name in FORMATS else SYMMETRIC
     if unknown := sorted({*planes_of(w)} - known):
         raise ValueError(
-            f"{name} has a plane {unknown[0]!r}, which {format_name} is not written with; use "
-            "compressed-tensors, "
-            "or a symmetric scale_method, as 'signed'"
+            f"{name} has a plane {unknown[0]!r}, as scale_method={w.scale_method!r} gives it, and "
+            f"{format_name} is not written with it; use compressed-tensors, or a symmetric scale_method, as "
+            "'signed'"
         )
 
 

@@ -113,9 +113,10 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
         check_tokens(model, tokens, 1, 2, "--refine-on", "--refine-on FILE, or call refine_ from Python")
     asked = any(getattr(args, name) for name in (*recipe.OF_FORMAT, "rules", "refine"))
     kept = not asked and is_kept(source, model)
+    expected = None if kept else _expected(args, source, rules)
     if args.bits_per_weight:
         rules = [*rules[:-1], *_plan(args, rules[:-1])]
-    expected = None if kept else estimate(empty := empty_model(source), rules, selects(empty, args.embedding))
+        expected = _expected(args, source, rules)
     if args.dry_run:
         if expected is None:
             raise ValueError(
@@ -168,6 +169,22 @@ def run_quantize(args: argparse.Namespace) -> tuple[Any, str]:
     if args.push_to_hub:
         say(f"Pushed to {_push(args.dst, args.push_to_hub)}")
     return data, text
+
+
+def _expected(args: argparse.Namespace, source: Path, rules: Rules) -> Report:
+    """What quantizing will make of the model, by its shapes alone.
+
+    Raises:
+        ValueError: the format of --format cannot hold it.
+    """
+    empty = empty_model(source)
+    expected = estimate(empty, rules, selects(empty, args.embedding))
+    if args.format != OURS:
+        try:
+            prepare(empty, Path(args.dst).name, args.format, args.like)
+        except ValueError as error:
+            raise ValueError(f"--format {args.format}: {error}") from error
+    return expected
 
 
 def _of_the_embedding(model: Any) -> float | None:

@@ -52,7 +52,7 @@ def test_what_cannot_be_exported(tmp_path):
 def test_a_plane_that_is_not_written(tmp_path):
     model = llama(rtn(4, 32, "minmax"))
     with pytest.raises(
-        ValueError, match=r"model.layers.0.self_attn.q_proj.weight has a plane 'zero', which gptq"
+        ValueError, match=r"model.layers.0.self_attn.q_proj.weight has a plane 'zero'.* gptq is not written"
     ):
         export(model, tmp_path / "a", "gptq")
     assert list(tmp_path.iterdir()) == []

@@ -109,6 +109,29 @@ def test_mistakes(source, quantized, like, tmp_path, capsys):
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "options"),
+    [
+        ("gptq", "self_attn.q_proj", ["--scale-method", "minmax"]),
+        ("gptq", "self_attn.q_proj", ["--scheme", "W4A16_ASYM", "--dry-run"]),
+        ("gptq", "mlp.down_proj", ["--rule", "*.down_proj=4,32,minmax", "--bits-per-weight", "5"]),
+        ("gguf", "self_attn.q_proj", ["--scale-method", "minmax"]),
+    ],
+)
+def test_zero_points_are_refused_before_the_weights_are_read(
+    source, like, tmp_path, capsys, name, layer, options
+):
+    place = ["a.gguf", "--like", like] if name == "gguf" else ["a"]
+    status, out, err = run(
+        capsys, "quantize", source, tmp_path / place[0], "--format", name, *place[1:], *options
+    )
+    assert (status, out) == (1, "")
+    (line,) = err.splitlines()  # and none of loading
+    assert f"--format {name}: model.layers.0.{layer}.weight has a plane 'zero'" in line
+    assert "use compressed-tensors, or a symmetric scale_method, as 'signed'" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_does_not_fit_leaves_nothing(tmp_path, capsys):
     """A weight is named, whose groups no engine has."""
     from transformers import LlamaConfig
@@ -122,6 +145,7 @@ def test_what_does_not_fit_leaves_nothing(tmp_path, capsys):
     )
     assert status == 1
     assert "model.layers.0.mlp.down_proj: K = 1000 and group_size 64 share only 8" in err.splitlines()[-1]
+    assert "Loading" not in err.replace("Loading weights", "")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 

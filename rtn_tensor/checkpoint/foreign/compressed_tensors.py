@@ -57,7 +57,12 @@ EXPERT = r".*\.experts\.\d+\..*"
 def refuses(weight: Weight) -> str | None:
     """Why a weight cannot be written, and the way out."""
     zero, fmt = weight.w.zero, FORMATS[weight.w.bits]
-    if zero is None or not zero.numel() or fmt.qmin <= int(zero.min()) <= int(zero.max()) <= fmt.qmax:
+    if (
+        zero is None
+        or zero.is_meta
+        or not zero.numel()
+        or fmt.qmin <= int(zero.min()) <= int(zero.max()) <= fmt.qmax
+    ):
         return None
     return (
         f"a zero point is {int(zero.max())} or {int(zero.min())}, and {fmt.bits} bits hold {fmt.qmin} to "

@@ -162,7 +162,7 @@ class Like:
 
     def order(self, new: str, group: Matrices, heads: Mapping[str, int]) -> Tensor | None:
         """The order in which the rows of a tensor are there, as an index; None for their own. And it is the
-        same tensor but for rounding.
+        same tensor but for rounding; of one on meta only the shape is looked at.
 
         Raises:
             ValueError: it is another.
@@ -171,6 +171,8 @@ class Like:
         shape = tuple(int(n) for n in reversed(there.shape))
         if shape != group.shape:
             raise self.error(f"{new} has shape {list(shape)}, and {group.name} {list(group.shape)}")
+        if group.parts[0].is_meta:
+            return None
         n = group.parts[0].shape[0]
         rows = torch.linspace(0, n - 1, min(n, LOOKED_AT)).long()
         orders: list[Tensor | None] = [None]
@@ -290,6 +292,8 @@ def _check_quantized(group: Matrices) -> bool:
                 if w.in_features % BLOCK
                 else f"{group.name}: experts of one tensor must have the same bits; quantize all with 4, or 8"
             )
+        if w.is_meta:
+            continue
         half = w.scale.half()
         if not bool(half.isfinite().all()):
             raise ValueError(
