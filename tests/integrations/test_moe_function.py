@@ -79,7 +79,9 @@ def test_autocast():
     model = quantized("Mixtral")
     with torch.autocast("cpu", torch.bfloat16):
         got = logits(model)
-    assert (got - logits(model)).abs().max() < 0.05 * logits(model).abs().max()
+    error = (got - logits(model)).abs().amax(-1)
+    # Of most tokens: near a tie of the router, bf16 may choose other experts for one, which those after it see.
+    assert error.median() < 0.02 * logits(model).abs().max()
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Llama4"])
