@@ -20,14 +20,14 @@ from rtn_tensor.distributed import held
 from rtn_tensor.formats import computing
 from rtn_tensor.integrations import on_quantized
 from rtn_tensor.integrations.transformers.models import ends, is_pretrained
-from rtn_tensor.quantize.by_module import InFiles, InModel, Refining
+from rtn_tensor.quantize.by_module import InFiles, InModel, Progress, Refining
 from rtn_tensor.quantize.cost import SEQUENCES, Cost, unless_it_fails, warn_if_much
 from rtn_tensor.quantize.in_step import Call, run_in_step
 from rtn_tensor.quantize.kinds import FilterFn
 from rtn_tensor.quantize.report import Report, report
 from rtn_tensor.quantize.selection import Rules, check_module, tensors_of
 from rtn_tensor.quantize.targets import Target, targets_of
-from rtn_tensor.quantize.written import Progress, check_tokens, written
+from rtn_tensor.quantize.written import check_tokens, written
 from rtn_tensor.tensor import RTNQuantizedTensor
 from rtn_tensor.wording import with_article
 

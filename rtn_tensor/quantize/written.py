@@ -1,16 +1,15 @@
 """Text that a causal language model writes itself, in the place of data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtn_tensor.integrations.transformers.models import is_pretrained
+from rtn_tensor.quantize.by_module import Progress
 from rtn_tensor.quantize.targets import is_finite
 from rtn_tensor.wording import with_article
-
-Progress = Callable[[list], Iterable]
 
 
 def check_tokens(model: Any, given: Any, sequences: int, length: int, name: str, instead: str) -> None:
